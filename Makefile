@@ -69,7 +69,7 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 
 stubs: $(VENV)/tested  ## write what follows from declarations: stubs, the table of options, the kinds of cell for JavaScript
 	$(BIN)/python tests/architecture/stubs.py
-	$(BIN)/python web/kinds.py
+	$(BIN)/python web/write_kinds.py
 
 site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
 	$(DEPENDENCIES) docs

@@ -13,7 +13,7 @@ import numpy as np
 import peers
 
 from cellstack import native, reference
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 from cellstack_bench.turns import alternate
 
 

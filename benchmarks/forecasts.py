@@ -7,11 +7,11 @@
 The last fifth of every series is the test part, the 15 % before it the validation part. Forecasts start from
 at most 400 origins, spread evenly over the test part; in a panel the series share them. MASE is the mean absolute
 error over all steps ahead, divided by the mean absolute change over one season before the test part; for a panel, the
-median over its series. Of the rules, the best one on the test part counts. `quick` is the boosting of the backtest that
-`cellstack train` prints, `boosting` the tuned one. cellstack runs from its command line, with one thread and only the
-target, the horizon, the series' column and the columns known in advance; its network then forecasts from the same
-origins. A JSON file for each data set stores the results with their duration in seconds; the table shows processor
-time, which other work on the machine doesn't affect.
+median over its series. Of the rules, the best one on the test part counts. `quick` is boosting with few settings,
+`boosting` the tuned one. cellstack runs from its command line, with one thread and only the target, the horizon, the
+series' column and the columns known in advance; its network then forecasts from the same origins. A JSON file for each
+data set stores the results with their duration in seconds; the table shows processor time, which other work on the
+machine doesn't affect.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from boosting import Boosting, Panel
 from series import SERIES, options, write
 
 import cellstack
 from cellstack.train.forecasting import predict, rules, seasons
-from cellstack.train.forecasting.boosting import Boosting, Panel
 from cellstack.train.tables.table import Table, read_table
 
 STEPS = {"hourly": "h", "half-hourly": "30min", "daily": "D", "weekly": "7D", "monthly": "MS", "quarterly": "QS"}

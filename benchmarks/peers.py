@@ -3,7 +3,7 @@
 import numpy as np
 
 from cellstack import native
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 
 def kernel_layer(spec, arrays, x, saved=False, y=True, **drops):

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from cellstack import from_torch, native, train
-from cellstack.train.cells import MLSTM
+from cellstack.train.cell_names import MLSTM
 from cellstack.train.data.ts import read_ts
 from cellstack.train.options import Architecture
 from cellstack.train.recurrent import recurrent_layers
@@ -145,7 +145,6 @@ def forecast(name: str, cell: str, heads: int | None, seed: int, quick: bool) ->
         heads=heads,
         members=1,
         epochs=1 if quick else 4,
-        baselines=False,
         seed=seed,
         threads=1,
         progress=False,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import cellstack as cs
-from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.cell_arrays import WEIGHTS
 from cellstack.train import TiRexForecaster
 from cellstack_bench.turns import alternate
 

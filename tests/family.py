@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from cellstack.cells import KINDS
-from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec
+from cellstack.cells.activations import ACTIVATIONS, PARAMETERS
+from cellstack.cells.spec import GATES, CellSpec
 
 ALPHAS = {
     "hard_sigmoid": (0.15, 0.35),

@@ -1,4 +1,4 @@
-"""Calls of the kernel with NumPy arrays, with results in the shapes of reference.py."""
+"""Calls of the kernel with NumPy arrays, with results in the shapes of the reference."""
 
 from typing import Any, NamedTuple
 

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 from family import random_activation, random_arrays, random_spec, random_state, resized
 
-from cellstack import CellSpec, Network, reference, spec
+from cellstack import CellSpec, Network, reference
+from cellstack.cells import activations
+from cellstack.cells.spec import STATES
 from cellstack.nodes import (
     Activation,
     Bidirectional,
@@ -27,7 +29,6 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
-from cellstack.spec import STATES
 
 
 def make_cell(rng, inputs, units, dtype="float32", **settings):
@@ -167,7 +168,7 @@ def _activate(text, z):
     if text == "softmax":
         e = np.exp(z - z.max(axis=-1, keepdims=True))
         return e / e.sum(axis=-1, keepdims=True)
-    name, alpha, beta = spec.activation(text)
+    name, alpha, beta = activations.activation(text)
     return reference.ACTIVATIONS[name][0](z, alpha, beta)
 
 

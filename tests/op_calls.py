@@ -9,8 +9,8 @@ from family import random_arrays, random_spec, random_state, resized
 from torch import Tensor
 
 from cellstack import reference
+from cellstack.cells.spec import GATES, CellSpec
 from cellstack.layers import eager, op
-from cellstack.spec import GATES, CellSpec
 
 
 class Given(NamedTuple):

@@ -8,11 +8,11 @@ import numpy as np
 import cellstack.formats.pytorch.ours
 import cellstack.layers  # noqa: F401  # `register` changes what these have imported
 from cellstack import native, reference
-from cellstack import spec as words
 from cellstack.cells import KINDS
+from cellstack.cells import spec as words
 from cellstack.cells.arguments import BELOW_ONE, Argument
 from cellstack.cells.base import Kind, product
-from cellstack.spec import GATES, STATES, TRACES
+from cellstack.cells.spec import GATES, STATES, TRACES
 
 
 class ToyState(NamedTuple):

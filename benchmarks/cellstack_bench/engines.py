@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import reference
+from cellstack.cells.spec import CellSpec
 from cellstack.network import Network, processors
 from cellstack.nodes import Bidirectional, Cell, Recurrent
-from cellstack.spec import CellSpec
 
 Array = NDArray[Any]
 Arrays = tuple[Array, Array, Array]  # kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]; gates i f g o

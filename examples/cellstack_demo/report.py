@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cellstack.layers import Trace
-from cellstack.train.report import FAINT, INK, SERIES, curves, figure_svg, page, section, theme
+from cellstack_demo.pages import FAINT, INK, SERIES, curves, figure_svg, page, section, theme
 
 GATE_MAP = LinearSegmentedColormap.from_list("gate", ["#0d2b52", "#2a78d6", "#9cc6f5", "#f3f7fc"])  # 0 to 1
 SIGNED_MAP = LinearSegmentedColormap.from_list("signed", ["#1c5cab", "#8fbdf0", "#f2f2f0", "#f3a98c", "#b8401f"])  # ±

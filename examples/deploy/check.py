@@ -1,7 +1,7 @@
 """Check the files of this folder with the programs that use them, and talk to a server through nginx and TLS.
 
 It needs systemd-analyze, hadolint, kubernetes-validate, nginx and openssl. Run it with the Python of an environment in
-which cellstack[grpc] is installed.
+which cellstack[serve] is installed.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import grpc
 import numpy as np
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -82,7 +81,7 @@ def proxy(folder):
     )
     cell = cs.Cell(cs.CellSpec(3, 4), *(np.ones(shape, np.float32) / 8 for shape in ((3, 16), (4, 16), (16,))))
     cs.Network([cs.Recurrent((cell,))]).save(model)
-    ports = {name: free_port() for name in ("443", "8443", "127.0.0.1:8080", "127.0.0.1:8001")}
+    ports = {name: free_port() for name in ("443", "127.0.0.1:8080")}
     site = (HERE / "nginx.conf").read_text().replace("/etc/ssl/cellstack", str(folder))
     for old, new in ports.items():
         address, _, number = old.rpartition(":")
@@ -92,8 +91,8 @@ def proxy(folder):
     (folder / "site.conf").write_text(site)
     main = f"pid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\nhttp {{ include {folder}/site.conf; }}\n"
     (folder / "nginx.conf").write_text(main)
-    port, grpc_port, server_port, server_grpc_port = ports.values()
-    serve = [sys.executable, "-m", "cellstack", "serve", model, "--port", server_port, "--grpc-port", server_grpc_port]
+    port, server_port = ports.values()
+    serve = [sys.executable, "-m", "cellstack", "serve", model, "--port", server_port]
     nginx = [shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or sys.exit("nginx isn't installed")]
     nginx += ["-p", folder, "-c", folder / "nginx.conf", "-g", "daemon off;"]
     trust = ssl.create_default_context(cafile=cert)
@@ -102,7 +101,6 @@ def proxy(folder):
         process(nginx, port),
     ):
         over_http(f"https://localhost:{port}", trust)
-        over_grpc(f"localhost:{grpc_port}", cert.read_bytes())
         over_websockets(f"wss://localhost:{port}", trust, server)
 
 
@@ -126,13 +124,6 @@ def over_http(url, trust):
         status = error.code
     assert status == 413, f"a body of 17 MB: {status}"
     print(f"ok: HTTP, a body of {len(long) / 1e6:.1f} MB")
-
-
-def over_grpc(address, certificate):
-    """Ask whether the server is live: an empty request, whose answer is true."""
-    with grpc.secure_channel(address, grpc.ssl_channel_credentials(certificate)) as channel:
-        assert channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=10) == b"\x08\x01"
-    print("ok: gRPC")
 
 
 def close_code(connection):

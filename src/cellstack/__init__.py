@@ -14,11 +14,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from cellstack.cells.base import HiddenState, State
+from cellstack.cells.errors import FormatError, ShapeError
+from cellstack.cells.spec import CellSpec
 from cellstack.formats import extract, load
 from cellstack.network import Network
 from cellstack.nodes import Activation, Bidirectional, Cell, Dense, GlobalPool, Recurrent, Standardise
 from cellstack.nodes.patches import Patch
-from cellstack.spec import CellSpec, FormatError, HiddenState, ShapeError, State
 from cellstack.streaming.sessions import Sessions
 from cellstack.streaming.stream import Stream
 
@@ -26,12 +28,12 @@ if TYPE_CHECKING:
     from cellstack import inspect
     from cellstack import layers as layers
     from cellstack import train as train
+    from cellstack.adapters.frameworks import accelerate, packed_weights, plan, restore
     from cellstack.formats.compiled import compile
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
     from cellstack.formats.verify import verify
     from cellstack.inspect.interventions import ablate, activation_patch
-    from cellstack.integrations import accelerate, packed_weights, plan, restore
 
 __version__: str
 
@@ -71,14 +73,14 @@ __all__ = [
 # Names that are imported at their first use, and the module of each.
 LATER = {
     "ablate": "inspect.interventions",
-    "accelerate": "integrations",
+    "accelerate": "adapters.frameworks",
     "activation_patch": "inspect.interventions",
     "compile": "formats.compiled",
     "from_keras": "formats.keras",
     "from_torch": "formats.pytorch",
-    "packed_weights": "integrations",
-    "plan": "integrations",
-    "restore": "integrations",
+    "packed_weights": "adapters.frameworks",
+    "plan": "adapters.frameworks",
+    "restore": "adapters.frameworks",
     "verify": "formats.verify",
 }
 

@@ -21,7 +21,7 @@ from cellstack.train.options import DATA, RECORDS, declared
 
 SOURCE = Path(cellstack.__file__).parent
 PAGE = SOURCE.parents[1] / "docs" / "options.md"
-MODULES = {"layers.cells": "cell", "layers.kinds": "layer", "keras.layers": "keras"}
+MODULES = {"layers.cell_classes": "cell", "layers.layer_classes": "layer", "keras.layers": "keras"}
 """The modules, and what their classes are."""
 TRAINING = {"train.entry": "functions", "sklearn.parameters": "estimators"}
 """Modules with the options of training."""

@@ -19,88 +19,53 @@ from cellstack import train as training
 from cellstack.nodes import NODES
 
 SOURCE = Path(cellstack.__file__).parent
+ROOT = SOURCE.parent.parent
 MODULES = sorted(SOURCE.rglob("*.py"))
-MODULES_OF_FORMATS = sorted((SOURCE / "formats").rglob("*.py"))
 
-# Which of our parts each part may import. The graph of imports has no cycles.
-BELOW = {
-    "cells": set(),
-    "spec": {"cells"},
-    "views": {"spec"},
-    "bfloat16": set(),
-    "_kernel": set(),
-    "reference_cells": {"spec", "bfloat16"},
-    "reference": {"spec", "reference_cells"},
-    "reference_mlstm": {"spec"},
-    "layout": {"cells", "spec"},
-    "without_kernel": {"spec", "reference", "reference_mlstm"},
-    "native": {"spec", "_kernel", "without_kernel"},
-    "nodes": {"cells", "spec", "bfloat16", "reference", "native", "layout"},
-    "graph": {"spec", "nodes"},
-    "arguments": {"spec", "nodes"},
-    "network": {"spec", "bfloat16", "native", "nodes", "graph", "arguments"},
-    "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
-    "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
-    "inspect": {
-        "cells",
-        "spec",
-        "views",
-        "reference",
-        "reference_mlstm",
-        "nodes",
-        "graph",
-        "arguments",
-        "network",
-        "formats",
-    },
-    "layers": {"cells", "spec", "views", "native"},
-    "recognition": {"spec", "nodes", "formats", "layers"},  # compares torch modules with graphs of cells
-    "integrations": {"spec"},  # imports keras and layers by name, depending on the model
-    "keras": {"cells", "spec", "layers"},
-    "train": {"cells", "spec", "layers", "nodes", "network", "formats", "inspect"},
-    "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
-    "serve": {"", "spec", "formats", "inspect", "streaming"},
-    "scale": {"spec", "network", "nodes", "streaming", "formats", "train"},
-    "cli": {"spec", "nodes", "formats", "train", "serve", "scale", ""},
-    "sklearn": {"spec", "train"},
-    "adapters": {"sklearn", "layers", "formats"},
-    "__main__": {"cli"},
-}
+# The parts, from the lowest level to the highest: a part may import those of lower levels, and no other of its own. A
+# part is a folder of cellstack, a module directly in it ("": `__init__.py`), or a folder of the root, as the last ones.
+LEVELS = """
+cells
+_kernel reference views
+native
+nodes layers
+network keras
+streaming
+formats
+inspect
+train
+scale sklearn
+adapters
 
-# Methods that call a part that depends on theirs: they import it only when they are called.
-ON_CALL = {
+serve
+cli
+__main__
+benchmarks examples web
+"""
+# Methods that call a part above theirs, which they import only when they are called.
+UPWARD = {
     ("network", "streaming"),
     ("network", "formats"),
     ("network", "inspect"),
     ("network", "train"),
-    ("inspect", "train"),
+    ("streaming", "inspect"),
 }
+# The parts of formats/, likewise; "" is `formats/__init__.py`, which imports its adapters by name.
+LEVELS_OF_FORMATS = """
+files draft lines worker
+scaling state
+simplify
+build
+keras onnx c xlstm
+tirex
+pytorch
+json safetensors_weights
+safetensors folders
 
-# Which parts of formats/ each part of formats/ may import. Adapters are independent of each other.
-BELOW_FORMATS = {
-    "files": set(),
-    "draft": set(),
-    "scaling": {"draft"},
-    "simplify": {"draft", "scaling"},
-    "build": {"draft", "simplify"},
-    "lines": set(),
-    "state": {"files"},
-    "worker": set(),
-    "keras": {"files", "build"},
-    "onnx": {"files", "build", "draft", "simplify"},
-    "xlstm": {"build"},
-    "tirex": {"files", "build", "xlstm"},
-    "pytorch": {"files", "build", "xlstm", "tirex"},
-    "json": {"files", "build", "pytorch"},  # a PyTorch state dict in another container
-    "c": {"files", "build"},
-    "safetensors_weights": {"pytorch", "xlstm", "tirex"},  # a PyTorch state dict in another container
-    "safetensors": {"files", "safetensors_weights"},
-    "folders": {"files", "xlstm", "tirex", "safetensors_weights"},
-    "": {"files"},  # formats/__init__.py, which imports its adapters by name
-    "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
-    "verify": {"files", "runtimes"},
-    "compiled": {"build", "onnx", "pytorch", "runtimes"},
-}
+runtimes
+verify compiled
+"""
+BOUNDS = {"parts": 26, "arrows": 107, "upward": 5, "circles": 12}
 
 # Which packages outside the standard library each part may import; torch only in the parts that are about it.
 OUTSIDE = {"numpy"}
@@ -108,14 +73,13 @@ OUTSIDE_ALSO = {
     "formats": {"safetensors"},
     "inspect": {"safetensors"},
     "layers": {"torch"},
-    "recognition": {"torch"},
     "views": {"torch"},
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "livekit", "pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
     "scale": {"pyarrow", "tqdm"},
-    "serve": {"google", "grpc", "prometheus_client", "starlette", "uvicorn", "websockets"},
+    "serve": {"prometheus_client", "starlette", "uvicorn", "websockets"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
@@ -129,127 +93,120 @@ ON_CALL_ALSO = {
 }
 
 
-def part_of(path):
-    inside = path.relative_to(SOURCE)
-    first = inside.parts[0]
-    return "" if inside.name == "__init__.py" and len(inside.parts) == 1 else first.removesuffix(".py")
+def name_of(path):
+    """Return the dotted name of a module of ours."""
+    names = path.relative_to(ROOT if "src" not in path.parts else SOURCE.parent).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+FOLDERS = [folder for folder in ("benchmarks", "examples", "web") if (ROOT / folder).is_dir()]
+FILES = {name_of(path): path for path in [*MODULES, *(path for one in FOLDERS for path in (ROOT / one).rglob("*.py"))]}
+
+
+def part_of(name, below="cellstack"):
+    """Return the part of a module: of cellstack, or of one of its packages."""
+    return name.removeprefix(below).lstrip(".").partition(".")[0]
+
+
+def level_of(levels):
+    """Return the number of each part's level."""
+    lines = levels.strip("\n").split("\n")
+    return {part: number for number, line in enumerate(lines) for part in line.split() or [""]}
 
 
 @functools.cache
 def imports_of(path):
-    """Return every import in a file: the imported name, whether it is in a function, and its line."""
+    """Return every import in a file: the imported name, where it is ("", "types" or "call"), and its line."""
     found = []
 
-    def visit(node, on_call):
+    def visit(node, where):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
+            where = "types"
         if isinstance(node, ast.Import):
-            found.extend((alias.name, on_call, node.lineno) for alias in node.names)
+            found.extend((alias.name, where, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno}: imports are absolute here"
-            found.extend((f"{node.module}.{alias.name}", on_call, node.lineno) for alias in node.names)
-        on_call = on_call or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            found.extend((f"{node.module}.{alias.name}", where, node.lineno) for alias in node.names)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            where = "call"
         for inner in ast.iter_child_nodes(node):
             if isinstance(inner, (ast.stmt, ast.ExceptHandler, ast.match_case)):  # an expression has no import
-                visit(inner, on_call)
+                visit(inner, where)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), False)
+    visit(ast.parse(path.read_text(encoding="utf-8")), "")
     return found
 
 
-@functools.cache
-def parts_imported(path):
-    found = []
-    for name, on_call, line in imports_of(path):
-        if name.split(".")[0] == "cellstack":
-            second = name.split(".")[1] if "." in name else ""
-            known = (SOURCE / second).is_dir() or (SOURCE / f"{second}.py").exists() or second == "_kernel"
-            found.append((second if known else "", on_call, line))
-    return found
-
-
-def test_imports_run_one_way():
-    wrong = []
-    for path in MODULES:
-        part = part_of(path)
-        assert part in BELOW, f"{part}: add it to BELOW"
-        for other, on_call, line in parts_imported(path):
-            if other not in BELOW[part] | {part} and not (on_call and (part, other) in ON_CALL):
-                wrong.append(f"{path}:{line}: {part} may not import {other or 'cellstack'}")
-    assert wrong == []
-
-
-def test_imports_within_formats_run_one_way():
-    wrong = []
-    for path in MODULES_OF_FORMATS:
-        part = part_of_formats(path)
-        assert part in BELOW_FORMATS, f"{part}: add it to BELOW_FORMATS"
-        for other, line in formats_imported(path):
-            if other not in BELOW_FORMATS[part] | {part}:
-                wrong.append(f"{path}:{line}: {part} may not import {other or 'formats'}")
-    assert wrong == []
-
-
-def part_of_formats(path):
-    inside = path.relative_to(SOURCE / "formats")
-    return "" if inside.parts == ("__init__.py",) else inside.parts[0].removesuffix(".py")
-
-
-def formats_imported(path):
+def ours(path):
+    """Yield the modules of ours that a file imports, and the line of each import."""
     for name, _, line in imports_of(path):
-        if name == "cellstack.formats" or name.startswith("cellstack.formats."):
-            second = (*name.split(".")[2:], "")[0]
-            known = (SOURCE / "formats" / second).is_dir() or (SOURCE / "formats" / f"{second}.py").exists()
-            yield (second if known else ""), line
+        while name not in FILES and "." in name and name != "cellstack._kernel":
+            name = name.rpartition(".")[0]
+        if name.startswith("cellstack.") or name == "cellstack":
+            yield name, line
 
 
-def test_the_tables_allow_only_imports_that_exist():
-    needed, needed_on_call = {part: set() for part in BELOW}, set()
-    for path in MODULES:
-        for other, on_call, _ in parts_imported(path):
-            pair = (part_of(path), other)
-            if pair[0] != other:
-                needed_on_call |= {pair} & ON_CALL if on_call else set()
-                needed[pair[0]] |= set() if on_call and pair in ON_CALL else {other}
-    assert needed == BELOW
-    assert needed_on_call == ON_CALL
-    within = {part: set() for part in BELOW_FORMATS}
-    for path in MODULES_OF_FORMATS:
-        within[part_of_formats(path)] |= {other for other, _ in formats_imported(path)} - {part_of_formats(path)}
-    assert within == BELOW_FORMATS
+def arrows(below="cellstack"):
+    """Return which part imports which other one, in which lines: of cellstack and the root, or of a package."""
+    found = {}
+    for name, path in FILES.items():
+        for other, line in ours(path) if below == "cellstack" or name.startswith(below) else ():
+            if other.startswith(below) and part_of(name, below) != part_of(other, below):
+                found.setdefault((part_of(name, below), part_of(other, below)), []).append(f"{path}:{line}")
+    return found
 
 
-@pytest.mark.parametrize("table", [BELOW, BELOW_FORMATS], ids=["cellstack", "formats"])
-def test_the_table_has_no_cycle(table):
-    seen, done = set(), set()
+def circles():
+    """Return the sets of files that import each other, those in functions and for type checkers included."""
+    imported = {name: {other for other, _ in ours(path) if other in FILES} - {name} for name, path in FILES.items()}
+    reached = {}
+    for name in imported:
+        reached[name], new = set(), {name}
+        while new:
+            new = {other for one in new for other in imported[one]} - reached[name]
+            reached[name] |= new
+    found = {frozenset(other for other in reached[name] if name in reached[other]) for name in reached}
+    return sorted(map(sorted, found - {frozenset()}))
 
-    def visit(part):
-        assert part not in seen, f"a cycle through {part}"
-        if part not in done:
-            seen.add(part)
-            for other in table[part] - {part}:
-                visit(other)
-            seen.remove(part)
-            done.add(part)
 
-    for part in table:
-        visit(part)
+@pytest.mark.parametrize(
+    ("below", "levels"), [("cellstack", LEVELS), ("cellstack.formats", LEVELS_OF_FORMATS)], ids=["cellstack", "formats"]
+)
+def test_imports_run_one_way(below, levels):
+    level = level_of(levels)
+    upward = {pair: lines for pair, lines in arrows(below).items() if level[pair[0]] <= level[pair[1]]}
+    assert {pair: lines for pair, lines in upward.items() if pair not in UPWARD} == {}
+    if below == "cellstack":
+        assert set(upward) == UPWARD
+
+
+def test_the_structure_is_small():
+    counts = {
+        "parts": len(level_of(LEVELS)),
+        "arrows": len(arrows()),
+        "upward": len(UPWARD),
+        "circles": len(circles()),
+    }
+    print(", ".join(f"{name}: {count} of at most {BOUNDS[name]}" for name, count in counts.items()))
+    print(*(f"a circle of {len(names)} files: {', '.join(names[:12])}" for names in circles()), sep="\n")
+    assert {part_of(name) for name in FILES} | {"_kernel"} == set(level_of(LEVELS))
+    assert {name: count for name, count in counts.items() if count > BOUNDS[name]} == {}
 
 
 def test_layers_and_networks_are_independent():
-    assert "layers" not in BELOW["formats"]
-    assert not BELOW["layers"] & {"network", "formats", "train"}
+    assert {other for part, other in arrows() if part == "layers"} == {"cells", "native", "views"}
+    assert ("formats", "layers") not in arrows()
 
 
 def test_packages_are_imported_only_where_allowed():
     wrong = []
     for path in MODULES:
-        part = part_of(path)
+        part = part_of(name_of(path))
         everywhere = OUTSIDE | OUTSIDE_ALSO.get(part, set())
-        for name, on_call, line in imports_of(path):
+        for name, where, line in imports_of(path):
             package = name.split(".")[0]
-            allowed = everywhere | (ON_CALL_ALSO.get(part, set()) if on_call else set())
-            if package not in allowed | sys.stdlib_module_names | {"cellstack"}:
+            allowed = everywhere | (ON_CALL_ALSO.get(part, set()) if where == "call" else set())
+            if where != "types" and package not in allowed | sys.stdlib_module_names | {"cellstack"}:
                 wrong.append(f"{path}:{line}: {part or 'cellstack'} may not import {package}")
     assert wrong == []
 
@@ -329,9 +286,8 @@ def test_help_works_without_torch():
 
 
 def test_no_torch_free_module_imports_torch():
-    with_torch = ("layers", "recognition", "keras", "train", "adapters", "cli", "__main__")
-    own = [path for path in MODULES if part_of(path) not in with_torch and path != SOURCE / "views" / "torch.py"]
-    names = [".".join(("cellstack", *path.relative_to(SOURCE).with_suffix("").parts)) for path in own]
+    with_torch = ("layers", "keras", "train", "adapters", "cli", "__main__", *FOLDERS)
+    names = [name for name in FILES if part_of(name) not in with_torch and name != "cellstack.views.torch"]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -405,10 +361,9 @@ def test_the_public_api_is_small_and_sorted():
 
 
 def test_the_version_is_in_one_place():
-    root = SOURCE.parent.parent
-    if not (root / "pyproject.toml").exists():
+    if not (ROOT / "pyproject.toml").exists():
         pytest.skip("the package is installed without its source tree")
-    number = re.search(r'^version = "(.+)"$', (root / "pyproject.toml").read_text(), re.MULTILINE)
+    number = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert number is not None
     assert number[1] == cellstack.__version__
     for path in MODULES:

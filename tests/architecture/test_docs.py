@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from cellstack import layers
+from cellstack.cells.activations import ACTIVATIONS
+from cellstack.cells.errors import ShapeError
 from cellstack.cli import main as cli
 from cellstack.formats import safetensors
 from cellstack.network.description import VERSION
 from cellstack.nodes import NODES
-from cellstack.spec import ACTIVATIONS, ShapeError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

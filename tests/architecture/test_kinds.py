@@ -10,7 +10,7 @@ import cellstack
 from cellstack.cells import KINDS
 
 SOURCE = Path(cellstack.__file__).parent
-OWN = {SOURCE / "reference_cells.py", *(SOURCE / "cells").rglob("*.py")}
+OWN = {SOURCE / "reference" / "steps.py", *(SOURCE / "cells").rglob("*.py")}
 PYTHON = sorted(set(SOURCE.rglob("*.py")) - OWN)
 SCRIPTS = sorted(SOURCE.rglob("*.js"))
 NAMES = "|".join(KINDS)

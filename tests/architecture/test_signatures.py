@@ -13,7 +13,7 @@ from cellstack import layers
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, REQUIRED, signature
 from cellstack.cells.base import usual_shapes
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 CLASSES = {
     f"{module}.{name}": getattr(import_module(f"cellstack.{module}"), name)

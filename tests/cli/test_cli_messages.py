@@ -15,7 +15,6 @@ BELOW = [
     path
     for folder in ("train", "sklearn", "scale", "streaming", "formats", "network", "nodes", "adapters")
     for path in (TOP / folder).rglob("*.py")
-    if path != TOP / "train" / "report.py"  # has a style sheet, with variables such as --page
 ]
 
 

@@ -17,11 +17,11 @@ from tools import need
 
 from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent, Standardise
 from cellstack.cells import KINDS
+from cellstack.cells.spec import GATES
 from cellstack.formats.c import export
 from cellstack.formats.verify import verify
 from cellstack.nodes import Clip, Conv1D, Embedding, LayerNorm, Merge, Reduce, Scale, TimeSoftmax
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import GATES
 
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wconversion", "-Wdouble-promotion", "-Wshadow"]
 REAL = {"float32": ctypes.c_float, "float64": ctypes.c_double}

@@ -14,10 +14,10 @@ from test_export_c import STRICT, compiled
 from tools import need
 
 from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent, native, verify
+from cellstack.cells.spec import GATES
 from cellstack.cli import main as cli
 from cellstack.formats.c import export, sizes
-from cellstack.nodes.cell import MOST_DEPTH
-from cellstack.spec import GATES
+from cellstack.nodes.cell_arrays import MOST_DEPTH
 
 NARROW = ("int8", "bfloat16")
 FUSED = native.isa() != "baseline"  # which has no fused multiply-add

@@ -7,7 +7,7 @@ import torch
 
 import cellstack as cs
 from cellstack import layers
-from cellstack.layout import block_diagonal
+from cellstack.cells.layout import block_diagonal
 
 KINDS = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.SimpleRNN, "ligru": layers.LiGRU}
 NEAR = tolerances.KERNEL["float32"]

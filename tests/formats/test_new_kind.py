@@ -5,8 +5,7 @@ import pytest
 from tools import need
 
 import cellstack as cs
-from cellstack import layout, spec
-from cellstack.cells import KINDS
+from cellstack.cells import KINDS, layout, spec
 from cellstack.cells.base import HiddenState, Kind
 from cellstack.cells.rnn import RNNTrace
 from cellstack.formats.runtimes import c

@@ -24,9 +24,9 @@ from networks import fill, make_cell, make_network
 import cellstack as cs
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import REQUIRED
+from cellstack.cells.spec import ARRAYS, GATES
 from cellstack.formats.files import replacing
-from cellstack.nodes.cell import CELL_FLAGS, CELL_WIDTHS
-from cellstack.spec import ARRAYS, GATES
+from cellstack.nodes.cell_arrays import CELL_FLAGS, CELL_WIDTHS
 
 CELL_KEYS = CELL_WIDTHS | CELL_FLAGS
 

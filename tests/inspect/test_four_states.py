@@ -13,10 +13,10 @@ from cellstack import CellSpec, Network, Recurrent
 from cellstack.formats import onnx
 from cellstack.formats.runtimes import c as c_runtime
 from cellstack.inspect import diagnostics, files
+from cellstack.inspect.monitoring.records import examined
 from cellstack.layers import RNN
-from cellstack.layers.cell import Cell
+from cellstack.layers.cell_base import Cell
 from cellstack.layers.observer import Observer
-from cellstack.train.monitoring.records import examined
 
 WIDTH, UNITS = 3, 4
 FLAGS = ({}, {"zoneout": 0.2, "zoneout_cell": 0.4}, {"learn_initial_state": True, "layer_norm": True})

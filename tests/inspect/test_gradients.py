@@ -11,6 +11,7 @@ from networks import fill, make_cell, make_graph, make_network
 
 import cellstack as cs
 from cellstack import Dense, Network, Patch, Recurrent, reference
+from cellstack.cells.activations import ACTIVATIONS
 from cellstack.nodes import (
     NODES,
     Activation,
@@ -43,7 +44,6 @@ from cellstack.nodes import (
     TimeSoftmax,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import ACTIVATIONS
 
 STEP = 1e-6
 

@@ -11,9 +11,9 @@ import pytest
 from serving import wait_until
 
 from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
+from cellstack.cells.base import MatrixState
 from cellstack.inspect import contents, html, load
 from cellstack.nodes import MLSTM, Embedding, Merge, Select, Standardise
-from cellstack.spec import MatrixState
 
 PAGE = Path(html.__file__).parent / "page"
 

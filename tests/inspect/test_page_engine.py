@@ -11,10 +11,13 @@ from networks import by_reference, fill, make_cell, make_graph, make_network, ma
 from safetensors import safe_open
 from toy import ToyTrace, evaluate, register
 
-from cellstack import CellSpec, Network, Patch, Recurrent, reference, reference_mlstm
+from cellstack import CellSpec, Network, Patch, Recurrent, reference
+from cellstack.cells.activations import ACTIVATIONS
+from cellstack.cells.base import MatrixState
+from cellstack.cells.layout import block_diagonal
+from cellstack.cells.spec import GATES, STATES, TRACES
 from cellstack.inspect import html
 from cellstack.inspect.payload import packed, payload_of
-from cellstack.layout import block_diagonal
 from cellstack.nodes import (
     MLSTM,
     NODES,
@@ -47,7 +50,7 @@ from cellstack.nodes import (
     Take,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import ACTIVATIONS, GATES, STATES, TRACES, MatrixState
+from cellstack.reference import memory as reference_mlstm
 
 NEAR = (
     1e-10  # float64 on both sides, relative to the greatest number above 1: sums in another order, other exp and tanh

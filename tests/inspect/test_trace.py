@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cellstack import CellSpec, Dense, FormatError, Network, Patch, Recurrent, inspect, reference
+from cellstack.cells.base import State
+from cellstack.cells.spec import TRACES
 from cellstack.nodes import Bidirectional, Conv1D, Embedding, GlobalPool, Merge, Pool1D
-from cellstack.spec import TRACES, State
 
 
 def rng_of(seed):

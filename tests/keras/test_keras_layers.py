@@ -13,7 +13,7 @@ import torch
 import cellstack
 import cellstack.keras as ours_for_keras
 from cellstack import FormatError, ShapeError, layers
-from cellstack.layers.cell import Masks
+from cellstack.layers.cell_base import Masks
 from cellstack.layers.stack import run_cells
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's with NumPy 2

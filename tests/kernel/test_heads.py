@@ -12,7 +12,8 @@ from test_kernel import DTYPES, FLOAT_ISAS, ISAS, assert_equal, bare, compare, f
 from test_reference import ROUNDING, check_gradients
 
 from cellstack import _kernel, native, reference
-from cellstack.spec import CellSpec, ShapeError
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import CellSpec
 
 __all__ = ["isa"]
 

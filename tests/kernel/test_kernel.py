@@ -1,4 +1,4 @@
-"""The kernel compared with reference.py, on every instruction set of the machine."""
+"""The kernel compared with the reference, on every instruction set of the machine."""
 
 import functools
 import itertools
@@ -16,10 +16,12 @@ import pairs
 import pytest
 import tolerances
 
-from cellstack import _kernel, bfloat16, native, reference
-from cellstack.bfloat16 import BFloat16Array
+from cellstack import _kernel, native, reference
 from cellstack.cells import KINDS as DECLARED
-from cellstack.spec import ACTIVATIONS, GATES, MATRICES, PARAMETERS, CellSpec, activation
+from cellstack.cells import bfloat16
+from cellstack.cells.activations import ACTIVATIONS, PARAMETERS, activation
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.spec import GATES, MATRICES, CellSpec
 
 SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
 
@@ -318,7 +320,7 @@ def test_a_thread_that_does_not_run_does_not_block_the_others(tmp_path):
         "import os, time\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import kernel_calls as calls, numpy as np\n"
-        "from cellstack.spec import CellSpec\n"
+        "from cellstack.cells.spec import CellSpec\n"
         "spec = CellSpec(40, 300)\n"
         "rng = np.random.default_rng(0)\n"
         "arrays = {n: (rng.standard_normal(s) * 0.05).astype('f') for n, s in spec.shapes.items()}\n"

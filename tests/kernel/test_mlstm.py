@@ -9,9 +9,9 @@ from test_kernel import FLOAT_ISAS, isa
 from tolerances import KERNEL, KERNEL_GRADIENT, REFERENCE_DOUBLE
 
 from cellstack import _kernel, native
-from cellstack import reference_mlstm as reference
-from cellstack.reference_mlstm import MatrixInputs
-from cellstack.spec import MatrixState
+from cellstack.cells.base import MatrixState
+from cellstack.reference import memory as reference
+from cellstack.reference.memory import MatrixInputs
 
 __all__ = ["isa"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from cellstack import Network
 from cellstack.nodes import Cell, Recurrent
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 rng = np.random.default_rng(0)
 arrays = [rng.normal(scale=0.1, size=shape).astype(np.float32) for shape in ((64, 32), (8, 32), (32,))]

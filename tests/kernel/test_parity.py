@@ -16,7 +16,7 @@ from family import random_arrays, random_state
 from onnx import helper
 
 from cellstack import reference
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 FLOAT64 = 1e-12  # float64 on both sides, different summation order
 FLOAT32 = 2e-6  # ONNX Runtime's float32, over six steps

@@ -1,4 +1,4 @@
-"""reference.py, compared with finite differences, numbers worked by hand, and a second version of the equations."""
+"""The reference, compared with finite differences, numbers worked by hand, and a second version of the equations."""
 
 import math
 import statistics
@@ -9,7 +9,8 @@ import pytest
 from family import POSITIVE, learned, random_arrays, random_case, random_spec, random_state
 
 from cellstack import reference
-from cellstack.spec import ACTIVATIONS, GATES, STATES, CellSpec, activation
+from cellstack.cells.activations import ACTIVATIONS, activation
+from cellstack.cells.spec import GATES, STATES, CellSpec
 
 ln = math.log
 

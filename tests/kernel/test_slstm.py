@@ -11,8 +11,8 @@ import torch
 
 import cellstack as cs
 from cellstack import layers, reference
+from cellstack.cells.spec import CellSpec
 from cellstack.layers.eager import function_of
-from cellstack.spec import CellSpec
 from cellstack.views.torch import TorchOps
 
 IDENTITY = {"activation": "linear", "recurrent_activation": "linear", "kind": "slstm"}

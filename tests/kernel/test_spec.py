@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellstack.spec import ACTIVATIONS, PARAMETERS, Activation, CellSpec, ShapeError, activation, described
+from cellstack.cells.activations import ACTIVATIONS, PARAMETERS, Activation, activation
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import CellSpec, described
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = [field.name for field in dataclasses.fields(CellSpec)]
@@ -154,6 +156,6 @@ def test_every_flag_is_in_the_kernel_the_docs_and_the_reference(name):
     assert ELSEWHERE.get(name, name) in kernel
     if name not in ("input_size", "units"):
         assert f"`{name}" in (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
-    reference = (ROOT / "src" / "cellstack" / "reference.py").read_text(encoding="utf-8")
+    reference = (ROOT / "src" / "cellstack" / "reference" / "__init__.py").read_text(encoding="utf-8")
     if "activation" not in name and name not in ("input_size", "use_bias", "learn_initial_state"):
         assert name in reference

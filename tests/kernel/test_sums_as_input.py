@@ -10,7 +10,8 @@ from test_kernel import DTYPES, assert_equal, bare, compare, isa, make
 from test_reference import check_gradients
 
 from cellstack import _kernel, native
-from cellstack.spec import CellSpec, ShapeError
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import CellSpec
 
 __all__ = ["isa"]
 

@@ -9,7 +9,7 @@ import pytest
 from test_kernel import EVERY_ISA, ISAS, isa, make
 
 from cellstack import _kernel, native
-from cellstack.layout import block_diagonal
+from cellstack.cells.layout import block_diagonal
 
 __all__ = ["isa"]
 

@@ -20,8 +20,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
 import cellstack as cs
 from cellstack import _kernel
+from cellstack.cells.spec import CellSpec
 from cellstack.layers import accelerated, eligibility, kernel_calls, op
-from cellstack.spec import CellSpec
 
 MODULES = [nn.LSTM, nn.GRU, nn.RNN]
 CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]

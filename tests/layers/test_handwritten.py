@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import cellstack as cs
-from cellstack import recognition
+from cellstack.adapters import recognition
+from cellstack.adapters.recognition import comparison
 from cellstack.layers.handwritten import HandWritten
 from cellstack.layers.known import ADAPTERS
-from cellstack.recognition import comparison
 
 pytest.importorskip("onnx")
 

@@ -7,8 +7,8 @@ import tolerances
 import torch
 
 from cellstack import layers
+from cellstack.cells.spec import CellSpec
 from cellstack.layers import op
-from cellstack.spec import CellSpec
 
 BATCH, STEPS, WIDTH = 2, 3, 2
 MASK = torch.tensor([[False, True, False], [True, True, False]])

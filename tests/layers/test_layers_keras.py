@@ -18,7 +18,7 @@ import torch
 from keras.src.backend.common import dtypes as keras_dtypes
 
 from cellstack import layers
-from cellstack.layers.cell import NO_MASKS, Cell, Masks
+from cellstack.layers.cell_base import NO_MASKS, Cell, Masks
 
 CASES = 450
 ACTIVATIONS = ["tanh", "sigmoid", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "gelu", "silu"]

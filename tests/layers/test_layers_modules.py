@@ -647,7 +647,7 @@ def test_rounding_under_autocast_is_the_same_for_all_calls(isa):
 
 def test_an_array_without_an_initializer_is_an_error(monkeypatch):
     """An array of a new kind of cell must not stay zero unnoticed."""
-    monkeypatch.setattr("cellstack.layers.cell.ZEROS", ("gate_bias", "cell_bias"))
+    monkeypatch.setattr("cellstack.layers.cell_base.ZEROS", ("gate_bias", "cell_bias"))
     with pytest.raises(ValueError, match="LSTMCell: peepholes has no initializer: add it to MATRICES or ZEROS"):
         layers.LSTM(4, peepholes=True).build(3)
     layers.LSTM(4, layer_norm=True, learn_initial_state=True).build(3)

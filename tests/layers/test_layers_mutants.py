@@ -10,7 +10,7 @@ import torch
 from op_calls import FLAGS, by_reference, flagged, furthest, fused, given, split
 
 from cellstack import layers, reference
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 UNITS, WIDTH = 5, 3
 CELLS = {

@@ -12,9 +12,11 @@ from op_calls import FLAGS, by_reference, differentiable, flagged, furthest, fus
 from torch import Tensor
 
 from cellstack import layers
+from cellstack.cells.activations import ACTIVATIONS, PARAMETERS, activation
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import GATES, CellSpec
 from cellstack.layers import eager, op
 from cellstack.layers.sequences import shifted
-from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, ShapeError, activation
 
 MIXED = [CellSpec(2, 2), CellSpec(2, 3, kind="gru"), CellSpec(3, 2, kind="rnn")]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cellstack import Bidirectional, Cell, Network, Recurrent, native
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 THREADS = (2, 3, 4)
 

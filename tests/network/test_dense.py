@@ -9,9 +9,10 @@ import tolerances
 from networks import make_cell
 
 from cellstack import Network, load
+from cellstack.cells.activations import ACTIVATIONS
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes import Dense, GlobalPool, GroupedDense, Merge, Recurrent, Select
 from cellstack.nodes.activations import activation_function
-from cellstack.spec import ACTIVATIONS, ShapeError
 
 LIMITS = {name: {"rtol": limit, "atol": limit} for name, limit in tolerances.KERNEL.items()}
 

@@ -1,8 +1,6 @@
 """The node `MLSTM` in a network: states, streams, pools, masks, traces, files; what refuses it by name."""
 
 import contextlib
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +11,9 @@ from tolerances import NETWORK
 
 import cellstack as cs
 from cellstack import Dense, Network, Recurrent, ShapeError, inspect
-from cellstack import reference_mlstm as reference
+from cellstack.cells.base import MatrixState
 from cellstack.nodes import MLSTM, Conv1D, PerFrame
-from cellstack.spec import MatrixState
+from cellstack.reference import memory as reference
 
 HEADS, KEYS, VALUES = 2, 4, 3
 
@@ -275,34 +273,6 @@ def test_a_stream_with_nan_is_traced():
     own = stream.trace()["memory"]
     assert np.isnan(own.n).all()
     assert np.isfinite(own.x).all()
-
-
-WITHOUT = """
-import importlib.util, sys, warnings
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *more: None if name == "cellstack._kernel" else find(name, *more)
-warnings.simplefilter("ignore")
-import numpy as np
-import cellstack as cs
-net, x = cs.load("net.safetensors"), np.load("x.npy")
-assert "not compiled" in repr(net.plan())
-mask, reset = np.arange(20) % 5 != 0, np.arange(20) == 7
-y, state = net.run(x, mask=np.tile(mask, (2, 1)), reset=np.tile(reset, (2, 1)))
-np.savez("found.npz", y=y, C=state[1].C, streamed=net.stream(batch=2).run(x))
-"""
-
-
-def test_without_the_compiled_kernel(tmp_path):
-    net, x = network(gate=True), sequences()
-    net.save(tmp_path / "net.safetensors")
-    np.save(tmp_path / "x.npy", x)
-    subprocess.run([sys.executable, "-c", WITHOUT], cwd=tmp_path, check=True)
-    found = np.load(tmp_path / "found.npz")
-    flags = (np.tile(flag, (2, 1)) for flag in (np.arange(20) % 5 != 0, np.arange(20) == 7))
-    y, state = net.run(x, mask=next(flags), reset=next(flags))
-    near(found["y"], y)
-    near(found["C"], state[1].C)
-    near(found["streamed"], net(x))
 
 
 def test_the_plan_says_which_form_runs():

@@ -29,9 +29,9 @@ from cellstack import (
     native,
     reference,
 )
+from cellstack.cells.spec import ARRAYS, GATES
 from cellstack.nodes import Merge, Scale
 from cellstack.nodes.recording import Recording
-from cellstack.spec import ARRAYS, GATES
 
 TOLERANCE = {"float32": tolerances.NETWORK, "float64": tolerances.REFERENCE_DOUBLE}
 

@@ -11,7 +11,7 @@ from networks import fill, make_cell, make_stack, make_states
 
 import cellstack as cs
 from cellstack import Bidirectional, CellSpec, Dense, FormatError, Network, Patch, Recurrent, ShapeError, reference
-from cellstack.spec import GATES, TRACES
+from cellstack.cells.spec import GATES, TRACES
 
 HOWS = ("set", "add", "scale", "freeze")
 

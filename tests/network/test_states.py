@@ -13,10 +13,12 @@ from tools import need
 
 import cellstack as cs
 from cellstack import Bidirectional, Dense, Network, Recurrent, ShapeError
+from cellstack.cells.base import HiddenState, State
+from cellstack.cells.errors import FormatError
+from cellstack.cells.spec import GATES
 from cellstack.inspect.files import load as load_trace
 from cellstack.inspect.payload import payload_of
 from cellstack.nodes import Merge, Pool1D, StepMask
-from cellstack.spec import GATES, FormatError, HiddenState, State
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_a_forecast_for_each_of_many_series(ray, tmp_path):
     wave = 5 + np.sin(np.arange(96) * np.pi / 6)
     series = [pd.DataFrame({"shop": f"s{n}", "month": months, "sales": wave * (n + 1)}) for n in range(3)]
     pd.concat([*series, series[0][:3].assign(shop="short")]).to_parquet(tmp_path / "sales.parquet")
-    how = {"horizon": 3, "units": 4, "members": 1, "epochs": 1, "baselines": False}
+    how = {"horizon": 3, "units": 4, "members": 1, "epochs": 1}
     arguments = (str(tmp_path / "sales.parquet"), str(tmp_path / "out"), "shop", "sales")
     failed = forecast_many_on_ray.forecast_many(*arguments, **how)
     assert list(failed) == ["short"]

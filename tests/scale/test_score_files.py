@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from data import COLUMNS, FEATURES, expected, make_net, make_rows, outputs, same, write
 
+from cellstack.cells.errors import FormatError
 from cellstack.scale import folder, job, score_files
-from cellstack.spec import FormatError
 from cellstack.train import UsageError
 
 

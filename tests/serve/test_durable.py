@@ -1,4 +1,4 @@
-"""Durable sessions: kill -9, restarts, full disks, damaged files, the levels."""
+"""Durable sessions: kill -9, restarts, full disks, damaged files."""
 
 import asyncio
 import errno
@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from durable_server import KEPT, WIDTH, model, network, records
-from serving import wait_until
 
+from cellstack.cells.errors import FormatError
 from cellstack.serve import generations, journal
 from cellstack.serve.durable import Store
 from cellstack.serve.models import Limits, Model, Models, ServeError
 from cellstack.serve.server import Server, Settings
-from cellstack.spec import FormatError
 
 SERVER = Path(__file__).with_name("durable_server.py")
 
@@ -171,11 +170,11 @@ def test_every_session_continues_after_many_kills(tmp_path):
 class Served:
     """A model with durable sessions. `kill` forgets it as `kill -9` does: nothing is written any more."""
 
-    def __init__(self, folder, level="frames", recover=False, path=None, every=3600.0, **options):
+    def __init__(self, folder, synced=False, path=None, **options):
         self.model = model(**options)
-        self.store = Store(folder, level, every)
+        self.store = Store(folder, synced)
         try:
-            self.restored = self.store.restore(self.model, path, recover)
+            self.restored = self.store.restore(self.model, path)
         except BaseException:
             self.store.close()
             self.model.stop()
@@ -256,9 +255,9 @@ def with_frames(folder, **options):
     return served
 
 
-@pytest.mark.parametrize("level", ["frames", "synced"])
-def test_sessions_that_are_opened_together_are_stored_together(tmp_path, monkeypatch, level):
-    served, writes = Served(tmp_path, level, sessions=8), []
+@pytest.mark.parametrize("synced", [False, True])
+def test_sessions_that_are_opened_together_are_stored_together(tmp_path, monkeypatch, synced):
+    served, writes = Served(tmp_path, synced, sessions=8), []
     write = generations.Log.write
     monkeypatch.setattr(
         generations.Log, "write", lambda log, records: writes.append(len(records)) or write(log, records)
@@ -282,7 +281,7 @@ def test_sessions_that_are_opened_together_are_stored_together(tmp_path, monkeyp
     contents = served.contents()
     assert len(contents) == 8
     served.kill()
-    after = Served(tmp_path, level)
+    after = Served(tmp_path, synced)
     assert after.contents() == contents
     after.stop()
 
@@ -318,13 +317,13 @@ def test_a_kill_at_any_moment_of_the_next_generation(tmp_path, monkeypatch):
         after.stop()
 
 
-@pytest.mark.parametrize("level", ["frames", "synced"])
-def test_a_restart_changes_nothing(tmp_path, level):
-    before = with_frames(tmp_path, level=level)
+@pytest.mark.parametrize("synced", [False, True])
+def test_a_restart_changes_nothing(tmp_path, synced):
+    before = with_frames(tmp_path, synced=synced)
     contents = before.contents()
     assert contents["busy"][:2] == (27, 27 - KEPT + 1)
     before.kill()
-    after = Served(tmp_path, level)
+    after = Served(tmp_path, synced)
     assert after.contents() == contents
     assert after.restored.sessions == 4
     assert after.restored.frames == 14
@@ -335,7 +334,7 @@ def test_a_restart_changes_nothing(tmp_path, level):
     assert np.array_equal(answers.rows[after.model.rows.outputs.names[0]], expected[-3:])
     contents = after.contents()
     after.stop()  # in order
-    again = Served(tmp_path, level)
+    again = Served(tmp_path, synced)
     assert again.contents() == contents
     assert again.restored.frames == 0  # all are in the last snapshot
     again.stop()
@@ -354,41 +353,6 @@ def test_the_last_answers_are_stored_when_a_restart_stores_more_or_fewer(tmp_pat
         after.stop()
 
 
-def test_the_level_snapshot_restores_the_last_snapshot(tmp_path):
-    before = Served(tmp_path, "snapshot")
-    before.open("a")
-    before.step("a", steps(3))
-    before.advance()
-    contents = before.contents()
-    before.step("a", steps(3))
-    before.open("b")
-    before.step("b", steps(3))
-    before.kill()
-    after = Served(tmp_path, "snapshot")
-    assert after.contents()["a"] == contents["a"]
-    assert after.model.sessions["b"].processed == 0
-    after.step("b", steps(3))
-    contents = after.contents()
-    after.stop()
-    again = Served(tmp_path, "snapshot")
-    assert again.contents() == contents
-    again.stop()
-
-
-def test_the_level_snapshot_writes_snapshots_while_no_frames_arrive(tmp_path):
-    served = Served(tmp_path, "snapshot", every=0.05)
-    served.open("a")
-    served.step("a", steps(3))
-    written = served.journal.snapshots
-    wait_until(lambda: served.journal.snapshots > written)
-    contents = served.contents()
-    served.kill()
-    after = Served(tmp_path)
-    assert after.contents() == contents
-    assert after.restored.frames == 0
-    after.stop()
-
-
 def test_without_sessions_nothing_is_left(tmp_path):
     served = with_frames(tmp_path)
     for token in list(served.model.sessions):
@@ -403,8 +367,6 @@ def test_a_folder_is_used_by_one_server_at_a_time(tmp_path):
         Store(tmp_path)
     served.stop()
     Store(tmp_path).close()
-    with pytest.raises(ValueError, match="expected level to be one of snapshot, frames, synced, got 'none'"):
-        Store(tmp_path, "none")
 
 
 def test_fewer_sessions_than_are_stored(tmp_path):
@@ -600,13 +562,6 @@ def of(folder, suffix):
     return min(folder.glob(f"lstm-*/*.{suffix}"))
 
 
-def damaged_copy(tmp_path):
-    served = with_frames(tmp_path)
-    contents = served.contents()
-    served.kill()
-    return contents
-
-
 DAMAGE = {
     "a snapshot's state": (lambda f: flip(of(f, "snapshot"), steps_state()), "states in part 0 don't match"),
     "a snapshot's list": (lambda f: flip(of(f, "snapshot"), b"stored_from"), "list of sessions in part 0"),
@@ -636,56 +591,26 @@ def steps_state():
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_files_are_reported_and_kept(tmp_path, name):
     damage, message = DAMAGE[name]
-    contents = damaged_copy(tmp_path)
+    with_frames(tmp_path).kill()
     damage(tmp_path)
     files = {p.name: p.read_bytes() for p in tmp_path.glob("lstm-*/*") if p.suffix != ".log-shm"}
     with pytest.raises(FormatError, match=message) as caught:
         Served(tmp_path)
     assert str(tmp_path) in str(caught.value)
-    assert "start with --recover" in str(caught.value)
+    assert "to give up its sessions" in str(caught.value)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("lstm-*/*") if p.suffix != ".log-shm"} == files
-    after = Served(tmp_path, recover=True)
-    assert any(message in line for line in after.restored.damage)
-    kept = {p.name: p.read_bytes() for p in tmp_path.glob("lstm-*/damaged-*/*") if p.suffix != ".log-shm"}
-    kept = {name: data for name, data in kept.items() if data}  # without those that SQLite creates to read others
-    assert kept.items() <= files.items()
-    assert kept
-    for token, found in after.contents().items():
-        if token == "closed":  # the record of that is lost, and it is open again
-            continue
-        assert found[0] <= contents[token][0]
-        assert found == contents[token] or token in after.restored.lost or found[0] <= 20, token
-    after.stop()
-    again = Served(tmp_path)
-    assert not again.restored.damage
-    again.stop()
 
 
-def test_all_before_the_damage_is_recovered(tmp_path):
-    contents = damaged_copy(tmp_path)
-    flip(of(tmp_path, "log-wal"), steps(7, 1)[4].tobytes())  # in the last record: frames of the session "late"
-    after = Served(tmp_path, recover=True)
-    found = after.contents()
-    assert {token for token in contents if found[token] == contents[token]} == {"idle", "busy", "fresh"}
-    assert found["late"][0] == 0
-    after.stop()
-
-
-def test_a_damaged_record_is_reported_with_the_sessions_that_lose_frames(tmp_path):
-    served = with_frames(tmp_path)
-    served.kill()
+def test_a_damaged_record_is_reported(tmp_path):
+    with_frames(tmp_path).kill()
     path = of(tmp_path, "log")
     database = sqlite3.connect(path)
-    (number,) = database.execute("SELECT max(id) - 2 FROM log").fetchone()  # the frames of "busy"
+    (number,) = database.execute("SELECT max(id) - 2 FROM log").fetchone()
     database.execute("UPDATE log SET crc = crc + 1 WHERE id = ?", (number,))
     database.commit()
     database.close()
     with pytest.raises(FormatError, match=f"record {number} doesn't match its checksum"):
         Served(tmp_path)
-    after = Served(tmp_path, recover=True)
-    assert after.restored.lost["busy"] == 7
-    assert after.model.sessions["busy"].processed == 20
-    after.stop()
 
 
 def test_files_of_another_model(tmp_path):
@@ -698,21 +623,3 @@ def test_files_of_another_model(tmp_path):
     moved.stop()
     with pytest.raises(FormatError, match=r"expected digest 0*1, found 0*0"):
         Served(tmp_path, seed=1)
-
-
-def test_an_older_generation_replaces_a_damaged_one(tmp_path, monkeypatch):
-    served = with_frames(tmp_path)
-    monkeypatch.setattr(served.journal, "_delete_before", lambda number: None)  # as if killed before that
-    served.advance()
-    served.step("busy", steps(3, 8))
-    contents = served.contents()
-    served.kill()
-    newest = max(tmp_path.glob("lstm-*/*.snapshot"))
-    flip(newest, b"stored_from")
-    with pytest.raises(FormatError, match=newest.name):
-        Served(tmp_path)
-    after = Served(tmp_path, recover=True)
-    assert after.contents() == contents
-    assert "nothing is lost: generation" in after.restored.damage[1]
-    assert not after.restored.lost
-    after.stop()

@@ -134,11 +134,6 @@ def test_errors_are_json(client, method, path, body, status):
     assert list(answer.json()) == ["error"]
 
 
-def test_the_api_is_described(client):
-    paths = client.get("/openapi.json").json()["paths"]
-    assert {"/models/{name}/run", "/sessions/{token}/step", "/sessions/{token}/state"} <= set(paths)
-
-
 def test_a_network_without_sessions_runs_whole_sequences(tmp_path):
     forward, backward = (Recurrent((lstm(seed=n).cells[0],), go_backwards=n == 1) for n in range(2))
     Network([Bidirectional(forward, backward)]).save(tmp_path / "both.safetensors")
@@ -201,13 +196,6 @@ def test_the_rate_of_a_session_is_limited(model_file):
         served.models.session(token).due -= 1  # a second later
         assert client.post(f"/sessions/{token}/step", json={"x": [0, 0, 0]}).json()["frame"] == 21
 
-        given = {"name": "x", "datatype": "FP32", "shape": [1, 20, WIDTH], "data": [0] * 20 * WIDTH}
-        body = {"inputs": [given], "parameters": {"sequence_id": 1, "sequence_start": True}}
-        assert client.post("/v2/models/lstm/infer", json=body).status_code == 200
-        body["parameters"]["sequence_start"] = False
-        answer = client.post("/v2/models/lstm/infer", json=body)
-        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-
 
 # ── long bodies ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,14 +205,8 @@ def test_long_sequences(client):
     expected = lstm()(x)
     y = client.post("/models/lstm/run", json={"x": x.tolist()}).json()["y"]
     assert (np.float32(y) == expected).all()
-    given = {"name": "x", "datatype": "FP32", "shape": x.shape, "data": x.tolist()}
-    (output,) = client.post("/v2/models/lstm/infer", json={"inputs": [given]}).json()["outputs"]
-    assert (np.float32(output["data"]).reshape(output["shape"]) == expected).all()
     y = client.post(f"/sessions/{opened(client)}/steps", json={"x": x[0].tolist()}).json()["y"]
     assert (np.float32(y) == expected[0]).all()
-    given["shape"] = [2, 3000, WIDTH + 1]
-    answer = client.post("/v2/models/lstm/infer", json={"inputs": [given]})
-    assert (answer.status_code, answer.json()["error"][:21]) == (400, "x: expected 24000 val")
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (10_000,), (2, 5000), (5000, 2), (1, 3, 4000), (5000, 1, 1), (0,), (2, 0)])

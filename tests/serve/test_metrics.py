@@ -1,4 +1,4 @@
-"""The metrics of a server: counts, histograms, and figures of a sample of states."""
+"""The metrics of a server: counts and histograms."""
 
 import asyncio
 
@@ -9,19 +9,17 @@ from prometheus_client.parser import text_string_to_metric_families as parsed
 
 from cellstack import Cell, CellSpec, Network, Recurrent
 from cellstack.formats import save
-from cellstack.serve import Limits, Models, metrics
+from cellstack.serve import Limits, Models
 from cellstack.serve.app import application
 from cellstack.serve.metrics import exposition
 
 WIDTH, H = 3, 5
 
 
-def network(kind="lstm", scale=1.0, forget=0.0, **flags):
+def network():
     new = np.random.default_rng(0).standard_normal
-    spec = CellSpec(WIDTH, H, kind=kind, **flags)
-    arrays = {name: (scale * new(shape)).astype(np.float32) for name, shape in spec.shapes.items()}
-    if kind == "lstm":
-        arrays["bias"][H : 2 * H] = forget
+    spec = CellSpec(WIDTH, H)
+    arrays = {name: new(shape).astype(np.float32) for name, shape in spec.shapes.items()}
     return Network([Recurrent((Cell(spec, **arrays),))], ["memory"])
 
 
@@ -88,57 +86,6 @@ def test_labels_and_the_format_of_openmetrics(tmp_path):
         assert content_type.startswith("application/openmetrics-text")
         (sessions,) = [family for family in parsed_open(text.decode()) if family.name == "cellstack_sessions"]
         assert sessions.samples[0].labels == {"model": "vad", "version": "1"}
-
-    served(network(), test, tmp_path)
-
-
-def sampled(net, tmp_path, monkeypatch, value=1.0):
-    """The figures of a sample after some steps of 5 sessions."""
-    monkeypatch.setattr(metrics, "EVERY", 0.0)
-
-    async def test(models, model):
-        sessions = [await model.open() for _ in range(5)]
-        first = values(models)
-        assert ("cellstack_saturated_units_ratio", "memory") not in first
-        for _ in range(3):
-            await stepped(model, sessions, 10, value)
-            found = values(models)
-        return found
-
-    return served(net, test, tmp_path)
-
-
-@pytest.mark.parametrize(("forget", "most", "least"), [(-3.0, 1.0, 0.0), (30.0, np.inf, 100.0)])
-def test_the_memory_of_cells(forget, most, least, tmp_path, monkeypatch):
-    found = sampled(network(scale=0.1, forget=forget), tmp_path, monkeypatch)
-    assert least <= found["cellstack_memory_steps", "memory"] <= most
-    assert found["cellstack_saturated_units_ratio", "memory"] == 0
-
-
-def test_saturated_units(tmp_path, monkeypatch):
-    found = sampled(network(scale=3.0, forget=30.0), tmp_path, monkeypatch)  # c only grows
-    assert found["cellstack_saturated_units_ratio", "memory"] > 0.5
-
-
-def test_a_cell_without_gates_has_no_memory_length(tmp_path, monkeypatch):
-    found = sampled(network("rnn", scale=3.0), tmp_path, monkeypatch)
-    assert found["cellstack_saturated_units_ratio", "memory"] > 0.5
-    assert ("cellstack_memory_steps", "memory") not in found
-
-
-def test_a_sample_is_taken_rarely_and_leaves_the_answers(tmp_path):
-    async def test(models, model):
-        x = np.random.default_rng(1).standard_normal((30, WIDTH)).astype(np.float32)
-        session, rows = await model.open(), np.zeros(30, model.rows.inputs)
-        rows["x"] = x
-        found, samples = [], set()
-        for start in range(0, 30, 5):
-            exposition(models)
-            found.append((await model.steps(session, rows[start : start + 5])).rows["memory"])
-            samples.add(id(model.worker.recorder.sample))
-        assert len(samples) == 1
-        stream = model.network.stream()
-        assert (np.concatenate(found) == np.concatenate([stream.step(one[None]) for one in x])).all()
 
     served(network(), test, tmp_path)
 

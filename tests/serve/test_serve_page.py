@@ -219,20 +219,6 @@ def test_a_model_without_sessions_says_why(screen):
     assert "both_ways has no sessions: " in page.locator(".warning").inner_text()
 
 
-def test_the_trace_of_the_session_opens(screen, server):
-    page = screen()
-    for frame in (1, 2, 3):
-        page.get_by_role("button", name="Send one").click()
-        answered(page, frame)
-    with page.context.expect_page() as opened:
-        page.get_by_role("button", name="Trace of the last steps").click()
-    trace = opened.value
-    trace.wait_for_selector("#page .stack")
-    assert trace.title() == "states, version 1: the last 3 steps, until frame 3"
-    trace.close()
-    end(page, server, "states")
-
-
 def test_a_session_that_the_server_closes(screen, server):
     page = screen()
     page.get_by_role("button", name="Start").click()

@@ -27,8 +27,8 @@ from cellstack import (
     ShapeError,
     State,
 )
+from cellstack.cells.spec import GATES, STATES
 from cellstack.nodes import Conv1D, Embedding
-from cellstack.spec import GATES, STATES
 
 DTYPES = st.sampled_from(["float32", "float64"])
 

@@ -17,7 +17,7 @@ from cellstack import FormatError, train
 from cellstack.cli.main import main
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
-from cellstack.train.forecasting import backtest, predict, prepare, training
+from cellstack.train.forecasting import predict, prepare, training
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
 from cellstack.train.forecasting.plan import MOST_WORK, defaults, plan, planned, understood
@@ -30,7 +30,7 @@ from cellstack.train.tables.table import date_unit, read_table
 
 TWO_EPOCHS = FitOptions(epochs=2, batch=64, lr=1e-2, patience=0, threads=1)
 QUICK = {"build": Architecture((8,), members=1, dropout=0.0), "options": TWO_EPOCHS}
-YEARLY = ForecastOptions(seasons=(12,), baselines=False)
+YEARLY = ForecastOptions(seasons=(12,))
 
 
 def waves(rows=500, seed=0, noise=0.1, period=12):
@@ -91,7 +91,7 @@ def test_a_useless_network_gets_no_weight():
     windows = Windows(recipe, table, cut.validation, typical_errors(table, recipe, cut.ends))
     every = np.arange(len(cut.validation))
     inputs = Inputs.measure(windows, every)
-    model = Forecaster(inputs.standardise, np.ones(1), recipe.horizon, recipe.quantiles, (4,))
+    model = Forecaster(inputs.standardise, np.ones(1), recipe.horizon, recipe.quantiles, Architecture((4,)))
     torch.nn.init.normal_(model.head.weight, std=30.0)
     assert calibrated([model], windows, inputs, every).followed[0] <= 0.1
 
@@ -227,29 +227,6 @@ def test_networks_without_weight_are_not_trained_further(monkeypatch):
     assert f"{said}: the forecast of y is exponential smoothing alone" in done.result.sentence
     np.testing.assert_allclose(done.test.forecasts.median, done.test.forecasts.reference)
     np.testing.assert_allclose(done.test.forecasts.median, done.test.baselines["exponential smoothing"])
-
-
-def test_boosting_gets_the_same_holidays_as_the_network(monkeypatch):
-    given = []
-
-    class Model:
-        def __init__(self, panel, *_):
-            given.append(panel)
-
-        def forecast(self, origins):
-            return np.zeros((len(origins), 7))
-
-    monkeypatch.setattr(backtest, "Boosting", Model)
-    days = pd.date_range("2021-01-01", periods=400)
-    table = read_table(pd.DataFrame({"day": days, "y": np.arange(400) % 7.0, "price": 1.0 + np.arange(400) % 3}))
-    recipe = plan(table, ForecastOptions(("y",), known=("price",), holidays="DE"), 0.35)
-    cut = parts(table, recipe, 0.15, 0.2)
-    assert backtest.by_boosting(table, recipe, cut.test, cut)["gradient boosting on lags"].shape[1:] == (7, 1)
-    same, following, previous = (given[0].known[f"holidays of DE, {n}"] for n in range(3))
-    assert [flag[358] for flag in (same, following, previous)] == [1, 1, 0]  # 25 December, before the 26th
-    assert set(given[0].known) == {"price", *(f"holidays of DE, {n}" for n in range(3))}
-    backtest.by_boosting(table, replace(recipe, calendar=(), holidays=""), cut.test, cut)
-    assert set(given[1].known) == {"price"}
 
 
 def test_seasons_are_found_and_none_where_there_is_none():
@@ -421,7 +398,7 @@ def command(tmp_path_factory):
 def test_the_command_describes_the_table_and_compares_with_baselines(command):
     out = (command / "printed.txt").read_text()
     assert "300 rows, monthly from 1980-01-01" in out
-    assert "gradient boosting on lags" in out
+    assert "exponential smoothing" in out
     assert "this model's mean absolute error is" in out
     assert "of the actual values are in the 80% prediction interval" in out
 
@@ -556,10 +533,10 @@ def test_options_of_forecasts_are_refused_for_other_networks(capsys, tmp_path):
     [
         ("--horizon", "0", "expected horizon to be an integer from 1 to"),
         ("--window", "0", "expected window to be an integer from 1 to"),
-        ("--seasons", "0", "--seasons: expected numbers of steps such as 24,168, or 1 for no season, got '0'"),
-        ("--seasons", "day", "--seasons: expected numbers of steps such as 24,168, or 1 for no season, got 'day'"),
-        ("--quantiles", "2", "--quantiles: expected numbers between 0 and 1 such as 0.1,0.9, got '2'"),
-        ("--quantiles", "low", "--quantiles: expected numbers between 0 and 1 such as 0.1,0.9, got 'low'"),
+        ("--seasons", "0", "--seasons: expected positive integers separated by commas, got '0'"),
+        ("--seasons", "day", "--seasons: expected positive integers separated by commas, got 'day'"),
+        ("--quantiles", "2", "expected --quantiles to be numbers between 0 and 1, such as 0.1,0.9, got (2.0,)"),
+        ("--quantiles", "low", "--quantiles: expected a number, got 'low'"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(command, capsys, option, value, message):
@@ -588,9 +565,7 @@ def test_a_recipe_of_an_older_version_says_to_train_again(command):
 
 
 def test_the_function_and_the_command_give_the_same_network(command):
-    done = train.fit_forecast(
-        str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, baselines=False, target="y"
-    )
+    done = train.fit_forecast(str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, target="y")
     net = cellstack.load(command / "y.safetensors")
     a, b = (predict.forecast(one, read_table(waves(300)), "y").values for one in (done.result.network, net))
     np.testing.assert_array_equal(a, b)

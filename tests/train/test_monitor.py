@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import cellstack as cs
 from cellstack import layers
 from cellstack.inspect import TrainingMonitor, TrainingRecord
+from cellstack.inspect.monitoring.records import VANISHED
 from cellstack.layers import observer
-from cellstack.train.monitoring.records import VANISHED
 
 DOUBLE = {"dtype": "float64"}
 

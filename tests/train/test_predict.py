@@ -68,7 +68,7 @@ def shops():
 @pytest.fixture(scope="module")
 def forecaster(shops):
     table = train.read_table(shops, id="shop")
-    how = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1}
+    how = {"members": 1, "units": 4, "epochs": 1, "threads": 1}
     return train.fit_forecast(table, "sales", horizon=5, holidays="US", **how)
 
 
@@ -366,7 +366,7 @@ def test_what_the_parts_of_a_forecast_show(shops, forecaster):
 
 def test_a_table_with_one_forecast_per_day_has_days():
     days = pd.DataFrame({"day": pd.date_range("2024-01-01", periods=200), "y": np.sin(np.arange(200))})
-    how = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1}
+    how = {"members": 1, "units": 4, "epochs": 1, "threads": 1}
     done = train.fit_forecast(days, horizon=2, seasons=(7,), **how)
     columns = done.predict(days).columns()
     assert columns["day"].dtype == "datetime64[D]"
@@ -376,7 +376,7 @@ def test_a_table_with_one_forecast_per_day_has_days():
 
 
 def test_warnings_of_a_forecast_name_the_line_of_the_caller(shops, forecaster):
-    how = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1}
+    how = {"members": 1, "units": 4, "epochs": 1, "threads": 1}
     done = train.fit_forecast(train.read_table(shops, id="shop"), "sales", horizon=5, known=("rain",), **how)
     for predict in (done.predict, done.result.predict, done.network.predict):
         with pytest.warns(UserWarning, match="`rain`, known in advance, has no value") as caught:
@@ -384,7 +384,7 @@ def test_warnings_of_a_forecast_name_the_line_of_the_caller(shops, forecaster):
         assert [Path(each.filename).name for each in caught] == ["test_predict.py"]
 
 
-QUICK = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1, "horizon": 5}
+QUICK = {"members": 1, "units": 4, "epochs": 1, "threads": 1, "horizon": 5}
 
 
 def test_a_column_or_a_number_alone_is_accepted_for_several(shops):

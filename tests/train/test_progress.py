@@ -26,7 +26,7 @@ FORECAST = """
 import numpy as np, pandas as pd
 from cellstack import train
 frame = pd.DataFrame({"y": 5 + np.sin(np.arange(120) * np.pi / 6)})
-quick = {"units": 4, "members": 2, "epochs": 2, "patience": 0, "baselines": False, "threads": 1}
+quick = {"units": 4, "members": 2, "epochs": 2, "patience": 0, "threads": 1}
 done = train.fit_forecast(frame, "y", horizon=4, seasons=(12,), **quick)
 """
 

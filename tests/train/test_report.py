@@ -7,12 +7,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from cellstack.cells.lstm import Trace
 from cellstack.cli import main as cli
 from cellstack.inspect import LayerRecord, TrainingRecord
-from cellstack.spec import Trace
 from cellstack.train import Sequences
-from cellstack.train import report as training_report
-from cellstack_demo import demo, report
+from cellstack_demo import demo, pages, report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -56,8 +55,8 @@ def check_page(page):
     assert set(parsed.refs) <= set(parsed.ids)
     assert "<script" not in page
     assert "@import" not in page
-    assert training_report.INK not in page
-    assert training_report.FAINT not in page
+    assert pages.INK not in page
+    assert pages.FAINT not in page
     assert "prefers-color-scheme: dark" in page
     return " ".join(parsed.text)
 
@@ -170,9 +169,9 @@ def test_the_page_of_a_training_has_its_layers_and_findings():
         return TrainingRecord(epoch, {"<low>": layer}, ("<low>: the gradient vanishes",))
 
     history = [{"epoch": n, "lr": 1.0, "loss": 1.0 / n, "validation_loss": 0.5, "accuracy": 0.25} for n in (1, 2)]
-    text = check_page(training_report.training_page("a & b", history, [record(1, 0.5), record(2, 0.0)]))
+    text = check_page(pages.training_page("a & b", history, [record(1, 0.5), record(2, 0.0)]))
     assert "a & b in training" in text
     assert "<low>: the gradient vanishes" in text  # shown as text
     assert "Layer <low>" in text
     assert "Findings in epoch 2" in text
-    assert "No findings" in check_page(training_report.training_page("one", history[:1], [TrainingRecord(1)]))
+    assert "No findings" in check_page(pages.training_page("one", history[:1], [TrainingRecord(1)]))

@@ -9,8 +9,8 @@ import pytest
 from networks import make_cell
 
 from cellstack import Dense, Network, Recurrent
+from cellstack.cells.errors import FormatError
 from cellstack.nodes import Activation, Embedding, GlobalPool
-from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.text.data import (
     Alphabet,

@@ -14,7 +14,7 @@ from cellstack import load, train
 from cellstack.cli import main as cli
 from cellstack.sklearn import SequenceClassifier, SequenceForecaster, SequenceRegressor
 from cellstack.train import UsageError
-from cellstack.train.cells import CELLS, WITH_HEADS
+from cellstack.train.cell_names import CELLS, WITH_HEADS
 from cellstack.train.options import Architecture
 from cellstack.train.recurrent import check_supported, recurrent_layers
 from cellstack.train.sizes import size_of
@@ -104,7 +104,7 @@ def sales(rng):
 
 @pytest.mark.parametrize(("cell", "heads"), [("slstm", 2), ("mlstm", 2)])
 def test_forecasts(sales, tmp_path, cell, heads):
-    how = {"units": (4, 8), "members": 2, "epochs": 1, "threads": 1, "baselines": False, "seasons": 12}
+    how = {"units": (4, 8), "members": 2, "epochs": 1, "threads": 1, "seasons": 12}
     trained = train.fit_forecast(sales, "sales", horizon=3, cell=cell, heads=heads, **how)
     trained.result.network.save(tmp_path / "net.safetensors")
     net = load(tmp_path / "net.safetensors")

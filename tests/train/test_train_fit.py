@@ -17,7 +17,7 @@ import torch
 from cellstack import FormatError, GlobalPool, Network, layers
 from cellstack.train import Sequences, custom
 from cellstack.train import checkpoint as checkpoints
-from cellstack.train.cells import CELLS
+from cellstack.train.cell_names import CELLS
 from cellstack.train.checks import UsageError
 from cellstack.train.custom import Architecture, FitOptions, Indexed, Inputs, Labelled, Model, learn
 

@@ -111,7 +111,7 @@ def test_a_forecast_locks_the_checkpoint_of_all_its_members(tmp_path, monkeypatc
     from cellstack.train.forecasting import training
 
     table = pd.DataFrame({"y": np.sin(np.arange(200) / 3)})
-    small = {"horizon": 2, "window": 8, "units": 3, "members": 2, "epochs": 1, "threads": 1, "baselines": False}
+    small = {"horizon": 2, "window": 8, "units": 3, "members": 2, "epochs": 1, "threads": 1}
     fitted, said = training.fitted, []
 
     def around(*arguments):

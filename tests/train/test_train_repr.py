@@ -60,7 +60,7 @@ def test_no_metric_is_measured_on_the_training_part(data):
 def test_a_forecast_is_described_with_its_best_baseline():
     rows = 5 + np.sin(np.arange(120) * np.pi / 6) + np.random.default_rng(0).normal(size=120) / 9
     frame = pd.DataFrame({"y": rows, "z": rows[::-1]})
-    done = train.fit_forecast(frame, ["y", "z"], horizon=4, seasons=(12,), members=2, baselines=False, **QUICK)
+    done = train.fit_forecast(frame, ["y", "z"], horizon=4, seasons=(12,), members=2, **QUICK)
     lines = repr(done).splitlines()
     assert len(lines) <= 7
     assert lines[:2] == ["Trained: forecasts y, z 4 steps ahead", "  2 networks of LSTM 21 -> 4, 1,144 weights"]

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from cellstack import inspect, layers
-from cellstack.spec import GRUTrace, RNNTrace, Trace
+from cellstack.cells.gru import GRUTrace
+from cellstack.cells.lstm import Trace
+from cellstack.cells.rnn import RNNTrace
 
 
 class Model(torch.nn.Module):

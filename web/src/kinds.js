@@ -1,4 +1,4 @@
-// The kinds of cell, written by web/kinds.py from their declarations in Python: change those instead.
+// The kinds of cell, written by web/write_kinds.py from their declarations in Python: change those instead.
 
 // Of each kind: the gates in the order of their blocks; its states; the names in a trace; for each slot of
 // an activation, in the kernel's order, the setting that names it; whether h is multiplied by a matrix; the

@@ -1,6 +1,6 @@
 """The kinds of cell, one module each: gates, states, arrays, flags, and the equations of a step, written once.
 
-To add a kind, add a module and its `Kind` to `KINDS`; `cellstack.spec` and the views take everything else from there.
+To add a kind, add a module and its `Kind` to `KINDS`; `CellSpec` and the views take everything else from there.
 """
 
 from cellstack.cells.base import Kind

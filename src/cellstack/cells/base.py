@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, Argument
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 V = TypeVar("V")  # a vector of a view: an array, a tensor, the name of a value in a graph …
 

@@ -9,7 +9,7 @@ from cellstack.cells.arguments import Argument, Limit, among
 from cellstack.cells.base import HiddenState, Kind, Ops, V, sums
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 
 class CfCTrace(NamedTuple):

@@ -9,7 +9,7 @@ from cellstack.cells.arguments import COMPATIBLE, Argument
 from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, Shapes, V, biased, product
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 
 class GRUTrace(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cellstack.cells.base import HiddenState, Kind, Ops, V, sums
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 
 class LiGRUTrace(NamedTuple):

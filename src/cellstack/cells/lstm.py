@@ -9,7 +9,7 @@ from cellstack.cells.arguments import BELOW_ONE, COMPATIBLE, FORGET_BIAS, POSITI
 from cellstack.cells.base import Foreign, Kind, Ops, Shapes, State, V, sums
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 
 class Trace(NamedTuple):

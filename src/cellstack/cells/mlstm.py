@@ -125,7 +125,7 @@ class MemoryOps(Protocol[V]):
 
 
 def step(ops: MemoryOps[V], sizes: MemorySizes, x: Mapping[str, V], C: V, n: V, m: V) -> tuple[V, tuple[V, V, V]]:
-    """Return h, and C, n and m after the step; see `cellstack.reference_mlstm` for the equations.
+    """Return h, and C, n and m after the step; see `cellstack.reference.memory` for the equations.
 
     Args:
         ops: the operations of a view.

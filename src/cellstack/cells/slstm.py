@@ -10,7 +10,7 @@ from cellstack.cells.arguments import FORGET_BIAS, Argument
 from cellstack.cells.base import Kind, Ops, V, sums
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 
 class SLSTMState(NamedTuple):

@@ -16,11 +16,11 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from cellstack import Network
+from cellstack.cells.errors import FormatError
 from cellstack.cli.arguments import names
 from cellstack.formats import extract, listed, load, writers
 from cellstack.formats.files import NATIVE, found
-from cellstack.nodes.cell import STORED_WEIGHTS
-from cellstack.spec import FormatError
+from cellstack.nodes.cell_arrays import STORED_WEIGHTS
 from cellstack.train.checks import UsageError
 from cellstack.train.data.samples import read_sample
 from cellstack.train.history import cell

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cellstack
+from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.cli.arguments import Parser, as_flags, names
 from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info
@@ -23,8 +24,7 @@ from cellstack.cli.tables import add_table_options
 from cellstack.cli.text import add_generate_arguments, generate
 from cellstack.cli.train import add_arguments, add_help, train
 from cellstack.formats.lines import FORMS
-from cellstack.nodes.cell import STORED_WEIGHTS, WEIGHTS
-from cellstack.spec import FormatError, ShapeError
+from cellstack.nodes.cell_arrays import STORED_WEIGHTS, WEIGHTS
 from cellstack.train.checks import OptionError, TooFewRowsError, UsageError
 from cellstack_bench.command import add_bench_arguments, bench
 from cellstack_demo.command import add_demo_arguments, demo

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from cellstack.serve.server import Settings
 
-LEVELS = ("none", "snapshot", "frames", "synced")
 TOKEN = "CELLSTACK_TOKEN"  # of the environment
 
 
@@ -33,7 +32,6 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     text = "address to listen on; 0.0.0.0 for other machines too (default: %(default)s)"
     group.add_argument("--host", default="127.0.0.1", help=text)
     group.add_argument("--port", type=int, default=8080, metavar="P", help="port (default: %(default)s; 0: any free)")
-    group.add_argument("--grpc-port", type=int, metavar="P", help="also serve gRPC on this port")
     group.add_argument("--tls-cert", metavar="FILE", help="certificate (PEM); serves HTTPS")
     group.add_argument("--tls-key", metavar="FILE", help="key of the certificate (PEM)")
     text = f"require this token, or one of the lines of this file (default: the environment variable {TOKEN}, if set)"
@@ -45,11 +43,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
     group = parser.add_argument_group("sessions")
     group.add_argument("--durable", metavar="FOLDER", help="store sessions in FOLDER, so that they survive the process")
-    text = "what is stored: nothing, states every few seconds, every frame (survives the process) or synced (survives "
-    text += "the machine) (default: frames with --durable)"
-    group.add_argument("--durability", choices=LEVELS, help=text)
-    text = "start also if stored sessions are damaged, with what precedes the damage"
-    group.add_argument("--recover", action="store_true", help=text)
+    text = "flush each stored frame to the disk, so that sessions survive the machine too"
+    group.add_argument("--synced", action="store_true", help=text)
     text = "open sessions per model (default: %(default)s)"
     group.add_argument("--sessions", type=int, default=10_000, metavar="N", help=text)
     text = "close sessions that were unused for this many seconds (default: %(default)s)"
@@ -57,7 +52,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("limits")
     text = "open connections whose client has sent a valid request (default: %(default)s)"
     group.add_argument("--connections", type=int, default=10_000, metavar="N", help=text)
-    text = "frames per second of a WebSocket or, over HTTP and gRPC, of a session (default: no limit)"
+    text = "frames per second of a WebSocket or, over HTTP, of a session (default: no limit)"
     group.add_argument("--rate", type=float, metavar="N", help=text)
     text = "bytes of a message or request (default: %(default)s)"
     group.add_argument("--message", type=int, default=16 << 20, metavar="N", help=text)
@@ -73,31 +68,26 @@ def serve(args: argparse.Namespace) -> int:
     try:
         from cellstack.serve import Limits, ServeError
         from cellstack.serve.server import Settings, prepare_process
-
-        if args.grpc_port is not None:
-            import cellstack.serve.inference_protocol.grpc  # noqa: F401  (it says what is missing)
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
     for name, least in (("port", 0), ("sessions", 1), ("idle", 0), ("connections", 1), ("message", 1024), ("rate", 0)):
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise UsageError(f"expected --{name} of at least {least}, got {value}")
-    for name, port in (("port", args.port), ("grpc-port", args.grpc_port)):
-        if port is not None and port > 65535:
-            raise UsageError(f"expected --{name} of at most 65535, got {port}")
+    if args.port > 65535:
+        raise UsageError(f"expected --port of at most 65535, got {args.port}")
     if args.tls_key and not args.tls_cert:
         raise UsageError("--tls-key needs --tls-cert")
     if args.tls_cert:
         _check_certificate(args.tls_cert, args.tls_key)
-    if args.durability and args.durability != "none" and not args.durable:
-        raise UsageError(f"--durability {args.durability} needs --durable FOLDER")
+    if args.synced and not args.durable:
+        raise UsageError("--synced needs --durable FOLDER")
     limits = Limits(args.sessions, args.idle, message=args.message, rate=args.rate)
     settings = Settings(
         host=args.host,
         port=args.port,
-        grpc_port=args.grpc_port,
-        durable=Path(args.durable) if args.durable and args.durability != "none" else None,
-        durability=args.durability or "frames",
+        durable=Path(args.durable) if args.durable else None,
+        synced=args.synced,
         limits=limits,
         connections=prepare_process(args.connections),
         tokens=tokens(args.token),
@@ -107,7 +97,6 @@ def serve(args: argparse.Namespace) -> int:
         tls_key=args.tls_key,
         threads=args.threads or 1,
         options=load_options(args),
-        recover=args.recover,
     )
 
     def say(text: str) -> None:
@@ -140,8 +129,7 @@ def _run(
     from cellstack.serve.server import Server, listen
 
     with ExitStack() as stack:
-        # With durable sessions, another process may have the port, and hand it over.
-        sockets = None if settings.durable else [stack.enter_context(listen(settings.host, settings.port))]
+        listening = stack.enter_context(listen(settings.host, settings.port))
         models = Models(settings.limits, settings.threads, settings.options)
         for name in args.models:
             path = Path(found(name))
@@ -149,7 +137,7 @@ def _run(
                 raise UsageError(f"{models.paths[path.stem]} and {path} have the same name, {path.stem}")
             loaded(str(path), settings.options, partial(models.add, path))
         server = Server(models, settings, report, listens)
-        server.run(sockets)
+        server.run([listening])
         return 130 if server.signal == signal.SIGINT else 0
 
 

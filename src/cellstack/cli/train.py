@@ -23,7 +23,7 @@ from cellstack.cli.options import ShowHelp, add_groups, options_of
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.train import history
-from cellstack.train.cells import MLSTM, NOT_INSPECTED
+from cellstack.train.cell_names import MLSTM, NOT_INSPECTED
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
 from cellstack.train.options import Architecture, FitOptions, declared, record_of
@@ -302,7 +302,7 @@ def _inspected(result: Any, output: Path, folder: Path) -> dict[str, Any]:
     records = result.fit.records
     report = None
     if records:
-        from cellstack.train.report import training_page
+        from cellstack_demo.pages import training_page
 
         nats = result.network.metadata["task"] in ("classify", "text")
         unit = "nats" if nats else "squared standard deviations"

@@ -15,9 +15,9 @@ from os import PathLike, fspath
 from pathlib import PurePath
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import NATIVE, check_readable, found
 from cellstack.network import Network
-from cellstack.spec import FormatError
 
 ADAPTERS = ("safetensors", "keras", "pytorch", "onnx", "json")
 HEAD_BYTES = 64  # of a file, passed to `recognises`

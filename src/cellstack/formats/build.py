@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.formats.draft import Draft
 from cellstack.formats.simplify import simplify
-from cellstack.graph import origin, state_of
 from cellstack.network import Network
+from cellstack.network.graph import origin, state_of
 from cellstack.nodes import Activation, Flatten, Node, Permute, Recurrent, Reshape
 from cellstack.nodes.base import Shape
 from cellstack.nodes.recurrent import final
-from cellstack.spec import FormatError, ShapeError
 
 HINT = "cellstack.extract(path) (or `cellstack info FILE`) gives its recurrent parts"
 MOST_NODES = 10_000  # nested models that are used several times each can multiply without end

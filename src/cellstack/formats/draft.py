@@ -6,7 +6,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cellstack.graph import origin, state_of
+from cellstack.network.graph import origin, state_of
 from cellstack.nodes import Node
 from cellstack.nodes.base import Shape
 

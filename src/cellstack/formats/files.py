@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.network.description import short as short
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network

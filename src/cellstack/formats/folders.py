@@ -14,13 +14,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import tirex, xlstm
 from cellstack.formats.files import parse
 from cellstack.formats.safetensors_weights import Tensor, tensors_in
 from cellstack.formats.xlstm import blocks
 from cellstack.formats.xlstm.large import Settings
 from cellstack.network import Network
-from cellstack.spec import FormatError
 
 NAME = "checkpoint folders"
 SUFFIXES = ()

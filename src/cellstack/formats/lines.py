@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 
 FORMS = ("csv", "json")
 LONGEST_NUMBER = 64  # bytes of a line that a number may take, with the blanks around it
@@ -38,7 +38,7 @@ class Lines:
     b'0.1,nan\\n'
     >>> lines.frame(b"1,2,3")
     Traceback (most recent call last):
-    cellstack.spec.FormatError: standard input, line 3: expected 2 numbers, found 3
+    cellstack.cells.errors.FormatError: standard input, line 3: expected 2 numbers, found 3
     """
 
     def __init__(

@@ -23,12 +23,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from cellstack.bfloat16 import BFloat16Array
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import parse, replacing, short
 from cellstack.formats.safetensors_weights import bfloat16_bits, extract_weights, has_parts, load_weights
 from cellstack.network import Network
 from cellstack.network.description import described, restored
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.nodes.base import Array, Node

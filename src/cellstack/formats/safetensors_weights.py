@@ -10,17 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from cellstack.bfloat16 import widened
+from cellstack.cells.bfloat16 import widened
+from cellstack.cells.errors import FormatError
 from cellstack.formats import xlstm
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.names import NAME, keep_bfloat16, network_of, networks_of, parts_of, with_dense
+from cellstack.formats.pytorch.names import (
+    NAME,
+    keep_bfloat16,
+    layers_of,
+    network_of,
+    networks_of,
+    parts_of,
+    with_dense,
+)
 from cellstack.formats.pytorch.order import in_order
-from cellstack.formats.pytorch.ours import layers_of
 from cellstack.formats.pytorch.saved import Source
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import Contents
 from cellstack.formats.tirex import is_second, of_folder
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network

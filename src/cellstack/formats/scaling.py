@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import spec
+from cellstack.cells import activations
 from cellstack.formats.draft import Draft
 from cellstack.nodes import (
     Activation,
@@ -36,7 +36,7 @@ def scaling(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | Non
     if isinstance(node, Standardise) and not node.mean.any():
         return 1.0 / node.scale.astype(np.float64), np.zeros(len(node.scale))
     if isinstance(node, Activation) and node.activation not in MORE_ACTIVATIONS:
-        kind, alpha, beta = spec.activation(node.activation)
+        kind, alpha, beta = activations.activation(node.activation)
         if kind == "affine":
             return np.array([alpha]), np.array([beta])
     return None

@@ -15,7 +15,7 @@ import numpy as np
 
 from cellstack.formats.draft import Draft
 from cellstack.formats.scaling import scaled_after, scaled_before, scaled_norm, scaled_twice
-from cellstack.graph import origin, state_of
+from cellstack.network.graph import origin, state_of
 from cellstack.nodes import (
     Activation,
     Bidirectional,

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import replacing
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network

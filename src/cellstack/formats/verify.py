@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.errors import ShapeError
 from cellstack.formats import runtimes
 from cellstack.formats.files import check_readable
 from cellstack.formats.runtimes.answers import CannotRunError, Inputs, OtherSizesError, named
@@ -18,9 +19,8 @@ from cellstack.network import Network
 from cellstack.network.layouts import one_row
 from cellstack.nodes import Embedding
 from cellstack.nodes.base import Array
-from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.cell_arrays import WEIGHTS
 from cellstack.nodes.dense import Products
-from cellstack.spec import ShapeError
 
 TOLERANCE = 1e-4
 BFLOAT16_TOLERANCE = 2e-2  # for a network with rounded matrices, compared with a file that may hold the original ones

@@ -1,6 +1,6 @@
 """Inspection: what every gate, cell and node computes at every step of a run.
 
-The names for torch models, such as `watch` and `TrainingMonitor`, are those of `cellstack.train.monitoring`.
+The names for torch models, such as `watch` and `TrainingMonitor`, are those of `cellstack.inspect.monitoring`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from cellstack.inspect.interventions import Ablation, ActivationPatching, ablate
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
 
 if TYPE_CHECKING:
-    from cellstack.train.monitoring import (
+    from cellstack.inspect.monitoring import (
         LayerRecord,
         TrainingMonitor,
         TrainingRecord,
@@ -46,7 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cellstack.train import monitoring  # which uses this package
+    from cellstack.inspect import monitoring  # which uses this package
 
     return getattr(monitoring, name)
 

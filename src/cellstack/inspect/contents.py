@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cellstack.graph import origin
 from cellstack.inspect.annotations import answer_of, audio_of, each_row, features_of, labels_of
 from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.memory_step import settings_of
 from cellstack.inspect.payload import cells_of, payload_of
 from cellstack.inspect.values import as_tuple, rows_of
+from cellstack.network.graph import origin
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace

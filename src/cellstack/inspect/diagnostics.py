@@ -18,7 +18,7 @@ from cellstack.nodes.checks import check_integer
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
     from cellstack.nodes.base import Array
-    from cellstack.nodes.cell import Cell
+    from cellstack.nodes.cell_arrays import Cell
     from cellstack.nodes.recording import Record
 
 LEFT, RIGHT = 0.1, 0.9  # below, a gate is nearly closed; above, nearly open (Karpathy et al.)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cellstack.spec import ShapeError
+from cellstack.cells.errors import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import NetworkTrace

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import safetensors as native_format
 from cellstack.formats.files import check_replaceable
 from cellstack.inspect.memories import MemoryTrace
@@ -24,12 +25,11 @@ from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
 from cellstack.inspect.values import alone, as_tuple
 from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.recording import Record
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
-    from cellstack.nodes.cell import Cell
+    from cellstack.nodes.cell_arrays import Cell
     from cellstack.nodes.mlstm import MatrixMemory
     from cellstack.nodes.patches import CellPatches
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cellstack.graph import state_of
+from cellstack.network.graph import state_of
 from cellstack.nodes.base import Array, Flow, GradientError, Node, NodeRun
 
 if TYPE_CHECKING:

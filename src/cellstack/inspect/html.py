@@ -14,9 +14,9 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from cellstack.cells import KINDS
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.inspect import contents
-from cellstack.spec import CellSpec
 from cellstack.views.recorded import form_of
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import TRACES
 from cellstack.inspect.differences import SHOWN
 from cellstack.inspect.values import as_tuple
 from cellstack.nodes.checks import check_choice
 from cellstack.nodes.patches import Patch
-from cellstack.spec import TRACES, ShapeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

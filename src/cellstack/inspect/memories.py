@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from cellstack import reference_mlstm as reference
+from cellstack.cells.base import MatrixState
+from cellstack.cells.errors import ShapeError
 from cellstack.inspect.trace import CellTrace, NodeTrace
 from cellstack.nodes.base import Array
 from cellstack.nodes.mlstm import MLSTM, MemoryRecord
-from cellstack.reference_mlstm import MatrixGates, MatrixInputs
-from cellstack.spec import MatrixState, ShapeError
+from cellstack.reference import memory as reference
+from cellstack.reference.memory import MatrixGates, MatrixInputs
 
 
 class MemoryTrace(NodeTrace):

@@ -11,7 +11,7 @@ from cellstack import reference
 
 if TYPE_CHECKING:
     from cellstack.nodes.base import Array
-    from cellstack.nodes.cell import Cell
+    from cellstack.nodes.cell_arrays import Cell
     from cellstack.nodes.recording import Record
 
 

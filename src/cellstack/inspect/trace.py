@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cellstack.inspect.differences import TraceDifference
     from cellstack.network import Network
     from cellstack.nodes.base import CellState, Node
-    from cellstack.nodes.cell import Cell
+    from cellstack.nodes.cell_arrays import Cell
 
 
 class Parts(NamedTuple):

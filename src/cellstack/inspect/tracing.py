@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellstack.arguments import OwnState, as_states
+from cellstack.cells.errors import ShapeError
 from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.pre_activations import pre_activations
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
 from cellstack.inspect.values import Index, alone
+from cellstack.network.arguments import OwnState, as_states
 from cellstack.nodes.along import Select
 from cellstack.nodes.base import Array, Flow
 from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.recording import Record, Recording
 from cellstack.nodes.recurrent import Recurrent
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.network import Network

@@ -15,7 +15,7 @@ True
 
 from importlib.util import find_spec
 
-from cellstack.spec import check_installed
+from cellstack.cells.errors import check_installed
 
 if find_spec("keras") is None:
     raise ModuleNotFoundError("cellstack.keras needs Keras 3: pip install 'cellstack[torch]' keras", name="keras")

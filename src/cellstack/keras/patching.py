@@ -11,7 +11,7 @@ import keras
 
 from cellstack.keras import states, torch_backend
 from cellstack.keras.calls import count
-from cellstack.keras.cells import of, why_not, why_not_training
+from cellstack.keras.keras_cells import of, why_not, why_not_training
 
 _RNN, _LSTM, _GRU = keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU
 _PLAIN = (_RNN, _LSTM, _GRU, keras.layers.SimpleRNN)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cellstack.cells.plan import Plan
 from cellstack.keras import torch_backend
-from cellstack.keras.cells import of, why_not, why_not_training
+from cellstack.keras.keras_cells import of, why_not, why_not_training
 from cellstack.keras.patching import active, recurrent
-from cellstack.spec import Plan
 
 
 def plan(model: Any) -> Plan:

@@ -10,9 +10,10 @@ import keras
 
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, sign
-from cellstack.keras import cells, torch_backend
-from cellstack.layers.cell import ROLES, usual_forget_bias
-from cellstack.spec import MATRICES, CellSpec, as_flag, as_integer, check_state
+from cellstack.cells.errors import as_flag, as_integer, check_state
+from cellstack.cells.spec import MATRICES, CellSpec
+from cellstack.keras import keras_cells, torch_backend
+from cellstack.layers.cell_base import ROLES, usual_forget_bias
 
 _ops: Any = keras.ops
 
@@ -195,7 +196,7 @@ def _forgetting(initializer: Any, spec: CellSpec) -> Any:
 
 
 def _activation(owner: str, name: str, given: Any) -> str:
-    text = given if isinstance(given, str) else cells.activation(given)
+    text = given if isinstance(given, str) else keras_cells.activation(given)
     if not text:
         raise ValueError(f"{owner}: expected {name} to name an activation that the kernel supports, got {given!r}")
     return text

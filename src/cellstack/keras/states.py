@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from cellstack.spec import ShapeError
+from cellstack.cells.errors import ShapeError
 
 
 def _set_by_user(layer: Any) -> bool:

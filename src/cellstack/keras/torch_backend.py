@@ -11,11 +11,11 @@ import keras
 import torch
 from torch import Tensor
 
-from cellstack.keras import cells as own
+from cellstack.cells.spec import CellSpec
+from cellstack.keras import keras_cells as own
 from cellstack.layers import eager, forward, op
-from cellstack.layers.cell import NO_MASKS, Masks, needs_grad
+from cellstack.layers.cell_base import NO_MASKS, Masks, needs_grad
 from cellstack.layers.forward import CellRun
-from cellstack.spec import CellSpec
 
 isa = op.isa
 _cell_call = lru_cache(maxsize=1024)(op.CellCall)

@@ -11,21 +11,25 @@ for a tensor on another device. Dropout and zoneout follow the module's `train()
 input is converted to the weights' dtype, in which the kernel computes.
 """
 
-from cellstack.spec import check_installed
+from cellstack.cells.errors import check_installed
 
 check_installed("cellstack.layers", "torch", "torch")
 
-from cellstack.layers import cells, kinds
+from cellstack.cells.base import HiddenState, MatrixState, State
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.gru import GRUTrace
+from cellstack.cells.lstm import Trace
+from cellstack.cells.rnn import RNNTrace
+from cellstack.layers import cell_classes, layer_classes
 from cellstack.layers.base import apply_constraints, losses
 from cellstack.layers.bidirectional import Bidirectional
-from cellstack.layers.cells import *  # noqa: F403
-from cellstack.layers.kinds import *  # noqa: F403
+from cellstack.layers.cell_classes import *  # noqa: F403
+from cellstack.layers.layer_classes import *  # noqa: F403
 from cellstack.layers.mlstm import MLSTM
 from cellstack.layers.rnn import RNN
 from cellstack.layers.stack import StackedRNNCells
 from cellstack.layers.time_distributed import TimeDistributed
 from cellstack.layers.truncated import truncated_backward
-from cellstack.spec import GRUTrace, HiddenState, MatrixState, RNNTrace, ShapeError, State, Trace
 
 __all__ = [
     "MLSTM",
@@ -44,8 +48,8 @@ __all__ = [
     "losses",
     "truncated_backward",
 ]
-__all__ += cells.__all__
-__all__ += kinds.__all__
+__all__ += cell_classes.__all__
+__all__ += layer_classes.__all__
 
 
 def __dir__() -> list[str]:

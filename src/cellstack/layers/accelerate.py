@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from cellstack.cells.plan import Plan
 from cellstack.layers import op
 from cellstack.layers.accelerated import CONTEXT_ATTRIBUTES, Accelerated, class_of, copied
 from cellstack.layers.bidirectional import Bidirectional
@@ -32,7 +33,6 @@ from cellstack.layers.eligibility import (
 )
 from cellstack.layers.handwritten import HandWritten, refused
 from cellstack.layers.rnn import RNN
-from cellstack.spec import Plan
 
 
 def _recurrent(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

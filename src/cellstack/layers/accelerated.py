@@ -15,9 +15,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from cellstack import cells
+from cellstack.cells.spec import STATES, CellSpec
 from cellstack.layers import eligibility, forward, op
 from cellstack.layers.base import exporting
-from cellstack.layers.cell import needs_grad
+from cellstack.layers.cell_base import needs_grad
 from cellstack.layers.eligibility import (
     KINDS,
     arrays_of,
@@ -30,7 +31,6 @@ from cellstack.layers.eligibility import (
 )
 from cellstack.layers.forward import CellRun
 from cellstack.layers.sequences import pack
-from cellstack.spec import STATES, CellSpec
 
 # Attributes of a module within `packed_weights`: its packed weights, and the number of its open contexts.
 CONTEXT_ATTRIBUTES = ("_packed", "_contexts")

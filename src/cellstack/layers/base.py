@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from cellstack.cells.errors import ShapeError
 from cellstack.layers import op, weights
-from cellstack.spec import ShapeError
 
 Self = TypeVar("Self", bound="Layer")
 
@@ -208,7 +208,7 @@ class Layer(nn.Module):
         return cls(**{key: revive(value) for key, value in config.items()})
 
     def get_weights(self) -> list[NDArray[Any]]:
-        """Return copies of all weights, cell by cell in the order of `cellstack.spec.ARRAYS`, in Keras's layout."""
+        """Return copies of all weights, cell by cell in the order of `cells.spec.ARRAYS`, in Keras's layout."""
         return [weight.detach().cpu().numpy().copy() for weight in self.parameters()]
 
     @torch.no_grad()

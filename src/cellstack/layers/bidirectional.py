@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.plan import Plan
 from cellstack.layers.base import Layer, describe
 from cellstack.layers.foreign import state_counts
 from cellstack.layers.rnn import RNN
 from cellstack.layers.sequences import pack
-from cellstack.spec import Plan, ShapeError
 
 MERGE_MODES = ("concat", "sum", "mul", "ave", None)
 

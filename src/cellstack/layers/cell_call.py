@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cellstack import native
+from cellstack.cells.spec import ARRAYS, STATES, CellSpec
 from cellstack.layers import eager
-from cellstack.spec import ARRAYS, STATES, CellSpec
 
 _FLAGS = ("torch_layout", "recompute_gates", "bf16_matmul")
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cellstack import spec as words
-from cellstack.spec import CellSpec
+from cellstack.cells import activations
+from cellstack.cells.spec import CellSpec
 from cellstack.views.torch import TorchOps, clipped
 
 Function = Callable[[Tensor], Tensor]
@@ -65,10 +65,10 @@ def log_softmax(z: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def function_of(activation: words.Activation) -> Function:
+def function_of(activation: activations.Activation) -> Function:
     """Return one of the kernel's activations as a torch function: the same callable each time.
 
-    >>> function_of(words.activation("leaky_relu(0.5)"))(torch.tensor([-2.0, 3.0]))
+    >>> function_of(activations.activation("leaky_relu(0.5)"))(torch.tensor([-2.0, 3.0]))
     tensor([-1.,  3.])
     """
     name, alpha, beta = activation
@@ -90,7 +90,7 @@ def function_of(activation: words.Activation) -> Function:
 
 
 ACTIVATIONS: dict[str, Function] = {
-    **{name: function_of(words.activation(name)) for name in words.ACTIVATIONS},
+    **{name: function_of(activations.activation(name)) for name in activations.ACTIVATIONS},
     "celu": functional.celu,
     "exponential": torch.exp,
     "gelu": functional.gelu,
@@ -107,7 +107,7 @@ ACTIVATIONS: dict[str, Function] = {
     "swish": functional.silu,
     "tanh_shrink": functional.tanhshrink,
 }
-"""Activations by Keras's names; the kernel implements those of `cellstack.spec.ACTIVATIONS`."""
+"""Activations by Keras's names; the kernel implements those of `cellstack.cells.activations.ACTIVATIONS`."""
 
 _NAMES: dict[object, str] = {function: name for name, function in reversed(ACTIVATIONS.items())}
 _NAMES |= {functional.tanh: "tanh", functional.sigmoid: "sigmoid", functional.relu: "relu", functional.elu: "elu"}
@@ -115,7 +115,7 @@ _NAMES |= {functional.tanh: "tanh", functional.sigmoid: "sigmoid", functional.re
 
 def known(name: str | None) -> bool:
     """Whether the kernel implements the activation of that name, as returned by `activation_name`."""
-    return name is not None and name.partition("(")[0] in words.ACTIVATIONS
+    return name is not None and name.partition("(")[0] in activations.ACTIVATIONS
 
 
 def activation_name(given: str | Function | None) -> str | None:
@@ -132,7 +132,7 @@ def activation_name(given: str | Function | None) -> str | None:
         return "linear"
     if isinstance(given, str):
         if known(given.strip()):
-            return str(words.activation(given))
+            return str(activations.activation(given))
         if given not in ACTIVATIONS:
             raise ValueError(f"expected one of {', '.join(ACTIVATIONS)} or a callable, got {given!r}")
         return given
@@ -146,7 +146,7 @@ def as_function(given: str | Function | None) -> Function:
     name = activation_name(given)
     if name is None:
         return given  # type: ignore[return-value]
-    return function_of(words.activation(name)) if known(name) else ACTIVATIONS[name]
+    return function_of(activations.activation(name)) if known(name) else ACTIVATIONS[name]
 
 
 # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────────

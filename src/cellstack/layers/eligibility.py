@@ -16,8 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from cellstack import cells
+from cellstack.cells.spec import STATES
 from cellstack.layers import op
-from cellstack.spec import STATES
 
 _MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # the mode of an nn.RNNCell depends on its nonlinearity
 _MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)

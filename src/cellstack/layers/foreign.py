@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellstack.layers.cell import NO_MASKS, Cell
+from cellstack.cells.errors import ShapeError
+from cellstack.layers.cell_base import NO_MASKS, Cell
 from cellstack.layers.sequences import shifted
-from cellstack.spec import ShapeError
 
 
 class ForeignCell(nn.Module):

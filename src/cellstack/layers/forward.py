@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cellstack.cells.spec import GATES, TRACES
 from cellstack.layers import eager, op
-from cellstack.layers.cell import NO_MASKS, Masks, needs_grad, op_masks
+from cellstack.layers.cell_base import NO_MASKS, Masks, needs_grad, op_masks
 from cellstack.layers.cell_call import saved_by_layer
 from cellstack.layers.kernel_calls import Kept
 from cellstack.layers.sequences import at_last_used, shifted
-from cellstack.spec import GATES, TRACES
 
 
 class CellRun(NamedTuple):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from cellstack import native
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import ARRAYS
 from cellstack.layers.cell_call import Call, CellCall, Saved, by_layer, saved_by_layer
 from cellstack.layers.memory import Reused
-from cellstack.spec import ARRAYS, ShapeError
 
 
 def _with_one_bias(cell: CellCall, weights: Sequence[Tensor]) -> list[Tensor]:

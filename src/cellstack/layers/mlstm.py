@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from cellstack import native
+from cellstack.cells.base import MatrixState
+from cellstack.cells.errors import ShapeError, as_integer, check_sequence, check_state
 from cellstack.cells.mlstm import MemorySizes, step
+from cellstack.cells.plan import Plan
 from cellstack.layers import weights
 from cellstack.layers.base import EXPORT_HINT, Layer, as_dtype, as_input, last_axis
 from cellstack.layers.sequences import as_steps, as_used
 from cellstack.layers.tracing import batched, symbolic, transformed
-from cellstack.spec import MatrixState, Plan, ShapeError, as_integer, check_sequence, check_state
 from cellstack.views.torch import TorchMemoryOps
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cellstack.layers import eager, forward, op
-from cellstack.layers.cell import Cell, Masks, op_masks
+from cellstack.layers.cell_base import Cell, Masks, op_masks
 from cellstack.layers.forward import CellRun, Results, trace_of
 from cellstack.layers.rnn import RNN
 from cellstack.layers.sequences import at_last_used, shifted

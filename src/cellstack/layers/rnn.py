@@ -11,14 +11,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import COMPATIBLE, sign
+from cellstack.cells.errors import ShapeError, as_flag, check_sequence
+from cellstack.cells.plan import Plan
 from cellstack.layers import foreign, op, weights
 from cellstack.layers.base import Layer, as_input, of_cell, own
-from cellstack.layers.cell import Cell
+from cellstack.layers.cell_base import Cell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, unpack
 from cellstack.layers.stack import Call, StackedRNNCells, run_cells
 from cellstack.layers.state import StatefulLayer
-from cellstack.spec import Plan, ShapeError, as_flag, check_sequence
 
 FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask", "remat")
 OF_LAYER = (*FLAGS, "activity_regularizer", "name")

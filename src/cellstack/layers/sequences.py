@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from cellstack.cells.errors import ShapeError, check_mask
 from cellstack.layers.base import as_input, as_mask
-from cellstack.spec import ShapeError, check_mask
 
 
 class Given(NamedTuple):

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cellstack.cells.errors import ShapeError, as_nested, check_step
 from cellstack.layers import eager, forward
 from cellstack.layers.base import EXPORT_HINT, Layer, as_input, last_axis
-from cellstack.layers.cell import Cell
+from cellstack.layers.cell_base import Cell
 from cellstack.layers.foreign import as_cell, initial_state, output_width, state_counts, takes_training
 from cellstack.layers.forward import CellRun, Results
-from cellstack.spec import ShapeError, as_nested, check_step
 
 
 class StackedRNNCells(Layer):

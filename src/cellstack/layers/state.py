@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cellstack.cells.errors import ShapeError, as_nested
+from cellstack.cells.spec import STATES
 from cellstack.layers import foreign
 from cellstack.layers.base import Layer, as_input, recomputing, training_tensors
-from cellstack.layers.cell import Cell
+from cellstack.layers.cell_base import Cell
 from cellstack.layers.foreign import as_parts, cell_name, like_size, state_counts
-from cellstack.spec import STATES, ShapeError, as_nested
 
 _STATES = tuple(STATES.values())
 _NAMES = list(dict.fromkeys(name for state in _STATES for name in state._fields))  # in the order of the states

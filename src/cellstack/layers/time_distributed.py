@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from cellstack.cells.errors import ShapeError, check_mask
 from cellstack.layers.base import Layer, as_input, as_mask
 from cellstack.layers.bidirectional import Bidirectional
 from cellstack.layers.rnn import RNN
-from cellstack.spec import ShapeError, check_mask
 
 
 class TimeDistributed(Layer):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cellstack.cells.errors import ShapeError, as_integer
 from cellstack.layers.base import Layer, apply_constraints
 from cellstack.layers.rnn import RNN
 from cellstack.layers.sequences import as_steps, as_used
-from cellstack.spec import ShapeError, as_integer
 
 OWNER = "truncated_backward"
 

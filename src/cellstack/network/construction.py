@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cellstack.graph import Graph, check_name
+from cellstack.cells.errors import ShapeError
+from cellstack.network.graph import Graph, check_name
 from cellstack.nodes.base import Node
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recurrent import ends_both_ways, final
 from cellstack.nodes.time import FINAL, GlobalPool
-from cellstack.spec import ShapeError
 
 
 def checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:

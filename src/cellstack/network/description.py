@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from cellstack.bfloat16 import BFloat16Array
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.errors import FormatError
+from cellstack.cells.plan import Plan
 from cellstack.network.layouts import as_line
 from cellstack.nodes import NODES
 from cellstack.nodes.patches import Patch
 from cellstack.nodes.stored import Entry
-from cellstack.spec import FormatError, Plan
 
 if TYPE_CHECKING:
     from cellstack.network.network import Network

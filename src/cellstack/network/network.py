@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import native
-from cellstack.arguments import as_floats, as_numbers
-from cellstack.graph import Graph, Inputs, wired
+from cellstack.cells.plan import Plan
+from cellstack.network.arguments import as_floats, as_numbers
 from cellstack.network.construction import (
     checked_metadata,
     checked_names,
@@ -23,14 +23,14 @@ from cellstack.network.construction import (
 )
 from cellstack.network.delegated import Delegated
 from cellstack.network.description import as_text, plan_lines
+from cellstack.network.graph import Graph, Inputs, wired
 from cellstack.network.plan import Calls
 from cellstack.network.running import processors, run
 from cellstack.nodes.base import Array, CellState, Node, Shape
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Products
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recording import Recording
-from cellstack.spec import Plan
 
 if TYPE_CHECKING:
     from cellstack.nodes.mlstm import MatrixMemory

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import NamedTuple
 
-from cellstack.graph import Graph, origin
+from cellstack.network.graph import Graph, origin
 from cellstack.nodes.base import KernelLayers, Node
 from cellstack.nodes.recurrent import Recurrent
 

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from cellstack.arguments import as_flags, as_mask, as_own, as_states
+from cellstack.cells.base import MatrixState
+from cellstack.cells.errors import ShapeError, check_sequence
 from cellstack.network import layouts
+from cellstack.network.arguments import as_flags, as_mask, as_own, as_states
 from cellstack.nodes.base import Array, CellState, Flow
-from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.cell_arrays import WEIGHTS
 from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.nodes.dense import Products
 from cellstack.nodes.mlstm import MemoryRecord
 from cellstack.nodes.recording import Recording
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import MatrixState, ShapeError, check_sequence
 
 if TYPE_CHECKING:
     from cellstack.network.network import Network

@@ -3,7 +3,7 @@
 from cellstack.nodes.along import Merge, Pad, Select
 from cellstack.nodes.attention import Attention, TimeSoftmax
 from cellstack.nodes.base import Array, Node
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Dense, GroupedDense
 from cellstack.nodes.frames import Context, PerFrame
 from cellstack.nodes.grid import GridConv, GridPool

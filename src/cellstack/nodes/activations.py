@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import native, reference, spec
+from cellstack import native, reference
+from cellstack.cells import activations
 
 Array = NDArray[Any]
 
@@ -89,7 +90,7 @@ MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "exponential": np.exp,
     "relu6": lambda z: np.minimum(np.maximum(z, 0.0), 6.0),
 }
-"""Activations of nodes in addition to those of cells, `spec.ACTIVATIONS`, in NumPy; see `in_kernel`.
+"""Activations of nodes in addition to those of cells, `cells.activations.ACTIVATIONS`, in NumPy; see `in_kernel`.
 
     softmax      e^z over its sum along the last axis      log_softmax  its logarithm
     silu         z·sigmoid(z)                              selu         1.0507·(z, or 1.6733·(e^z - 1) where negative)
@@ -110,20 +111,20 @@ def in_kernel(text: str, dtype: np.dtype[Any]) -> tuple[int, float, float] | Non
         dtype: float32 or float64.
     """
     if text in native.NODE_ACTIVATIONS:
-        code = len(spec.ACTIVATIONS) + native.NODE_ACTIVATIONS.index(text)
+        code = len(activations.ACTIVATIONS) + native.NODE_ACTIVATIONS.index(text)
         return None if text == "gelu" and dtype != np.float32 else (code, 0.0, 0.0)
     if text in MORE_ACTIVATIONS:
         return None
-    name, alpha, beta = spec.activation(text)
-    return spec.ACTIVATIONS.index(name), alpha, beta
+    name, alpha, beta = activations.activation(text)
+    return activations.ACTIVATIONS.index(name), alpha, beta
 
 
 @lru_cache(maxsize=256)
 def activation_function(text: str) -> Callable[[Array], Array]:
-    """Return the function of an activation in `MORE_ACTIVATIONS`, or of one that `spec.activation` parses."""
+    """Return the function of an activation in `MORE_ACTIVATIONS`, or of one that `activations.activation` parses."""
     if text in MORE_ACTIVATIONS:
         return MORE_ACTIVATIONS[text]
-    name, alpha, beta = spec.activation(text)
+    name, alpha, beta = activations.activation(text)
     function = reference.ACTIVATIONS[name][0]
     return lambda z: function(z, alpha, beta)
 
@@ -157,7 +158,7 @@ def activation_gradient(text: str, z: Array, dy: Array) -> Array:
         return y * (dy - total) if text == "softmax" else dy - y * total
     if text in SLOPES:
         return dy * SLOPES[text](z)
-    name, alpha, beta = spec.activation(text)
+    name, alpha, beta = activations.activation(text)
     function, slope = reference.ACTIVATIONS[name]
     return dy * slope(z, function(z, alpha, beta), alpha, beta)
 
@@ -167,6 +168,6 @@ def check_activation(owner: str, text: Any) -> str:
     if isinstance(text, str) and text in MORE_ACTIVATIONS:
         return text
     try:
-        return str(spec.activation(text))
+        return str(activations.activation(text))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{owner}: activation: {error} (or {', '.join(MORE_ACTIVATIONS)})") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import (
     MOST_AXES,
     Array,
@@ -26,7 +27,6 @@ from cellstack.nodes.base import (
     shown,
 )
 from cellstack.nodes.checks import check_choice, check_integer, check_number
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -56,11 +56,9 @@ class Along(Node):
 
     Attributes:
         axis: the axis; 0 is the batch, -1 the last one.
-        why_whole: why a stream can't run the node unless the axis is the features.
     """
 
     axis: int
-    why_whole: ClassVar[str]
 
     def place(self, axes: int) -> int:
         """Return the positive index of the axis in a value with `axes` axes after the batch; 0 if it doesn't exist."""
@@ -194,6 +192,7 @@ class Pad(Along):
     value: float = 0.0
     axis: int = 1
     file_type = "pad"
+    about = "{0.before} before and {0.after} after axis {0.axis}, of {0.value:g}"
     settings: ClassVar = {"before": int, "after": int, "value": float, "axis": int}
     why_whole = "it adds steps before or after the sequence, and a stream has one output per step"
 
@@ -218,10 +217,6 @@ class Pad(Along):
 
     def keeps_steps(self, axes: int) -> bool:
         return self.place(axes) != 1
-
-    @property
-    def summary(self) -> str:
-        return f"{self.before} before and {self.after} after axis {self.axis}, of {self.value:g}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, StepRule, shown
+from cellstack.cells.errors import ShapeError
+from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, shown
 from cellstack.nodes.checks import check_flag, check_integer, check_number
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -45,6 +45,8 @@ class TimeSoftmax(Node):
     """
 
     file_type = "time_softmax"
+    why_whole = "softmax over time needs the whole sequence, which a stream doesn't have"
+    about = "over time"
     axes = (2, 2)
     keeps_width = True
     mixes_steps = True
@@ -60,13 +62,6 @@ class TimeSoftmax(Node):
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return [softmax_gradient(run.y, dy, 1)]
-
-    def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule("softmax over time needs the whole sequence, which a stream doesn't have")
-
-    @property
-    def summary(self) -> str:
-        return "over time"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +88,7 @@ class Attention(Node):
     scale: float | None = None
     causal: bool = False
     file_type = "attention"
+    why_whole = "attention needs the whole sequence, which a stream doesn't have"
     settings: ClassVar = {"heads": int, "scale": (float, type(None)), "causal": bool}
     inputs = 3
     axes = (2, 2)
@@ -159,9 +155,6 @@ class Attention(Node):
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         return masks[0]
-
-    def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule("attention needs the whole sequence, which a stream doesn't have")
 
     @property
     def summary(self) -> str:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.bfloat16 import BFloat16Array
+from cellstack.cells.base import HiddenState, MatrixState, State
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.masks import ArrayMasks
-from cellstack.spec import HiddenState, MatrixState, ShapeError, State
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -186,6 +187,8 @@ class Node:
             the key `use_…`.
         settings: its other arguments, with the types of their values in a file.
         multiplied: the names of the arrays that are multiplied with the input.
+        why_whole: why a stream can't run it, as a format string over the node.
+        about: its `summary`, as a format string over the node, such as `"{0.times} times"`.
     """
 
     cells: tuple[Any, ...] = ()
@@ -205,6 +208,8 @@ class Node:
     arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     settings: ClassVar[Types] = {}
     multiplied: ClassVar[tuple[str, ...]] = ()
+    why_whole: ClassVar[str] = ""
+    about: ClassVar[str] = ""
 
     @property
     def kernel_layers(self) -> KernelLayers | None:
@@ -335,7 +340,7 @@ class Node:
         Args:
             shapes: the shapes of the inputs, as for `check`.
         """
-        raise NotImplementedError
+        return StepRule(self.why_whole.format(self))
 
     # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -413,7 +418,7 @@ class Node:
     @property
     def summary(self) -> str:
         """What the node does, in a few words."""
-        raise NotImplementedError
+        return self.about.format(self)
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         """Return which implementation runs the node in a network of this dtype, and why."""

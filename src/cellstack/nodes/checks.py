@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.bfloat16 import BFloat16Array
-from cellstack.spec import DTYPES, ShapeError
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import DTYPES
 
 MOST = 2**31 - 1  # the largest count, such as of steps: no machine holds more, and sums of lengths stay exact
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from cellstack import native
-from cellstack.bfloat16 import BFloat16Array, rounded
+from cellstack.cells.bfloat16 import BFloat16Array, rounded
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.activations import activation_function, activation_gradient, check_activation, in_kernel
 from cellstack.nodes.base import Array, CellState, Flow, KernelLayers, NodeRun, Shape, StateGradients, Stepwise
-from cellstack.nodes.cell import STORED_WEIGHTS, check_narrow
+from cellstack.nodes.cell_arrays import STORED_WEIGHTS, check_narrow
 from cellstack.nodes.checks import check_choice, frozen_bfloat16, frozen_copy, one_dtype
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry
@@ -187,6 +187,7 @@ class Dense(Products):
     bias: Array | None = None
     activation: str = "linear"
     file_type = "dense"
+    about = "{0.activation}"
     arrays: ClassVar = {"kernel": ("input_size", "units"), "bias": ("units",)}
     settings: ClassVar = {"activation": str}
 
@@ -226,10 +227,6 @@ class Dense(Products):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         z = run.inputs[0].x @ self.kernel + (0 if self.bias is None else self.bias)
         return [activation_gradient(self.activation, z, dy) @ self.kernel.T]
-
-    @property
-    def summary(self) -> str:
-        return self.activation
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         after = f", {self.activation} in NumPy" if self.numpy_activation else ""

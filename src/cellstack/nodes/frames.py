@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import (
     MOST_AXES,
     Array,
@@ -31,7 +32,6 @@ from cellstack.nodes.base import (
 )
 from cellstack.nodes.checks import check_integer
 from cellstack.nodes.stored import Entry
-from cellstack.spec import ShapeError
 
 # The number of frames that a PerFrame processes at a time, so that intermediate values stay in the cache.
 BLOCK = 64
@@ -57,6 +57,7 @@ class Context(Node):
 
     size: int
     file_type = "context"
+    about = "{0.size} numbers of the frame before"
     settings: ClassVar = {"size": int}
     axes = (2, 2)
     heeds_mask = True
@@ -106,10 +107,6 @@ class Context(Node):
             return np.concatenate([before, x], axis=2), ends[:, -1:].copy()
 
         return StepRule(memory=(1, self.size), advance=advance)
-
-    @property
-    def summary(self) -> str:
-        return f"{self.size} numbers of the frame before"
 
 
 def _begun(reset: NDArray[np.bool_], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

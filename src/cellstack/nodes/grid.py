@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cellstack import native
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import MOST_AXES, Array, NodeRun, Shape, StateGradients, StepRule, Types
 from cellstack.nodes.checks import check_choice, check_flag, check_integer, frozen_copy, one_dtype
 from cellstack.nodes.grid_base import Grid, Lengths, lengths_of, pads_of, sizes_text
 from cellstack.nodes.windows import WINDOW_MODES
-from cellstack.spec import ShapeError
 
 BLOCK = 1 << 22  # numbers in the windows that are computed together
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import Array, Node, Shape, StepRule, check_axes
 from cellstack.nodes.checks import check_integer
 from cellstack.nodes.windows import checked_padding, why_not_by_steps, windows
-from cellstack.spec import ShapeError
 
 Lengths = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]

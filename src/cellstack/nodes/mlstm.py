@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
+from cellstack.cells.base import MatrixState
 from cellstack.cells.mlstm import MemorySizes
 from cellstack.nodes.base import Array, CellState, Flow, KernelLayers, Node, NodeRun, Shape, StateGradients, StepRule
 from cellstack.nodes.checks import check_flag, check_integer, check_number
 from cellstack.reference import ACTIVATIONS
-from cellstack.spec import MatrixState
 
 LINE = 64  # bytes of a cache line
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, StepRule, Stepwise
 from cellstack.nodes.checks import check_flag, check_integer, check_number, frozen_copy, one_dtype
-from cellstack.spec import ShapeError
 
 Steps = NDArray[np.bool_] | None
 
@@ -86,9 +86,7 @@ class _StepNorm(_Norm, Stepwise):
     over_time = False
     settings: ClassVar = {"epsilon": float}
 
-    @property
-    def summary(self) -> str:
-        return f"over the features, epsilon {self.epsilon:g}"
+    about = "over the features, epsilon {0.epsilon:g}"
 
 
 @dataclass(frozen=True, eq=False)

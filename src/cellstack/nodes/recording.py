@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
+from cellstack.cells.base import HiddenState, State
+from cellstack.cells.spec import CellSpec
 from cellstack.nodes.base import Array, CellState, Flow
 from cellstack.nodes.mlstm import MemoryRecord
-from cellstack.spec import CellSpec, HiddenState, State
 
 if TYPE_CHECKING:
-    from cellstack.nodes.cell import Cell
+    from cellstack.nodes.cell_arrays import Cell
     from cellstack.nodes.patches import CellPatches
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from cellstack.bfloat16 import BFloat16Array
-from cellstack.nodes.base import Array, Node, NodeRun, Shape, StateGradients, StepRule
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.errors import ShapeError
+from cellstack.nodes.base import Array, Node, NodeRun, StateGradients
 from cellstack.nodes.checks import check_choice, one_dtype
 from cellstack.nodes.stack import BACKWARDS, Calls, CellsRun, Recurrent, RecurrentNode, run_each
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -43,6 +43,8 @@ class Bidirectional(RecurrentNode):
     backward: Recurrent
     merge_mode: str = "concat"
     file_type = "bidirectional"
+    why_whole = BACKWARDS
+    about = "{0.forward.summary} and back, {0.merge_mode}"
     settings: ClassVar = {"forward": dict, "backward": dict, "merge_mode": str}
 
     def __post_init__(self) -> None:
@@ -70,10 +72,6 @@ class Bidirectional(RecurrentNode):
         object.__setattr__(self, "input_size", forward.input_size)
         object.__setattr__(self, "axes", forward.axes)
         object.__setattr__(self, "cells", forward.cells + backward.cells)
-
-    @property
-    def summary(self) -> str:
-        return f"{self.forward.summary} and back, {self.merge_mode}"
 
     @property
     def return_sequences(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -113,9 +111,6 @@ class Bidirectional(RecurrentNode):
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         return masks[0] if self.return_sequences else None
-
-    def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule(BACKWARDS)
 
     def with_weights(self, weights: str) -> Bidirectional:
         forward, backward = (half.with_weights(weights) for half in (self.forward, self.backward))

@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.along import Along, check_axis
 from cellstack.nodes.base import Array, CellState, Flow, NodeRun, Shape, StateGradients, StepRule, shown
 from cellstack.nodes.checks import check_choice, check_flag
-from cellstack.spec import ShapeError
 
 MODES = ("sum", "mean", "max", "min")
 

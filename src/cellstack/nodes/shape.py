@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import (
     MOST_AXES,
     Array,
@@ -23,7 +24,6 @@ from cellstack.nodes.base import (
     shown,
 )
 from cellstack.nodes.checks import check_integer
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -35,15 +35,13 @@ class _Shaping(Node):
     """Base class of nodes that change the shape of a whole value and drop its mask and resets."""
 
     shapes_only = True
+    why_whole = WHOLE_SEQUENCE
 
     def keeps_steps(self, axes: int) -> bool:
         return False
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return gradient_of_moves(self, run, dy)
-
-    def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule(WHOLE_SEQUENCE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +53,7 @@ class Flatten(_Shaping):
     """
 
     file_type = "flatten"
+    about = "to one axis"
     axes = (None, 1)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
@@ -67,10 +66,6 @@ class Flatten(_Shaping):
 
     def step_rule(self, *shapes: Shape) -> StepRule:
         return StepRule(WHOLE_SEQUENCE) if len(shapes[0]) > 1 else StepRule(step=lambda x: x)
-
-    @property
-    def summary(self) -> str:
-        return "to one axis"
 
 
 def _product(shape: Shape) -> int | None:
@@ -186,6 +181,8 @@ class Repeat(_Shaping):
 
     times: int
     file_type = "repeat"
+    why_whole = "it returns {0.times} steps for every step"
+    about = "{0.times} times"
     settings: ClassVar = {"times": int}
     axes = (1, 2)
     shapes_only = False
@@ -204,13 +201,6 @@ class Repeat(_Shaping):
         """Return `[B, times, W]` for `x [B, W]`."""
         return np.repeat(x[:, None], self.times, axis=1)
 
-    def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule(f"it returns {self.times} steps for every step")
-
-    @property
-    def summary(self) -> str:
-        return f"{self.times} times"
-
 
 @dataclass(frozen=True, eq=False)
 class RepeatLike(Node):
@@ -226,6 +216,8 @@ class RepeatLike(Node):
     """
 
     file_type = "repeat_like"
+    why_whole = "it repeats a vector of the whole sequence, which a stream doesn't have"
+    about = "for each step of its second input"
     inputs = 2
     axes = (1, 2)
 
@@ -244,10 +236,3 @@ class RepeatLike(Node):
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         return masks[1]
-
-    def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule("it repeats a vector of the whole sequence, which a stream doesn't have")
-
-    @property
-    def summary(self) -> str:
-        return "for each step of its second input"

@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.along import Along, check_axis
 from cellstack.nodes.base import Array, NodeRun, Shape, StateGradients, Stepwise, shown
 from cellstack.nodes.checks import check_integer, check_number
-from cellstack.spec import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +116,7 @@ class Magnitude(Stepwise):
 
     epsilon: float = 0.0
     file_type = "magnitude"
+    about = "of complex numbers"
     settings: ClassVar = {"epsilon": float}
 
     def __post_init__(self) -> None:
@@ -143,7 +144,3 @@ class Magnitude(Stepwise):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         share = np.divide(dy, run.y, out=np.zeros_like(run.y), where=run.y != 0)
         return [run.inputs[0].x * np.concatenate([share, share], axis=-1)]
-
-    @property
-    def summary(self) -> str:
-        return "of complex numbers"

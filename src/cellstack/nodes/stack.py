@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
-from cellstack.bfloat16 import BFloat16Array
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import STATES
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -25,10 +27,9 @@ from cellstack.nodes.base import (
     StepRule,
     shown,
 )
-from cellstack.nodes.cell import Cell, summary_of
+from cellstack.nodes.cell_arrays import Cell, summary_of
 from cellstack.nodes.checks import check_flag, one_dtype
 from cellstack.nodes.recording import Record, Recording, cell_gradients
-from cellstack.spec import STATES, ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks

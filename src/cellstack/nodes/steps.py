@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.activations import activation_function, activation_gradient, check_activation
-from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, StepRule, Stepwise, shown
+from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, Stepwise, shown
 from cellstack.nodes.checks import check_choice, check_flag, check_number, frozen_copy, one_dtype
-from cellstack.spec import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class Standardise(Stepwise):
     mean: Array
     scale: Array
     file_type = "standardise"
+    about = "(x - mean) / scale"
     arrays: ClassVar = {"mean": ("input_size",), "scale": ("input_size",)}
     multiplied = ("scale",)
 
@@ -50,10 +51,6 @@ class Standardise(Stepwise):
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return [dy / self.scale]
-
-    @property
-    def summary(self) -> str:
-        return "(x - mean) / scale"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +77,7 @@ class Scale(Stepwise):
     scale: Array
     shift: Array
     file_type = "scale"
+    about = "x·scale + shift"
     arrays: ClassVar = {"scale": ("input_size",), "shift": ("input_size",)}
     multiplied = ("scale",)
 
@@ -119,18 +117,14 @@ class Scale(Stepwise):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return [dy * self.scale]
 
-    @property
-    def summary(self) -> str:
-        return "x·scale + shift"
-
 
 @dataclass(frozen=True, eq=False)
 class Activation(Stepwise):
     """An activation of cells, or one that only nodes have, such as softmax.
 
     Args:
-        activation: what `cellstack.spec.activation` parses, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or a name
-            in `cellstack.nodes.activations.MORE_ACTIVATIONS`, such as `"softmax"`.
+        activation: what `cells.activations.activation` parses, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or a
+            name in `nodes.activations.MORE_ACTIVATIONS`, such as `"softmax"`.
 
     Raises:
         ValueError: an unknown name, or invalid parameters.
@@ -138,6 +132,7 @@ class Activation(Stepwise):
 
     activation: str
     file_type = "activation"
+    about = "{0.activation}"
     settings: ClassVar = {"activation": str}
     keeps_width = True
 
@@ -150,10 +145,6 @@ class Activation(Stepwise):
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return [activation_gradient(self.activation, run.inputs[0].x, dy)]
-
-    @property
-    def summary(self) -> str:
-        return self.activation
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +163,7 @@ class Power(Stepwise):
 
     exponent: float
     file_type = "power"
+    about = "x^{0.exponent:g}"
     settings: ClassVar = {"exponent": float}
     keeps_width = True
 
@@ -186,10 +178,6 @@ class Power(Stepwise):
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return [dy * self.exponent * Power(self.exponent - 1).apply(run.inputs[0].x)]
-
-    @property
-    def summary(self) -> str:
-        return f"x^{self.exponent:g}"
 
 
 FUNCTIONS = {"abs": np.abs, "cos": np.cos, "log": np.log, "sin": np.sin}
@@ -211,6 +199,7 @@ class Function(Stepwise):
 
     function: str
     file_type = "function"
+    about = "{0.function}"
     settings: ClassVar = {"function": str}
     keeps_width = True
 
@@ -227,10 +216,6 @@ class Function(Stepwise):
         slopes = {"abs": np.sign, "cos": lambda x: -np.sin(x), "log": np.reciprocal, "sin": np.cos}
         with np.errstate(all="ignore"):
             return [dy * slopes[self.function](x)]
-
-    @property
-    def summary(self) -> str:
-        return self.function
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,6 +357,8 @@ class StepMask(Node):
     """
 
     file_type = "step_mask"
+    why_whole = "it takes the flags of a whole sequence, which a stream doesn't have: leave padding out of the stream"
+    about = "steps whose flag is 0"
     inputs = 2
     axes = (None, 2)
     makes_mask = True
@@ -395,15 +382,6 @@ class StepMask(Node):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return [dy, np.zeros_like(run.inputs[1].x)]
 
-    def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule(
-            "it takes the flags of a whole sequence, which a stream doesn't have: leave padding out of the stream"
-        )
-
-    @property
-    def summary(self) -> str:
-        return "steps whose flag is 0"
-
 
 @dataclass(frozen=True, eq=False)
 class Masking(Stepwise):
@@ -421,6 +399,7 @@ class Masking(Stepwise):
 
     value: float = 0.0
     file_type = "masking"
+    about = "steps of {0.value:g}"
     settings: ClassVar = {"value": float}
     axes = (2, 2)
     keeps_width = True
@@ -438,7 +417,3 @@ class Masking(Stepwise):
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return [np.where(self.kept(run.inputs[0].x)[..., None], dy, 0)]
-
-    @property
-    def summary(self) -> str:
-        return f"steps of {self.value:g}"

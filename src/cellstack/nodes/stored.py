@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from cellstack.bfloat16 import BFloat16Array
+    from cellstack.cells.bfloat16 import BFloat16Array
     from cellstack.nodes.base import Array, Types
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cellstack import native
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.activations import activation_function, activation_gradient, check_activation, in_kernel
 from cellstack.nodes.base import (
     Array,
@@ -27,7 +28,6 @@ from cellstack.nodes.base import (
 from cellstack.nodes.checks import check_choice, check_integer, frozen_copy, one_dtype
 from cellstack.nodes.reduce import reduced, reduction_gradient
 from cellstack.nodes.windows import WINDOW_MODES, checked_padding, pads, steps_out, why_not_by_steps, windows
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -271,6 +271,7 @@ class Pool1D(Node):
     strides: int | None = None
     padding: str | tuple[int, int] = "valid"
     file_type = "pool1d"
+    about = "{0.mode} of {0.size} steps every {0.strides}, {0.padding}"
     settings: ClassVar = {"mode": str, "size": int, "strides": int, "padding": (str, list)}
     axes = (2, 2)
     keeps_width = True
@@ -359,10 +360,6 @@ class Pool1D(Node):
 
         return StepRule(memory=(self.size - 1, width + 1), advance=advance)
 
-    @property
-    def summary(self) -> str:
-        return f"{self.mode} of {self.size} steps every {self.strides}, {self.padding}"
-
 
 @dataclass(frozen=True, eq=False)
 class GlobalPool(Node):
@@ -381,6 +378,7 @@ class GlobalPool(Node):
 
     mode: str = "mean"
     file_type = "pool"
+    about = "{0.mode} over time"
     settings: ClassVar = {"mode": str}
     axes = (2, 1)
     keeps_width = True
@@ -396,10 +394,6 @@ class GlobalPool(Node):
                 "in a graph, give that node return_sequences=False instead"
             )
         return super().check(owner, *shapes)[1:]
-
-    @property
-    def summary(self) -> str:
-        return f"{self.mode} over time"
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,) = flows

@@ -1,6 +1,6 @@
 """Scores many sequences in many files, in one process or on Ray; and the function that does so, for other engines."""
 
-from cellstack.spec import check_installed
+from cellstack.cells.errors import check_installed
 
 check_installed("cellstack.scale", "pyarrow", "scale")
 check_installed("cellstack.scale", "tqdm", "scale")

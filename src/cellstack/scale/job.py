@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.formats.files import replacing
 from cellstack.scale.folder import KEY, Folder, Source
 from cellstack.scale.reading import batches
 from cellstack.scale.scorer import Scorer
 from cellstack.scale.states import States
-from cellstack.spec import FormatError, ShapeError
 from cellstack.train.checks import UsageError
 
 Chain = tuple[Source, ...]  # files that are scored one after the other

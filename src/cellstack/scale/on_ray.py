@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import check_installed
 from cellstack.scale.job import Chain, Job, Scored
-from cellstack.spec import check_installed
 from cellstack.train.checks import UsageError
 
 RETRIES = 3  # of a task whose worker is killed, and as many again if it was for lack of memory

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
+from cellstack.cells.errors import FormatError
 from cellstack.scale.scorer import Scorer
-from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.source import MISSING
 

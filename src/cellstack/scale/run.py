@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import load
 from cellstack.formats.files import digest_of, found
 from cellstack.scale.folder import Folder, Source
@@ -19,7 +20,6 @@ from cellstack.scale.job import Chain, Job, Scored
 from cellstack.scale.on_ray import run_on_ray
 from cellstack.scale.reading import SUFFIXES, batches, check_file
 from cellstack.scale.scorer import Scorer
-from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError, is_count
 from cellstack.train.progress import is_shown
 

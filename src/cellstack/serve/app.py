@@ -18,17 +18,15 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cellstack.serve.bodies import body_of
 from cellstack.serve.clients import EXTENSION
-from cellstack.serve.inference_protocol import http as inference_protocol
 from cellstack.serve.metrics import exposition
 from cellstack.serve.models import Model, Models, ServeError
 from cellstack.serve.multiplex_socket import Multiplex
-from cellstack.serve.openapi import OPENAPI
 from cellstack.serve.page import page
 from cellstack.serve.sockets import Connections, Endpoint
 from cellstack.serve.stream_socket import Stream
 from cellstack.serve.texts import array_of, converted, described, headers_of, parsed, text_of, text_of_array
-from cellstack.serve.tracing import trace_page
 from cellstack.serve.worker import StoppingError
 
 if TYPE_CHECKING:
@@ -40,13 +38,7 @@ try:
 except ImportError:  # OpenTelemetry is optional
     OpenTelemetryMiddleware = None
 
-OPEN_PATHS = (
-    "/",
-    "/health",
-    "/ready",
-    "/v2/health/live",
-    "/v2/health/ready",
-)  # without a token: the page has no data, and probes have no tokens
+OPEN_PATHS = ("/", "/health", "/ready")  # without a token: the page has no data, and probes have no tokens
 
 # Spans have the whole URL: requests with a secret in it get none, and frequent ones from probes neither.
 UNTRACED = (r"/sessions/", r"[?&](access_)?token=", r"/(health|ready|metrics)$")
@@ -88,7 +80,6 @@ def application(
         Route("/metrics", api.metrics),
         Route("/health", api.health),
         Route("/ready", api.ready),
-        Route("/openapi.json", api.openapi),
         Route("/models", api.models_),
         Route("/models/{name}", api.model),
         Route("/models/{name}/run", api.run, methods=["POST"]),
@@ -98,10 +89,8 @@ def application(
         Route("/sessions/{token}/step", api.step, methods=["POST"]),
         Route("/sessions/{token}/steps", api.steps, methods=["POST"]),
         Route("/sessions/{token}/state", api.state),
-        Route("/sessions/{token}/trace", api.trace),
         WebSocketRoute("/models/{name}/stream", Endpoint(Stream, models, connections)),
         WebSocketRoute("/multiplex", Endpoint(Multiplex, models, connections)),
-        *inference_protocol.routes(models, authorized),
     ]
     allowed = {"allow_origins": frozenset(allow_origins), "allow_hosts": frozenset(allow_hosts)}
     middleware = [Middleware(Guard, authorized=authorized, **allowed)]
@@ -228,10 +217,6 @@ class Api:
         content_type, body = exposition(self.models, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
-    async def openapi(self, request: Request) -> Response:
-        """Return the description of this API."""
-        return JSONResponse(OPENAPI)
-
     async def models_(self, request: Request) -> Response:
         """List the models."""
         return JSONResponse({"models": [described(versions[-1]) for versions in self.models.versions.values()]})
@@ -313,14 +298,6 @@ class Api:
         session = self._session(request)
         return Response(await session.model.state(session), media_type="application/octet-stream")
 
-    async def trace(self, request: Request) -> Response:
-        """Return the trace page of a session's last steps."""
-        session = self._session(request)
-        steps = request.query_params.get("steps", "100")
-        if not (steps.isascii() and steps.isdigit() and len(steps) < 10):
-            raise ServeError(400, f"steps: expected a number, got {steps!r:.50}")
-        return HTMLResponse(await trace_page(session.model, session, int(steps)))
-
     async def _steps(self, session: Any, body: bytes, one: bool) -> tuple[int, list[Any], dict[int, str]]:
         """Step a session; return the last frame's number, the outputs, None where refused, and the reasons."""
         rows = session.model.rows
@@ -353,7 +330,7 @@ class Api:
         return self.models.session(request.path_params["token"])
 
     async def _body(self, request: Request) -> bytes:
-        return await inference_protocol.body_of(request, self.models.limits.message)
+        return await body_of(request, self.models.limits.message)
 
 
 def _x(body: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +18,36 @@ from cellstack.serve.journal import OPTIONS, Journal
 from cellstack.serve.models import Model, ServeError
 from cellstack.serve.replay import Restored
 
-LEVELS = ("none", "snapshot", "frames", "synced")
-"""What survives `kill -9`: nothing; the sessions as of some seconds ago; every frame; every frame, also a power cut."""
-
 
 class Store:
     """A durable folder, which one server uses at a time. It has a subfolder for each version of a model.
 
     Args:
         folder: is created if it doesn't exist.
-        level: one of `LEVELS`, but not `"none"`.
-        every: seconds between snapshots at the level `"snapshot"`.
-        wait: seconds to wait for another server that is about to exit, after `request_handover`.
+        synced: whether each frame is flushed to the disk, so that it survives a power cut too.
 
     Raises:
         ServeError: another server uses the folder.
         OSError: it can't be created.
     """
 
-    def __init__(self, folder: Path, level: str = "frames", every: float = 5.0, wait: float = 0.0) -> None:
-        if level not in LEVELS[1:]:
-            raise ValueError(f"Store: expected level to be one of {', '.join(LEVELS[1:])}, got {level!r}")
+    def __init__(self, folder: Path, synced: bool = False) -> None:
         try:
             import fcntl
         except ImportError:
             raise ServeError(503, "durable sessions need a system with file locks, such as Linux or macOS") from None
-        self.folder, self.level, self.every = folder, level, every
+        self.folder, self.synced = folder, synced
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = open(folder / "lock", "a+")  # noqa: SIM115  (kept open while the folder is in use)
-        until = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() < until:
-                    time.sleep(0.02)
-                    continue
-                self._lock.seek(0)
-                process = self._lock.read(20).strip() or "unknown"
-                self._lock.close()
-                raise ServeError(
-                    409, f"{folder} is in use by another server (process {process}): stop it, or use another folder"
-                ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            process = self._lock.read(20).strip() or "unknown"
+            self._lock.close()
+            raise ServeError(
+                409, f"{folder} is in use by another server (process {process}): stop it, or use another folder"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -89,13 +75,12 @@ class Store:
             found.append((paths[0].stat().st_mtime, paths[0], options))
         return [(path, options) for _, path, options in sorted(found, key=lambda one: one[:2])]
 
-    def restore(self, model: Model, path: Path | None = None, recover: bool = False) -> Restored | None:
+    def restore(self, model: Model, path: Path | None = None) -> Restored | None:
         """Restore a model's sessions, and store them from now on. Must be called before the model accepts frames.
 
         Args:
             model: the model.
             path: its file, which is copied into the folder, so that the sessions survive when the file changes.
-            recover: see `Journal.restore`.
 
         Returns:
             what was found; None for a model without sessions.
@@ -109,7 +94,7 @@ class Store:
         folder.mkdir(mode=0o700, exist_ok=True)
         if path is not None and not (folder / "model").exists():
             _copy(path, folder, model)
-        return Journal(folder, model, self.level, self.every).restore(recover)
+        return Journal(folder, model, self.synced).restore()
 
     def close(self) -> None:
         """Let other servers use the folder. The models must have been stopped before."""

@@ -14,15 +14,15 @@ import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import flush_folder
-from cellstack.spec import FormatError
 
 APPLICATION = 0x63737373  # SQLite's application_id of these files
 FORMAT = 1
@@ -34,11 +34,7 @@ Numbers = NDArray[np.int64]
 
 
 class DamageError(FormatError):
-    """A file of durable sessions can't be read. `counted` is the number of frames per session that it still shows."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.counted: dict[int, int] = {}
+    """A file of durable sessions can't be read."""
 
 
 class Record(NamedTuple):
@@ -60,12 +56,12 @@ class Part(NamedTuple):
 
     Attributes:
         about: the lists `numbers`, `tokens`, `counts`, `stored_from`.
-        states, answers: as bytes, one session after the other in each array; None if they are damaged.
+        states, answers: as bytes, one session after the other in each array.
     """
 
     about: dict[str, list[Any]]
-    states: bytes | None
-    answers: bytes | NDArray[np.uint8] | None
+    states: bytes
+    answers: bytes | NDArray[np.uint8]
 
 
 def disk_error(error: sqlite3.Error) -> OSError:
@@ -233,21 +229,17 @@ def read_log(folder: Path, number: int, about: dict[str, Any]) -> Iterator[Recor
     database, _ = _open(path, about)
     with closing(database):
         last = 0
-        try:
-            for last, kind, crc, sessions, data in _rows(database, path):
-                if not isinstance(sessions, bytes) or not isinstance(data, bytes):
-                    raise DamageError(f"{path}: record {last} has a wrong type")
-                if _check(last, kind, sessions, data) != crc:
-                    raise DamageError(f"{path}: record {last} doesn't match its checksum")
-                yield Record(kind, np.frombuffer(sessions, np.int64), data)
-            if not mark.is_file() or mark.stat().st_size != 8:
-                raise DamageError(f"{mark}: expected a file of 8 bytes")
-            written = int.from_bytes(mark.read_bytes(), "little")
-            if written > last:
-                raise DamageError(f"{path}: {written - last} records after record {last} are damaged or missing")
-        except DamageError as damage:
-            damage.counted = _count(database, last)
-            raise
+        for last, kind, crc, sessions, data in _rows(database, path):
+            if not isinstance(sessions, bytes) or not isinstance(data, bytes):
+                raise DamageError(f"{path}: record {last} has a wrong type")
+            if _check(last, kind, sessions, data) != crc:
+                raise DamageError(f"{path}: record {last} doesn't match its checksum")
+            yield Record(kind, np.frombuffer(sessions, np.int64), data)
+        if not mark.is_file() or mark.stat().st_size != 8:
+            raise DamageError(f"{mark}: expected a file of 8 bytes")
+        written = int.from_bytes(mark.read_bytes(), "little")
+        if written > last:
+            raise DamageError(f"{path}: {written - last} records after record {last} are damaged or missing")
 
 
 def _rows(database: sqlite3.Connection, path: Path) -> Iterator[tuple[Any, ...]]:
@@ -260,27 +252,6 @@ def _rows(database: sqlite3.Connection, path: Path) -> Iterator[tuple[Any, ...]]
             expected += 1
     except sqlite3.Error as error:
         raise DamageError(f"{path}: {error} after record {expected - 1}") from None
-
-
-def _count(database: sqlite3.Connection, since: int) -> dict[int, int]:
-    """Return the number of frames per session in the records from `since` on, as far as they can be read."""
-    counted: dict[int, int] = {}
-    with suppress(sqlite3.Error):  # the damage is reported by the caller
-        for (sessions,) in database.execute("SELECT sessions FROM log WHERE id >= ? AND kind = ?", (since, FRAMES)):
-            if isinstance(sessions, bytes) and len(sessions) % 8 == 0:
-                for session in np.frombuffer(sessions, np.int64).tolist():
-                    counted[session] = counted.get(session, 0) + 1
-    return counted
-
-
-def count_log(folder: Path, number: int, about: dict[str, Any]) -> dict[int, int]:
-    """Return the number of frames per session in a log, as far as it can be read."""
-    try:
-        database, _ = _open(path_of(folder, number, "log"), about)
-    except DamageError:
-        return {}
-    with closing(database):
-        return _count(database, 0)
 
 
 def write_snapshot(folder: Path, number: int, about: dict[str, Any], parts: Iterable[Part]) -> None:
@@ -312,14 +283,8 @@ def write_snapshot(folder: Path, number: int, about: dict[str, Any], parts: Iter
         raise
 
 
-def read_snapshot(
-    folder: Path, number: int, about: dict[str, Any], damage: list[str] | None
-) -> tuple[dict[str, Any], list[Part]]:
-    """Read a snapshot: what it was described as, and its parts.
-
-    Args:
-        folder, number, about: see `Log`.
-        damage: None: damaged parts raise an error; a list: it receives descriptions of them.
+def read_snapshot(folder: Path, number: int, about: dict[str, Any]) -> tuple[dict[str, Any], list[Part]]:
+    """Read a snapshot: what it was described as, and its parts. For the arguments see `Log`.
 
     Raises:
         DamageError: it can't be read.
@@ -327,29 +292,20 @@ def read_snapshot(
     path = path_of(folder, number, "snapshot")
     database, described = _open(path, about)
     with closing(database):
-        found = [_part(database, path, place, damage) for place in range(described["parts"])]
-    return described, [part for part in found if part is not None]
+        return described, [_part(database, path, place) for place in range(described["parts"])]
 
 
-def _part(database: sqlite3.Connection, path: Path, place: int, damage: list[str] | None) -> Part | None:
-    """Read a part of a snapshot, see `read_snapshot`; None if nothing of it can be read."""
-    part, problem = None, ""
+def _part(database: sqlite3.Connection, path: Path, place: int) -> Part:
+    """Read a part of a snapshot."""
     try:
         row = database.execute("SELECT sessions, crc, states, answers, data_crc FROM part WHERE id = ?", (place,))
         ((text, crc, states, answers, data_crc),) = row.fetchall() or ((None,) * 5,)
-        if not isinstance(text, str) or zlib.crc32(text.encode()) != crc:
-            problem = f"{path}: the list of sessions in part {place} is missing or doesn't match its checksum"
-        else:
-            part = Part(json.loads(text), states, answers)
-            if not isinstance(states, bytes) or not isinstance(answers, bytes):
-                problem = f"{path}: the states in part {place} are missing"
-            elif _check(place, 0, states, answers) != data_crc:
-                problem = f"{path}: the states in part {place} don't match their checksum"
     except sqlite3.Error as error:
-        problem = f"{path}: {error} in part {place}"
-    if not problem:
-        return part
-    if damage is None:
-        raise DamageError(problem)
-    damage.append(problem)
-    return None if part is None else Part(part.about, None, None)
+        raise DamageError(f"{path}: {error} in part {place}") from None
+    if not isinstance(text, str) or zlib.crc32(text.encode()) != crc:
+        raise DamageError(f"{path}: the list of sessions in part {place} is missing or doesn't match its checksum")
+    if not isinstance(states, bytes) or not isinstance(answers, bytes):
+        raise DamageError(f"{path}: the states in part {place} are missing")
+    if _check(place, 0, states, answers) != data_crc:
+        raise DamageError(f"{path}: the states in part {place} don't match their checksum")
+    return Part(json.loads(text), states, answers)

@@ -89,12 +89,6 @@ class Http(HttpToolsProtocol):
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
 
-    def between_requests(self) -> bool:
-        """Return whether all requests are answered, and no part of a further one has arrived."""
-        transport, waits = self.transport, self._size or self._rest or self._receiving
-        answered = self.cycle is None or self.cycle.response_complete
-        return answered and not (waits or transport.is_closing() or transport.get_write_buffer_size())
-
     def data_received(self, data: bytes) -> None:
         """Parse data, or the first part of them."""
         if self.transport.is_closing():

@@ -19,6 +19,7 @@ from cellstack.serve.generations import (
     FRAMES,
     OPENED,
     REFUSED,
+    DamageError,
     Log,
     Numbers,
     Part,
@@ -29,7 +30,7 @@ from cellstack.serve.generations import (
     write_snapshot,
 )
 from cellstack.serve.models import Model, ServeError, Session
-from cellstack.serve.replay import Restored, replayed
+from cellstack.serve.replay import Replay, Restored
 
 if TYPE_CHECKING:
     from cellstack.serve.rows import Records
@@ -59,22 +60,21 @@ class Journal:
     Args:
         folder: of this version of the model.
         model: the model, which has sessions.
-        level, every: see `Store`.
+        synced: see `Store`.
 
     Attributes:
-        problem: why the last snapshot couldn't be written, or None. The log grows until one can be; nothing is lost,
-            but for the level `"snapshot"` if the process is killed.
+        problem: why the last snapshot couldn't be written, or None. The log grows until one can be; nothing is lost.
         snapshots: the number of snapshots written.
 
     Raises:
         ServeError: the network has patches.
     """
 
-    def __init__(self, folder: Path, model: Model, level: str = "frames", every: float = 5.0) -> None:
+    def __init__(self, folder: Path, model: Model, synced: bool = False) -> None:
         assert model.rows is not None
         if model.network.patches:
             raise ServeError(400, f"{model.name} has patches, whose progress in a session can't be stored")
-        self.folder, self.model, self.level, self.every = folder, model, level, every
+        self.folder, self.model, self.synced = folder, model, synced
         self.problem: str | None = None
         self.snapshots = 0
         self._tokens: dict[int, str] = {}  # of the open sessions, by number
@@ -86,11 +86,9 @@ class Journal:
         self._next = 1  # generation
         self._stepping: float | None = None  # since when the last stored frames are stepped
         self._stepped = 0.0  # seconds of steps in the log
-        self._unsaved = 0  # frames since the snapshot, at the level "snapshot"
-        self._last, self._not_before = time.monotonic(), 0.0
+        self._not_before = 0.0
         self._job: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, f"cellstack-{model.name}-snapshots")
-        self._damaged: Path | None = None  # where damaged files are kept when they are replaced
         self._ended = threading.Event()
         like = model.initial
         self._shapes = [(array.dtype, array.shape[1:]) for entry in like for array in entry]
@@ -138,14 +136,11 @@ class Journal:
             OSError: they can't be stored.
         """
         self._add_time()
-        if self.level == "snapshot":
-            self._unsaved += len(rows)
-        else:
-            try:
-                self._write(Record(FRAMES, sessions, rows))
-            except OSError:
-                np.add.at(self._refused, sessions % self.model.capacity, 1)
-                raise
+        try:
+            self._write(Record(FRAMES, sessions, rows))
+        except OSError:
+            np.add.at(self._refused, sessions % self.model.capacity, 1)
+            raise
         self._stepping = time.perf_counter()
 
     def after_batch(self) -> None:
@@ -217,11 +212,8 @@ class Journal:
 
     def _due(self) -> bool:
         assert self._log is not None
-        now = time.monotonic()
-        if now < self._not_before:
-            return False
-        late = self.level == "snapshot" and self._unsaved > 0 and now - self._last >= self.every
-        return late or self._stepped > REPLAY or self._log.bytes > LARGEST
+        late = self._stepped > REPLAY or self._log.bytes > LARGEST
+        return late and time.monotonic() >= self._not_before
 
     def _failed(self, error: BaseException) -> None:
         self.problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -245,12 +237,12 @@ class Journal:
         assert self._spare is not None
         self._old.append(self._log)
         self._log, self._spare = self._spare, None
-        self._stepped, self._unsaved, self._last = 0.0, 0, time.monotonic()
+        self._stepped = 0.0
         self._job = self._writer.submit(self._complete, self._log.number, moment)
 
     def _prepare(self) -> None:
         number, self._next = self._next, self._next + 1
-        self._spare = Log(self.folder, number, self._described(), self.level == "synced")
+        self._spare = Log(self.folder, number, self._described(), self.synced)
 
     def _complete(self, number: int, moment: _Moment) -> None:
         """Write a snapshot, delete what it replaces, and prepare the next log."""
@@ -268,11 +260,7 @@ class Journal:
 
     def _delete_before(self, number: int) -> None:
         for path in files_before(self.folder, number):
-            if self._damaged is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.rename(self._damaged / path.name)
-        self._damaged = None
+            path.unlink(missing_ok=True)
 
     def _described(self) -> dict[str, Any]:
         return self._about | {"capacity": self.model.capacity, "kept": self.model.worker.kept}
@@ -316,12 +304,8 @@ class Journal:
 
     # ── restoring ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def restore(self, recover: bool = False) -> Restored:
+    def restore(self) -> Restored:
         """Restore the sessions, and store them from now on.
-
-        Args:
-            recover: keep all that precedes the first damage, instead of raising an error. The damaged files are moved
-                to a subfolder.
 
         Returns:
             what was found.
@@ -335,15 +319,14 @@ class Journal:
         found = Restored()
         snapshots, logs = numbers_of(self.folder, "snapshot"), numbers_of(self.folder, "log")
         if snapshots or logs:
-            found = replayed(self, snapshots, logs, recover)
+            try:
+                found = Replay(self, snapshots, logs).run()
+            except DamageError as damage:
+                raise DamageError(f"{damage}: move {self.folder} away to give up its sessions") from None
         self._next = max([*snapshots, *logs, 0]) + 1
         self._prepare()
         assert self._spare is not None
         self._log, self._spare = self._spare, None
-        if found.damage:
-            self._damaged = self.folder / f"damaged-{self._log.number:06}"
-            self._damaged.mkdir()
-            found.damage.append(f"the files are kept in {self._damaged}")
         self._writer.submit(self._complete, self._log.number, self._moment()).result()
         found.sessions, found.seconds = len(self._tokens), time.perf_counter() - begun
         for number, token in self._tokens.items():
@@ -352,15 +335,4 @@ class Journal:
             session.touch()
             self.model.sessions[token] = session
         self.model.worker.journal = self
-        if self.level == "snapshot":
-            threading.Thread(target=self._call_regularly, name="cellstack-regular", daemon=True).start()
         return found
-
-    def _call_regularly(self) -> None:
-        """Let the worker call `after_batch` also when no frames arrive."""
-        while not self._ended.wait(self.every):
-            if self._unsaved:
-                try:
-                    self.model.worker.call(self.after_batch, lambda result: None)
-                except RuntimeError:  # it stops, and then calls `close`
-                    return

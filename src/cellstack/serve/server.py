@@ -8,8 +8,7 @@ import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,24 +24,20 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
     ) from error
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import digest_of
 from cellstack.serve.clients import MOST_NEW, Clients
-from cellstack.serve.inference_protocol.service import Service
 from cellstack.serve.models import Limits, Models, ServeError
 from cellstack.serve.texts import described
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.serve.durable import Store
-    from cellstack.serve.handover import HandoverServer, Taken
 
 BACKLOG = 2048
 FILES = 256  # open ones other than connections
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
-ANSWER_SECONDS = 2.0  # for requests that are under way then
 FLUSH_SECONDS = 5.0  # for clients to read their last answers
-EXIT_SECONDS = 5.0  # for the process that has handed over, to release its folder
 SWITCH_SECONDS = (
     0.0005  # after which a thread gets the interpreter; the default of 5 ms is longer than most answers take
 )
@@ -54,9 +49,8 @@ class Settings:
 
     Attributes:
         host, port: where it listens; port 0: any free one.
-        grpc_port: where it listens for gRPC; None: nowhere.
         durable: the folder in which sessions are stored; None: they end with the process.
-        durability: `"none"`, `"snapshot"`, `"frames"` or `"synced"`, see docs/serve.md.
+        synced: whether each frame is flushed to the disk, so that it survives a power cut too.
         limits: see `Limits`.
         connections: open connections whose client has sent a valid request; at most as many others may be open.
         tokens: one of them is required in each request; none: no token is required.
@@ -65,14 +59,12 @@ class Settings:
         tls_cert, tls_key: files of the certificate and its key; None: no TLS.
         threads: the threads of a step.
         options: keyword arguments of `cellstack.load`.
-        recover: start also if stored sessions are damaged, with what precedes the damage.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
-    grpc_port: int | None = None
     durable: Path | None = None
-    durability: str = "frames"
+    synced: bool = False
     limits: Limits = field(default_factory=Limits)
     connections: int = 10_000
     tokens: tuple[str, ...] = ()
@@ -82,7 +74,6 @@ class Settings:
     tls_key: str | None = None
     threads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    recover: bool = False
 
 
 def hosts(settings: Settings) -> set[str]:
@@ -140,9 +131,6 @@ class Server(uvicorn.Server):
         self.ready, self.signal, self.clients = False, 0, Clients(settings.connections)
         self.app = application(models, settings.tokens, settings.allow_origins, self, hosts(settings))
         self._store: Store | None = None
-        self._handover: HandoverServer | None = None
-        self._grpc: Any = None
-        self._taken: Taken | None = None
         self._finished = False
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -191,47 +179,21 @@ class Server(uvicorn.Server):
         """Serve until a signal.
 
         Args:
-            sockets: the listening sockets; None, with durable sessions: those of the process that uses the folder, or
-                new ones.
+            sockets: the listening sockets.
 
         Raises:
-            ServeError, FormatError, OSError: the port is in use, or see `request_handover` and `durable.Store`.
+            ServeError, FormatError, OSError: see `durable.Store`.
         """
         if self.settings.durable is not None:
-            sockets = await self._take_over(self.settings.durable, sockets)
-        assert sockets
+            self._restore(self.settings.durable)
         await super().serve(sockets)
-
-    async def _take_over(self, folder: Path, sockets: list[socket.socket] | None) -> list[socket.socket]:
-        from cellstack.serve.handover import is_running, request_handover
-
-        settings = self.settings
-        if is_running(folder):
-            self._bind_grpc(reuse_port=True)  # before the other process stops listening, so that clients can connect
-            self._taken = await request_handover(folder)
-        elif settings.grpc_port is not None:
-            listen(settings.host, settings.grpc_port).close()  # gRPC wouldn't notice that others use a port it shares
-            self._bind_grpc(reuse_port=True)
-        self._restore(folder)
-        if self._taken is not None:
-            return self._taken.sockets
-        return sockets or [listen(settings.host, settings.port)]
-
-    def _bind_grpc(self, reuse_port: bool = False) -> None:
-        settings = self.settings
-        if settings.grpc_port is None:
-            return
-        from cellstack.serve.inference_protocol import grpc
-
-        address, credentials = (settings.host, settings.grpc_port), grpc_credentials(settings)
-        self._grpc = grpc.bound(self.models, *address, settings.tokens, credentials, reuse_port)
 
     def _restore(self, folder: Path) -> None:
         """Restore the stored sessions, and store sessions from now on."""
         from cellstack.serve.durable import Store
 
         settings, models = self.settings, self.models
-        self._store = store = Store(folder, settings.durability, wait=EXIT_SECONDS if self._taken else 0.0)
+        self._store = store = Store(folder, settings.synced)
         loaded = {model.digest for model in models.all()}
         for path, options in reversed(store.stored_models()):  # older versions, of which there are sessions
             if digest_of(path, options) not in loaded:
@@ -239,15 +201,10 @@ class Server(uvicorn.Server):
         for name, versions in models.versions.items():
             for number, model in enumerate(versions, 1):
                 model.version = number
-                found = store.restore(
-                    model, models.paths.get(name) if model is versions[-1] else None, settings.recover
-                )
-                if found is not None and (found.sessions or found.damage):
+                found = store.restore(model, models.paths.get(name) if model is versions[-1] else None)
+                if found is not None and found.sessions:
                     said = f"{name}: restored {found.sessions} sessions and {found.frames} frames"
                     self.report(f"{said} in {found.seconds:.2f} s")
-                    for text in found.damage:
-                        self.report(f"{name}: {text}")
-        Service.of(models).find_restored()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving."""
@@ -255,19 +212,7 @@ class Server(uvicorn.Server):
         loop, settings = asyncio.get_running_loop(), self.settings
         for model in self.models.all():
             model.start(loop)
-        if self._grpc is None:
-            self._bind_grpc()
-        if self._grpc is not None:
-            await self._grpc.start()
-        if self._store is not None:
-            from cellstack.serve.handover import HandoverServer
-
-            self._handover = HandoverServer(self._store.folder, [one.dup() for one in sockets], self._hand_over)
-            await self._handover.start()
-            self._start(self._exit_after_handover(self._handover))
         await super().startup(sockets)
-        for connection in self._taken.connections if self._taken else ():
-            await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
         self._start(self._close_idle())
         self.ready = True
         host, port = sockets[0].getsockname()[:2]
@@ -275,47 +220,15 @@ class Server(uvicorn.Server):
         models = [described(versions[-1]) for versions in self.models.versions.values()]
         self._listens({"url": url, "port": port, "models": models})
 
-    async def _exit_after_handover(self, handover: HandoverServer) -> None:
-        await handover.done.wait()
-        self.report("another process continues")
-        self.should_exit = True
-
-    def _protocol(self) -> asyncio.Protocol:
-        kind: Any = self.config.http_protocol_class
-        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-
-    async def _hand_over(self) -> list[socket.socket]:
-        """Stop, and return the sockets of idle HTTP connections, which stay open."""
-        taken: list[socket.socket] = []
-
-        async def settle() -> None:
-            until = time.monotonic() + ANSWER_SECONDS
-            await asyncio.sleep(0.05)  # connections that were accepted just now aren't in the list yet
-            while some := [one for one in self.server_state.connections if isinstance(one, Http)]:
-                taken.extend(taken_from(one) for one in some if one.between_requests())
-                if time.monotonic() > until:
-                    return
-                await asyncio.sleep(0.01)
-
-        await self.finish(settle if self.settings.tls_cert is None else None)  # the state of TLS can't be passed
-        return taken
-
-    async def finish(self, settle: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Accept no more connections, answer all frames that were received, and store the sessions.
-
-        Args:
-            settle: waits for requests of connections that were accepted last; None: for `SETTLE_SECONDS`.
-        """
+    async def finish(self) -> None:
+        """Accept no more connections, answer all frames that were received, and store the sessions."""
         if self._finished:
             return
         self._finished, self.ready = True, False
         for server in self.servers:
             server.close()
-        await (settle() if settle is not None else asyncio.sleep(SETTLE_SECONDS))
-        Service.of(self.models).stop()
+        await asyncio.sleep(SETTLE_SECONDS)
         await self.app.state.connections.finish()
-        if self._grpc is not None:
-            await self._grpc.stop(ANSWER_SECONDS)
         loop = asyncio.get_running_loop()
         for model in self.models.all():
             await loop.run_in_executor(None, model.stop)
@@ -324,8 +237,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End, after `finish`."""
-        if self._handover is not None:
-            await self._handover.close()
         await self.finish()
         for task in self._tasks:
             task.cancel()
@@ -369,25 +280,6 @@ class Server(uvicorn.Server):
             await asyncio.sleep(min(5.0, self.settings.limits.idle / 4))
             self.clients.drop_late()
             await self.models.drop_unused()
-
-
-def taken_from(connection: Http) -> socket.socket:
-    """Return a copy of a connection's socket that stays open, and forget the connection."""
-    connection.transport.pause_reading()
-    found = socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno()))
-    connection.transport.abort()
-    return found
-
-
-def grpc_credentials(settings: Settings) -> Any:
-    """Return the certificate and its key for gRPC; None without TLS."""
-    if settings.tls_cert is None:
-        return None
-    import grpc
-
-    certificate = Path(settings.tls_cert).read_bytes()
-    key = Path(settings.tls_key).read_bytes() if settings.tls_key else certificate
-    return grpc.ssl_server_credentials([(key, certificate)])
 
 
 def prepare_process(connections: int) -> int:

@@ -69,19 +69,6 @@ class Journal(Protocol):
         """Store all sessions for the next process. Called after the worker has stopped."""
 
 
-class Recorder(Protocol):
-    """Records steps of sessions, for traces and metrics; see `tracing.py`."""
-
-    def before(self, sessions: NDArray[np.int64]) -> Any:
-        """Return what `after` needs of the states before a step of different sessions."""
-
-    def after(self, sessions: NDArray[np.int64], rows: Records, before: Any) -> None:
-        """Record a step that succeeded."""
-
-    def closed(self, session: int) -> None:
-        """Forget a session."""
-
-
 class Frames:
     """A group of frames that arrived together: a queued item.
 
@@ -125,7 +112,6 @@ class Worker:
     ) -> None:
         self.pool, self.rows, self.kept = pool, rows, kept
         self.journal: Journal | None = None
-        self.recorder: Recorder | None = None
         self.count = np.zeros(pool.capacity, np.int64)
         self._stored_from = np.zeros(pool.capacity, np.int64)
         # Sessions that step together have their newest answers next to each other in memory.
@@ -232,8 +218,6 @@ class Worker:
         """Note that a session was closed. Only called by a function that `call` runs."""
         if self.journal is not None:
             self.journal.closed(session)
-        if self.recorder is not None:
-            self.recorder.closed(session)
 
     def _put(self, item: Any) -> None:
         with self._lock:
@@ -403,8 +387,6 @@ class Worker:
 
     def _step_once(self, sessions: NDArray[np.int64], rows: Records) -> tuple[Records, dict[int, str]]:
         """Step different sessions once. If the network refuses the batch, each is stepped alone."""
-        recorder = self.recorder
-        before = None if recorder is None else recorder.before(sessions)
         try:
             results = self.pool.step(sessions, self.rows.given(rows))
         except (ValueError, TypeError) as error:
@@ -413,8 +395,6 @@ class Worker:
             each = [self._step_once(sessions[n : n + 1], rows[n : n + 1]) for n in range(len(sessions))]
             refused = {n: why[0] for n, (_, why) in enumerate(each) if why}
             return np.concatenate([answers for answers, _ in each]), refused
-        if recorder is not None:
-            recorder.after(sessions, rows, before)
         return self.rows.answers(results), {}
 
 

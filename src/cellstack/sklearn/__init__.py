@@ -3,7 +3,7 @@
 Ref: scikit-learn, "Developing scikit-learn estimators", https://scikit-learn.org/stable/developers/develop.html
 """
 
-from cellstack.spec import check_installed
+from cellstack.cells.errors import check_installed
 
 for _package in ("sklearn", "torch"):
     check_installed("cellstack.sklearn", _package, "sklearn")

@@ -66,7 +66,7 @@ class SequenceForecaster(ForecasterParameters):
             name: getattr(self, name) for name in FORECASTER if name in applying("forecasts") and name not in READING
         }
         given |= {"seed": seed_of(self.random_state), "progress": self.verbose}
-        trained = train.fit_forecast(table, **given, test=0.0, baselines=False)
+        trained = train.fit_forecast(table, **given, test=0.0)
         result = trained.result
         self.network_, self.recipe_, self.history_ = result.network, trained.recipe, result.history
         self.understood_, self.n_iter_ = trained.understood, len(result.history)

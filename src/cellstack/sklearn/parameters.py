@@ -21,7 +21,7 @@ from cellstack.train.tables.table import READING
 
 C = TypeVar("C", bound=type)
 RUN = ("validation", "threads", "device")
-NOT_HERE = ("head", "loss", "seed", "baselines")  # `random_state` has the seed
+NOT_HERE = ("head", "loss", "seed")  # `random_state` has the seed
 VALIDATION = "share to choose the best epoch on, of each class; 0: none, keep the last"
 CHANGES = "also use the change of each channel since the previous step as an input channel."
 OWN = (

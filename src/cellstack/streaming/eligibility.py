@@ -11,8 +11,8 @@ from cellstack.nodes import Bidirectional, GlobalPool, Recurrent
 from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
-    from cellstack.graph import StateValue
     from cellstack.network import Network
+    from cellstack.network.graph import StateValue
     from cellstack.nodes.base import Array, Node, StepRule
     from cellstack.streaming.parts import Rows, Run
 

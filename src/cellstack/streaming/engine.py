@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import native
-from cellstack.arguments import as_floats, as_own, as_states
-from cellstack.nodes.cell import WEIGHTS, Cell
+from cellstack.cells.errors import ShapeError, check_sequence, check_step
+from cellstack.network.arguments import as_floats, as_own, as_states
+from cellstack.nodes.cell_arrays import WEIGHTS, Cell
 from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.nodes.dense import Products
-from cellstack.spec import ShapeError, check_sequence, check_step
 from cellstack.streaming.eligibility import (
     check_streamable,
     check_widths,

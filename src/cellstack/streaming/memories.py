@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import native
+from cellstack.cells.base import MatrixState
 from cellstack.nodes.base import Array, Flow
 from cellstack.nodes.mlstm import MLSTM
-from cellstack.spec import MatrixState
 from cellstack.streaming.parts import ALL
 
 if TYPE_CHECKING:

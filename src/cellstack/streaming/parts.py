@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
+from cellstack.cells.spec import STATES
 from cellstack.nodes.base import Array
-from cellstack.nodes.cell import Cell
-from cellstack.spec import STATES
+from cellstack.nodes.cell_arrays import Cell
 
 if TYPE_CHECKING:
     from cellstack.nodes import Dense

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import native
-from cellstack.arguments import OwnState
+from cellstack.network.arguments import OwnState
 from cellstack.nodes.checks import check_integer
 from cellstack.streaming.engine import Engine
 from cellstack.streaming.history import History

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from cellstack.spec import check_installed
+from cellstack.cells.errors import check_installed
 from cellstack.train import history
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import read_sequences

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import replacing
-from cellstack.spec import FormatError
 
 VERSION = 2
 KINDS: dict[str, type | tuple[type, ...]] = {

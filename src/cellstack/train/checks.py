@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.nodes.checks import MOST
-from cellstack.spec import FormatError
 
 
 class UsageError(ValueError):

@@ -113,7 +113,7 @@ def fit_forecast(data: Any, given: dict[str, Any]) -> Trained:
         >>> from cellstack import train
         >>> n = np.arange(120)
         >>> frame = pd.DataFrame({"y": 5 + np.sin(n * np.pi / 6)})
-        >>> quick = {"units": 4, "members": 1, "epochs": 1, "baselines": False}
+        >>> quick = {"units": 4, "members": 1, "epochs": 1}
         >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=12, **quick)
         >>> done.recipe.horizon, done.result.network.metadata["task"]
         (4, 'forecast')

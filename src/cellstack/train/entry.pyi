@@ -80,7 +80,6 @@ def fit_forecast(
     holidays: str = '',
     scale: str | None = None,
     quantiles: float | Sequence[float] = (0.1, 0.5, 0.9),
-    baselines: bool = True,
     units: int | Sequence[int] | None = None,
     cell: str = 'lstm',
     heads: int | None = None,

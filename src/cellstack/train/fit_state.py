@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
+from cellstack.inspect.monitoring.monitor import TrainingMonitor
+from cellstack.inspect.monitoring.records import TrainingRecord
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data
 from cellstack.train.learner import Fit
 from cellstack.train.model import Dropout
-from cellstack.train.monitoring.monitor import TrainingMonitor
-from cellstack.train.monitoring.records import TrainingRecord
 from cellstack.train.options import FitOptions, Optimisation, declared
 from cellstack.train.processes import Processes
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from cellstack.inspect.monitoring.records import TrainingRecord
 from cellstack.train.history import named
-from cellstack.train.monitoring.records import TrainingRecord
 
 STOPPED = {
     "": "not finished",

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from cellstack import layers
 from cellstack.formats.files import check_replaceable
+from cellstack.inspect.monitoring.monitor import TrainingMonitor
 from cellstack.train import threads as counted
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.examples import Batch, Data
@@ -32,7 +33,6 @@ from cellstack.train.fit_state import FitState
 from cellstack.train.interrupt import interruptible
 from cellstack.train.learner import Cost, Epoch, Fit
 from cellstack.train.locks import locked
-from cellstack.train.monitoring.monitor import TrainingMonitor
 from cellstack.train.options import FitOptions
 from cellstack.train.processes import Processes
 from cellstack.train.progress import Bar, opened

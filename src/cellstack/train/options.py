@@ -20,7 +20,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar, cast
 
 from cellstack.cells.arguments import Argument, Limit, documented
-from cellstack.train.cells import CELLS, check_cell
+from cellstack.train.cell_names import CELLS, check_cell
 from cellstack.train.checks import OptionError, UsageError
 from cellstack.train.forecasting.recipe import SCALES
 
@@ -273,9 +273,6 @@ class ForecastOptions(Record):
         Limit(lambda value: all(0 < level < 1 for level in value), "to be numbers between 0 and 1, such as 0.1,0.9"),
         of="forecasts",
         type="float | Sequence[float]",
-    )
-    baselines: bool = option(
-        True, "measure gradient boosting on lags too, if scikit-learn is installed", of="forecasts", rare=True
     )
 
     def __post_init__(self) -> None:

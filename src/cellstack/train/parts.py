@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 from cellstack.train.checks import OptionError, UsageError
 from cellstack.train.data.sequences import Sequences, joined, taken
 from cellstack.train.data.stream import Stream, Streamed

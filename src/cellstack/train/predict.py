@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import FormatError
 from cellstack.network import Network
-from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError, collected
 from cellstack.train.data.frames import is_frame, is_polars
 from cellstack.train.data.reading import TABLES, TABLES_ONLY, merged, read_sequences

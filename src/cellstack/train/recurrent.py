@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from cellstack import layers
+from cellstack.cells import KINDS
 from cellstack.formats.pytorch.modules import from_torch
 from cellstack.nodes import Node
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import KINDS
-from cellstack.train.cells import MLSTM, NOT_INSPECTED, heads_of
+from cellstack.train.cell_names import MLSTM, NOT_INSPECTED, heads_of
 from cellstack.train.checks import UsageError
 from cellstack.train.options import Architecture
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from cellstack.train.cells import title_of, weights_of
+from cellstack.train.cell_names import title_of, weights_of
 from cellstack.train.checks import UsageError
 from cellstack.train.options import Architecture
 

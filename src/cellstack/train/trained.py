@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from cellstack.cells.errors import FormatError
 from cellstack.network import Network
 from cellstack.nodes import Standardise
-from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.forecasting.recipe import Recipe

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from cellstack import layers, nodes
+from cellstack.cells.mlstm import MemorySizes
 from cellstack.formats import load
 from cellstack.network import Network
 from cellstack.nodes import Dense
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import MemorySizes
 from cellstack.train import predict
-from cellstack.train.cells import MLSTM
+from cellstack.train.cell_names import MLSTM
 from cellstack.train.checks import UsageError
 from cellstack.train.model import Model
 

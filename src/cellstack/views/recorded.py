@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 # Widths: units, projected units, features, x, units of a head, units of a backbone.
 H, P, I, X, D, U = "H", "P", "I", "X", "D", "U"  # noqa: E741

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 
 def clipped(z: Tensor, low: float, high: float) -> Tensor:

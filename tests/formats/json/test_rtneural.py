@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import cellstack as cs
+from cellstack.cells.errors import FormatError
 from cellstack.formats.json import nam
-from cellstack.spec import FormatError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras on torch
 

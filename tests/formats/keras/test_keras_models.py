@@ -17,9 +17,9 @@ import pytest
 import tolerances
 
 from cellstack import Cell, CellSpec, FormatError, Network, Recurrent, load, reference
+from cellstack.cells.base import State
 from cellstack.formats import keras as adapter
 from cellstack.nodes import Activation, Dense
-from cellstack.spec import State
 
 pytestmark = pytest.mark.models
 

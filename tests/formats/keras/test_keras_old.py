@@ -424,6 +424,6 @@ def test_weights_are_assigned_by_order_if_names_differ(tmp_path, rng):
 
 
 def test_the_reference_agrees_with_the_equations_of_this_file(rng):
-    """The hard_sigmoid of this file equals that of reference.py."""
+    """The hard_sigmoid of this file equals that of cellstack.reference."""
     z = rng.normal(size=50) * 3
     assert np.allclose(hard_sigmoid_2(z), reference.ACTIVATIONS["hard_sigmoid"][0](z, 0.2, 0.5))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import cellstack as cs
+from cellstack.cells.errors import FormatError
 from cellstack.formats import keras as adapter
-from cellstack.spec import FormatError
 
 L = keras.layers
 SOURCE, TARGET, UNITS = 7, 9, 6

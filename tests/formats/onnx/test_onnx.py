@@ -7,8 +7,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_graphs import model, operator_model, random_operator, run, write
 
+from cellstack.cells.base import HiddenState, State
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
-from cellstack.spec import FormatError, HiddenState, State
 
 TOLERANCE = 1e-5  # float32 on both sides, relative to the greatest number above 1
 

@@ -6,7 +6,7 @@ from onnx_batchless import model_of, plans
 from onnx_graphs import TOLERANCE, run, write
 
 import cellstack as cs
-from cellstack.spec import HiddenState, State
+from cellstack.cells.base import HiddenState, State
 
 PLANS = plans()
 

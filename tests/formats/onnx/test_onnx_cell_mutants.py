@@ -10,12 +10,12 @@ import torch
 from family import random_state
 
 from cellstack.cells import KINDS
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.onnx import scan
 from cellstack.formats.onnx.decomposed.scans import _cell
 from cellstack.formats.onnx.file import Budget, Graph, Model, Tensors
 from cellstack.layers.eager import function_of
-from cellstack.nodes.cell import Cell
-from cellstack.spec import CellSpec
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.views.torch import TorchOps
 
 UNITS, WIDTH, ROWS = 3, 3, 4

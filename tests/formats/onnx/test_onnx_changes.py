@@ -8,8 +8,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_graphs import TOLERANCE, compare, model, run, write
 
+from cellstack.cells.base import State
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
-from cellstack.spec import FormatError, State
 
 FLOAT, FIRST = TensorProto.FLOAT, -(2**63)
 X = {"X": (FLOAT, ["T", "B", 3])}

@@ -9,16 +9,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import model
 
-from cellstack import cells, reference, spec
+from cellstack import cells, reference
+from cellstack.cells import spec
 from cellstack.cells.base import HiddenState, Kind, State
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.onnx.cell_writer import write_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed
 from cellstack.formats.onnx.decomposed.match import forms
 from cellstack.formats.onnx.decomposed.scans import read_scan
 from cellstack.formats.onnx.file import Budget, Graph, Model, Tensors
 from cellstack.formats.onnx.scan import OnnxOps, body_of
-from cellstack.nodes.cell import Cell
-from cellstack.spec import CellSpec
+from cellstack.nodes.cell_arrays import Cell
 
 # ── kinds of cell that only these tests declare ───────────────────────────────────────────────────────────────────────
 

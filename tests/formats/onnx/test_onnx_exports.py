@@ -9,8 +9,8 @@ from onnx_graphs import EIGHT_BITS, compare, export, model, run, write
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
-from cellstack.spec import FormatError
 
 
 def random_norm(norm):

@@ -11,10 +11,11 @@ from onnx import helper, numpy_helper
 from onnx_graphs import run, write
 
 import cellstack as cs
+from cellstack.cells.base import State
+from cellstack.cells.errors import FormatError
 from cellstack.cli import main as cli
 from cellstack.cli.files import load_options
 from cellstack.formats import onnx as adapter
-from cellstack.spec import FormatError, State
 
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 NEAR = 2e-6  # of probabilities: float32 on both sides

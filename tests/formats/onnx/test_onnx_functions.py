@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import compare, model, run, write
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
-from cellstack.spec import FormatError
 
 OWN = "of.mine"
 OPSETS = [helper.make_opsetid("", 17), helper.make_opsetid(OWN, 1)]

@@ -11,9 +11,9 @@ from torch import nn
 
 import cellstack as cs
 from cellstack import Network
+from cellstack.cells.errors import ShapeError
 from cellstack.formats import onnx as adapter
 from cellstack.nodes import Dense, GroupedDense, Scale
-from cellstack.spec import ShapeError
 
 T = {0: "batch", 1: "steps"}
 

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import model, operator_model, random_operator, unrolled_model, write
 
 from cellstack import CellSpec
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Cell, Conv1D, Dense, GlobalPool, Recurrent
-from cellstack.spec import FormatError
 
 SECONDS = 4.0  # of fuzzing, in total
 

@@ -10,8 +10,9 @@ from onnx_graphs import TOLERANCE, compare, export, model, run, write
 from torch import nn
 from torch.nn import functional
 
+from cellstack.cells.base import State
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
-from cellstack.spec import FormatError, State
 
 
 class Layers(nn.Module):

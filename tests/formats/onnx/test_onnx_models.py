@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 from onnx_graphs import EIGHT_BITS
 
+from cellstack.cells.base import State
 from cellstack.formats import onnx as adapter
-from cellstack.spec import State
 
 pytestmark = pytest.mark.models
 

@@ -13,10 +13,11 @@ from onnx_mutations import Runtime, mutated
 from torch import nn
 
 from cellstack import CellSpec
+from cellstack.cells.base import HiddenState, State
+from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.formats import onnx as adapter
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Cell, Conv1D, Dense, LayerNorm, Pool1D, Recurrent, Scale
-from cellstack.spec import FormatError, HiddenState, ShapeError, State
 
 SECONDS, LONG = 12.0, 300.0
 PERMUTED = ("BFT", "FT")  # axes of outputs that end in a Permute, in files that we wrote

@@ -8,9 +8,9 @@ from onnx.backend.test.case.node import _NodeTestCases as CASES
 from onnx.backend.test.case.node import gru, lstm, rnn
 from onnx.reference import ReferenceEvaluator
 
+from cellstack.cells.base import HiddenState, State
 from cellstack.formats import onnx as adapter
 from cellstack.nodes import Bidirectional
-from cellstack.spec import HiddenState, State
 
 MODULES = (lstm, gru, rnn)  # importing them registers their cases
 OPERATORS = ("LSTM", "GRU", "RNN")

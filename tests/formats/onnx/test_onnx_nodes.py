@@ -5,6 +5,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_graphs import compare, model, write
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
 from cellstack.nodes import (
     Activation,
@@ -21,7 +22,6 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
-from cellstack.spec import FormatError
 
 FLOAT = TensorProto.FLOAT
 RNG = np.random.default_rng(2)

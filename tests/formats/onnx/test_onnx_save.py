@@ -14,6 +14,8 @@ from onnx_graphs import run
 
 from cellstack import CellSpec
 from cellstack.cells import KINDS
+from cellstack.cells.errors import FormatError
+from cellstack.cells.spec import STATES
 from cellstack.formats import onnx as adapter
 from cellstack.formats.verify import verify
 from cellstack.network import Network
@@ -42,7 +44,6 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import STATES, FormatError
 
 GRAPHS = 3e-5  # as TOLERANCE, through more nodes
 TOLERANCE = 2e-5  # float32 on both sides, through a few nodes, relative to the greatest number above 1

@@ -16,9 +16,10 @@ from torch import nn
 
 import cellstack as cs
 from cellstack import Bidirectional, Network, Recurrent
+from cellstack.cells.base import State
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
 from cellstack.nodes import Scale, StepMask
-from cellstack.spec import FormatError, State
 
 TOLERANCE = 2e-6
 

@@ -9,10 +9,10 @@ from onnx_graphs import TOLERANCE, compare, export, model, run, write
 from torch import nn
 
 from cellstack import CellSpec
+from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.formats import onnx as adapter
 from cellstack.network import Network
 from cellstack.nodes import Cell, Recurrent
-from cellstack.spec import FormatError, ShapeError
 
 FLOAT = TensorProto.FLOAT
 LARGEST = float(np.finfo(np.float32).max)

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from onnx_graphs import compare, export, model, write
 from torch import nn
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
-from cellstack.spec import FormatError
 
 KINDS = {"LSTMCell": "lstm", "GRUCell": "gru", "RNNCell": "rnn"}
 

@@ -7,7 +7,7 @@ import pytest
 
 import cellstack as cs
 from cellstack import _kernel
-from cellstack.spec import HiddenState, State
+from cellstack.cells.base import HiddenState, State
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "0.1.0"
 NAMES = sorted(path.stem.removeprefix("scan_") for path in FOLDER.glob("scan_*.onnx"))

@@ -15,8 +15,8 @@ from torch import nn
 
 import cellstack as cs
 from cellstack import layers
-from cellstack.layout import OURS, from_rows, reorder, to_rows
-from cellstack.spec import GATES
+from cellstack.cells.layout import OURS, from_rows, reorder, to_rows
+from cellstack.cells.spec import GATES
 
 ORDERS = [(kind, "".join(order)) for kind, ours in OURS.items() for order in itertools.permutations(ours)]
 

@@ -23,9 +23,9 @@ from xlstm import (
 )
 
 import cellstack as cs
+from cellstack.cells.errors import FormatError
 from cellstack.formats import xlstm as reader
 from cellstack.nodes import GroupedDense, RMSNorm
-from cellstack.spec import FormatError
 
 needs_large = pytest.mark.skipif(sys.version_info < (3, 11), reason="mlstm_kernels needs Python 3.11")
 CLOSE = 2e-5  # of the largest output: float32, summed in another order

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.c.narrow import Narrow
 from cellstack.formats.c.step import Matrix, Step, times
 from cellstack.nodes.base import Array
-from cellstack.spec import MATRICES, CellSpec
 from cellstack.views.recorded import symbolic_shapes
 
 HELPERS = {

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.bfloat16 import rounded
+from cellstack.cells.bfloat16 import rounded
 from cellstack.network import Network
 from cellstack.nodes.base import Array
-from cellstack.nodes.cell import WEIGHTS, check_narrow
+from cellstack.nodes.cell_arrays import WEIGHTS, check_narrow
 from cellstack.nodes.checks import check_choice
 from cellstack.nodes.dense import Dense
 

@@ -12,7 +12,8 @@ import math
 import re
 from collections.abc import Collection
 
-from cellstack import spec
+from cellstack.cells import activations
+from cellstack.cells.spec import MATRICES
 from cellstack.formats.c.cells import WIDTHS, by_gate, form_key, form_of, shape_text
 from cellstack.formats.c.files import Files, acts
 from cellstack.formats.c.memories import lines_of
@@ -35,7 +36,6 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import MATRICES
 from cellstack.streaming.eligibility import check_streamable
 
 NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent, MLSTM)
@@ -260,9 +260,9 @@ class Writer(Files):
         return state[0]
 
 
-def _named(text: str) -> spec.Activation:
+def _named(text: str) -> activations.Activation:
     """Return an activation with its parameters."""
-    return spec.Activation(text) if text in MORE_ACTIVATIONS else spec.activation(text)
+    return activations.Activation(text) if text in MORE_ACTIVATIONS else activations.activation(text)
 
 
 def _clipped(node: Clip, inner: str) -> str:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cellstack.cells.activations import PARAMETERS, Activation
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.c.narrow import Narrow
-from cellstack.spec import PARAMETERS, Activation, CellSpec
 from cellstack.views.recorded import Recorded, Value
 
 SUM, FACTOR, ATOM = range(3)  # the precedence of an expression's operator

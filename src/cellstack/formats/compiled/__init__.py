@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.compiled.attempts import TOLERANCE, attempt
 from cellstack.formats.compiled.parts import compilable
 from cellstack.formats.compiled.prepared import checked, copied_for, named, same_random_numbers
 from cellstack.network import Network
-from cellstack.spec import FormatError
 
 
 def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.compiled.equality import FLAGS, MUCH_LONGER, difference
 from cellstack.formats.compiled.exported import remedy, shortened
 from cellstack.formats.compiled.nested import fresh, tensors_in
@@ -21,7 +22,6 @@ from cellstack.formats.compiled.prepared import Prepared
 from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
 from cellstack.formats.compiled.routes import by_onnx, directly
 from cellstack.network import Network, layouts
-from cellstack.spec import FormatError
 
 TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
 SCALES = (1.0, 0.01, 10.0)  # of the random inputs for the comparison

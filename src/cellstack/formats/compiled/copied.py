@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 
 MOST_SEARCHED = 100_000  # objects in which locks are looked for
 NORMS = ("WeightNorm", "SpectralNorm")  # hooks of torch.nn.utils that compute a weight before each call

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.compiled.sizes import OURS, line_of, outside
-from cellstack.spec import FormatError
 
 LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
 IN_PLACE = ("add_", "sub_", "mul_", "floor_divide_", "remainder_")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.compiled.attempts import attempt
 from cellstack.formats.compiled.nested import fresh, tensors_in
 from cellstack.formats.compiled.prepared import Prepared, copied_for
 from cellstack.network import Network
-from cellstack.spec import FormatError
 
 MOST_TRIED = 12  # parts, the outermost first
 MOST_NAMED = 3

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.compiled.copied import copied, duplicate, fold
 from cellstack.formats.compiled.equality import agree
 from cellstack.formats.compiled.nested import (
@@ -21,7 +22,6 @@ from cellstack.formats.compiled.nested import (
     like,
     tensors_in,
 )
-from cellstack.spec import FormatError
 
 SETTINGS = (type(None), bool, int, float, str)  # types of arguments that keep their values in the example
 

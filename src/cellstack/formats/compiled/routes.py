@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
 from cellstack.formats.compiled.copied import duplicate
@@ -20,7 +21,6 @@ from cellstack.formats.pytorch import network_of_module
 from cellstack.formats.pytorch.torch_modules import KNOWN
 from cellstack.network import Network
 from cellstack.network.layouts import KEY, Layout, noted
-from cellstack.spec import FormatError
 
 MOST_WAYS = 30  # combinations of axes of several inputs that are tried
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError, ShapeError
+from cellstack.cells.layout import Array
 from cellstack.formats.files import short
 from cellstack.formats.json import nam, rtneural
 from cellstack.formats.json.values import array_of
 from cellstack.formats.pytorch import network_of, networks_of
-from cellstack.layout import Array
 from cellstack.network import Network
-from cellstack.spec import FormatError, ShapeError
 
 NAME = "JSON"
 SUFFIXES = (".json", ".nam")

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.build import Builder
 from cellstack.formats.files import short
 from cellstack.formats.json.values import array_of, value_of
-from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import Conv1D, Dense, Recurrent
-from cellstack.nodes.cell import Cell
-from cellstack.spec import CellSpec, FormatError
+from cellstack.nodes.cell_arrays import Cell
 
 LSTM_SETTINGS = ("input_size", "hidden_size", "num_layers")
 LINEAR_SETTINGS = ("receptive_field", "bias")

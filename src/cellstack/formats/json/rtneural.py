@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.cells import named
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.build import Builder, Names, ProblemsError
 from cellstack.formats.files import short
 from cellstack.formats.json.values import array_of, value_of
-from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import Activation, Clip, Conv1D, Dense, Merge, Recurrent, Scale
-from cellstack.nodes.cell import Cell
-from cellstack.spec import CellSpec, FormatError
+from cellstack.nodes.cell_arrays import Cell
 
 RECURRENT = named("rtneural")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softmax", "elu")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
 from cellstack.formats.files import short
-from cellstack.layout import Array
-from cellstack.spec import FormatError
 
 
 def array_of(where: str, value: Any, *shape: int | None) -> Array:

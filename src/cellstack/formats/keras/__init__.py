@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.build import HINT, Builder, ProblemsError
 from cellstack.formats.files import check_unedited
 from cellstack.formats.keras.cells import found_cudnn
@@ -25,7 +26,6 @@ from cellstack.formats.keras.graph import Reader
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
 from cellstack.nodes.base import Node
-from cellstack.spec import FormatError
 
 NAME = "Keras"
 SUFFIXES = (".keras", ".h5", ".hdf5")

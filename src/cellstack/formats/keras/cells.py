@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.cells import KINDS, named
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import OURS, from_cudnn, reorder
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.keras.config import OURS as OURS_OF_KERAS
 from cellstack.formats.keras.config import Layer, numbered
 from cellstack.formats.keras.files import short
-from cellstack.layout import OURS, from_cudnn, reorder
 from cellstack.nodes import Bidirectional, Cell, Recurrent
 from cellstack.nodes.base import Array
-from cellstack.spec import CellSpec, FormatError
 
 LAYERS, CUDNN = named("keras"), named("cudnn")
 CELLS = {f"{name}Cell": kind for name, kind in LAYERS.items()}

@@ -8,12 +8,12 @@ from math import prod
 
 import numpy as np
 
+from cellstack.cells.spec import TRACES
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.layer_builder import LayerBuilder, Pending, Value
 from cellstack.nodes import Activation, Bidirectional, GlobalPool, Recurrent, Scale
 from cellstack.nodes.base import Node
-from cellstack.spec import TRACES
 
 Composer = Callable[[LayerBuilder, list[Node], list[Value]], Value]
 

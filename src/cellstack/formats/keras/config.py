@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.keras.files import Source, short
-from cellstack.spec import FormatError
 
 MODELS = ("Sequential", "Functional", "Model", "ModelV2")  # the latter two: Keras 1 and 2
 DEEPEST = 16  # models within models

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import MAX_JSON, as_metadata, parse, short
 from cellstack.nodes.base import Array
-from cellstack.spec import FormatError
 
 HDF5_HEAD = b"\x89HDF\r\n\x1a\n"
 HEAP_HEAD = b"GCOL\x01\0\0\0"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.build import Builder, TooMuchError
 from cellstack.formats.keras.cells import FLAGGED, RECURRENT, flagged
 from cellstack.formats.keras.composed import composer, returned
@@ -22,7 +23,6 @@ from cellstack.network import Network
 from cellstack.nodes import Masking, Merge, Node, Recurrent, Select, StepMask
 from cellstack.nodes.base import MOST_AXES, Shape
 from cellstack.nodes.checks import MOST
-from cellstack.spec import FormatError
 
 MANY = (*MERGES, "Merge", "Dot")  # layers that take several tensors
 Values = dict[tuple[str, int], list[Value | Pending | None]]  # by layer and call; None = a problem is already recorded

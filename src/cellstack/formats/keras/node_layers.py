@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack import spec
+from cellstack.cells import activations
 from cellstack.formats.keras.cells import MORE, PLAIN
 from cellstack.formats.keras.layers import MERGES
 from cellstack.nodes import (
@@ -68,7 +68,7 @@ def _activation_layer(text: str) -> Written:
         return "Activation", {"activation": text}, []
     if text == "gelu_tanh":
         return "Gelu", {"approximate": True}, []
-    name, alpha, _ = spec.activation(text)
+    name, alpha, _ = activations.activation(text)
     layers = {
         "elu": ("ELU", "alpha"),
         "leaky_relu": ("LeakyReLU", "negative_slope"),

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.keras.cells import RECURRENT, Slot
 from cellstack.formats.keras.config import Layer, Model, numbered
 from cellstack.formats.keras.files import LEGACY, V3_ROOTS, Source, short
 from cellstack.formats.keras.layers import nodes, slots
 from cellstack.nodes import Node
 from cellstack.nodes.base import Array
-from cellstack.spec import FormatError
 
 LEAVES = {"kernel", "recurrent_kernel", "bias", "embeddings", "gamma", "beta", "moving_mean", "moving_variance"}
 OLD_LEAF = re.compile(r"(?:^|_)((?:W|U|b)(?:_[ifcozrh])?|gamma|beta|running_mean|running_std)$")

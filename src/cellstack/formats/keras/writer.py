@@ -14,7 +14,7 @@ from cellstack.formats.build import Names
 from cellstack.formats.files import replacing
 from cellstack.formats.keras.containers import Entry, hdf5_model, zipped
 from cellstack.formats.keras.node_layers import MERGE_LAYERS, OPERATIONS, RefusedError, entry_of, layers_of, with_states
-from cellstack.graph import state_of
+from cellstack.network.graph import state_of
 from cellstack.nodes import GlobalPool, Masking, Recurrent, Reduce
 from cellstack.nodes.base import Node
 from cellstack.nodes.masks import NamedMasks

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.build import HINT, Names
 from cellstack.formats.files import check_unedited
 from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, slices, windows
@@ -25,7 +26,6 @@ from cellstack.formats.onnx.passes import passes
 from cellstack.formats.onnx.writer import write
 from cellstack.network import Network, layouts
 from cellstack.network.layouts import Layout
-from cellstack.spec import FormatError
 
 NAME = "ONNX"
 SUFFIXES = (".onnx",)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.layout import Array, CellArrays, reorder, to_rows
 from cellstack.formats.onnx.cells import (
     FLAGS,
     ONNX_NAMES,
@@ -22,7 +23,6 @@ from cellstack.formats.onnx.cells import (
 from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.formats.onnx.scan import body_of
-from cellstack.layout import Array, CellArrays, reorder, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Cell, Node, Recurrent
 

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.cells import KINDS, Kind, orders
+from cellstack.cells.activations import PARAMETERS as USUAL_PARAMETERS
+from cellstack.cells.activations import activation
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array, from_rows, reorder
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.build import clean
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
-from cellstack.layout import Array, from_rows, reorder
 from cellstack.network import Network
 from cellstack.nodes import Node, Select
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import PARAMETERS as USUAL_PARAMETERS
-from cellstack.spec import CellSpec, FormatError, activation
 
 ORDER = orders("onnx")  # of the gate blocks; ONNX calls g c or h
 OPERATORS_OF = {kind.name: kind.names["onnx"].name for kind in KINDS.values() if "onnx" in kind.names}

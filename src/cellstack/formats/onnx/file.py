@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
 from cellstack.formats.build import TooMuchError
 from cellstack.formats.files import parse, short
 from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, fold
@@ -24,8 +26,6 @@ from cellstack.formats.onnx.messages import graphs_of
 from cellstack.formats.onnx.messages import label as label
 from cellstack.formats.onnx.tensors import MOST_AXES
 from cellstack.formats.onnx.tensors import Tensors as Tensors
-from cellstack.layout import Array
-from cellstack.spec import FormatError
 
 KEY = "cellstack"  # metadata key that cellstack's own files use
 MOST_COUNTING = 16  # nested lists of lengths

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.build import TooMuchError
 from cellstack.formats.onnx.attributes import axes_of, place, slices, split_sizes, whole, within
-from cellstack.layout import Array
 
 FREE = 1 << 22  # numbers that any file may compute, regardless of its size
 TIMES = 8  # further numbers per byte of the file

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.build import Builder
 from cellstack.formats.draft import Draft
 from cellstack.formats.onnx.cells import INPUTS, KIND_OF, is_recurrent, read_operator
@@ -23,7 +24,6 @@ from cellstack.formats.simplify import simplify
 from cellstack.nodes import Context, Flatten, GlobalPool, Merge, Node, PerFrame, Recurrent, Select
 from cellstack.nodes.along import Along
 from cellstack.nodes.base import Shape, Stepwise
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.formats.onnx.graph import Reader

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, renamed, with_graphs, with_nodes
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.formats.onnx.file import Graph

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import DTYPES
 from cellstack.formats.build import Builder, TooMuchError
 from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
@@ -32,12 +35,10 @@ from cellstack.formats.onnx.values import (
     Unknown,
     Vector,
 )
-from cellstack.graph import state_of
-from cellstack.layout import Array
+from cellstack.network.graph import state_of
 from cellstack.network.layouts import Layout
 from cellstack.nodes import Activation, GlobalPool, Merge, Node, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
-from cellstack.spec import DTYPES, FormatError
 
 Handler = Callable[["Reader", Any, dict[str, Any], list[Any]], list[Any]]
 SHAPES = {

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx.attributes import whole
 from cellstack.formats.onnx.graph import Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.grids import arranged, as_features, as_grid, fresh
 from cellstack.formats.onnx.values import Flowing
-from cellstack.layout import Array
 from cellstack.nodes import GridConv, GridPool, windows
 
 

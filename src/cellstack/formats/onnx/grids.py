@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.graph import Reader, Refused
 from cellstack.formats.onnx.values import GRID, Dim, Flowing, Length, shown
-from cellstack.layout import Array
 from cellstack.nodes import GridConv, GridPool, GroupedDense, Merge, Node, Pad, Power, Reshape, Select, Take
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.build import ProblemsError, TooMuchError
 from cellstack.formats.draft import Draft
 from cellstack.formats.onnx.axes import Axes
@@ -14,11 +15,10 @@ from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.grids import in_order
 from cellstack.formats.onnx.inputs import roles, weight_inputs
 from cellstack.formats.onnx.values import Final, FinalMemory, Flowing, Moment, States, Unknown
-from cellstack.graph import STATE, origin
 from cellstack.network import Network
+from cellstack.network.graph import STATE, origin
 from cellstack.network.layouts import Layout, noted
 from cellstack.nodes import Permute, Reshape
-from cellstack.spec import FormatError
 
 
 def load_graph(model: Model, handlers: dict[str, Handler], frames: dict[str, Frame | str] | None = None) -> Network:

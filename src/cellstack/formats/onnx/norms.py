@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx import attention, grids
 from cellstack.formats.onnx.activations import power
 from cellstack.formats.onnx.attributes import axes_of
@@ -19,7 +20,6 @@ from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps
 from cellstack.formats.onnx.ops import arithmetic, features_last
 from cellstack.formats.onnx.ops import reduce as over_time
 from cellstack.formats.onnx.values import Flowing, Grouped, Moment, Squares
-from cellstack.layout import Array
 from cellstack.nodes import Embedding, GroupNorm, LayerNorm, Magnitude, Merge, Scale
 
 NEXT = {  # transitions between the moments of a decomposed LayerNorm, by operator; `x` is the input

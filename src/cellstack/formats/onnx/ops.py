@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx import attention, grids
 from cellstack.formats.onnx.activations import clipped
 from cellstack.formats.onnx.attributes import axes_of
@@ -14,7 +15,6 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.values import Flowing
-from cellstack.layout import Array
 from cellstack.nodes import Activation, Dense, GlobalPool, Merge, Node, Power, Reduce, Scale, Standardise
 
 MERGES = {"Add": "add", "Sum": "add", "Mul": "mul", "Sub": "sub", "Max": "max", "Min": "min", "Mean": "ave"}

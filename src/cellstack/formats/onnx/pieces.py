@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.activations import PARAMETERS, activation
+from cellstack.cells.layout import Array
 from cellstack.formats.build import Names
 from cellstack.formats.onnx.cells import ONNX_NAMES, OPERATORS
-from cellstack.layout import Array
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import PARAMETERS, activation
 
 FIRST, LAST = -(2**63), 2**63 - 1
 MERGES = {"concat": "Concat", "add": "Add", "mul": "Mul", "ave": "Mean", "max": "Max", "min": "Min", "sub": "Sub"}

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats
 from cellstack.formats.onnx.ops import dense
 from cellstack.formats.onnx.values import Flowing
-from cellstack.layout import Array
 from cellstack.nodes import Scale
 
 

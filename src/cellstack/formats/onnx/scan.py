@@ -18,7 +18,7 @@ import numpy as np
 
 from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 
 
 class OnnxMath(Pieces):

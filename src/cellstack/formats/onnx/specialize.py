@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
 from cellstack.formats.files import short
 from cellstack.formats.onnx.file import ODD, Graph, Model, Scope, declared, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, fold
 from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, line_of, renamed
 from cellstack.formats.onnx.values import Dim
-from cellstack.layout import Array
-from cellstack.spec import FormatError
 
 MOST_BRANCHES = 1000  # maximum number of resolved branches
 MOST_LISTED = 64  # maximum length of a list of lengths

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.bfloat16 import widened
+from cellstack.cells.bfloat16 import widened
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
 from cellstack.formats.files import short
-from cellstack.layout import Array
-from cellstack.spec import FormatError
 
 KNOWN_TYPES = {  # TensorProto's data types: the NumPy name, and the field of data that isn't raw
     1: ("<f4", "float_data"),

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx.attributes import place, whole
-from cellstack.layout import Array
 from cellstack.network.layouts import Layout
 from cellstack.nodes.base import Shape
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 
 
 class Counted:

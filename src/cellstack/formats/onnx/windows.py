@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx import grid_windows
 from cellstack.formats.onnx.attributes import whole
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.slices import unfilled
 from cellstack.formats.onnx.values import Filled, Flowing
-from cellstack.layout import Array
 from cellstack.nodes import Conv1D, Dense, Node, Pad, Pool1D, Reshape
 
 

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import xlstm
 from cellstack.formats.pytorch.archive import recognises, records
 from cellstack.formats.pytorch.derived import joined
@@ -43,7 +44,6 @@ from cellstack.formats.pytorch.writer import save
 from cellstack.formats.tirex import of_checkpoint
 from cellstack.network import Network
 from cellstack.nodes import Node
-from cellstack.spec import FormatError
 
 __all__ = ["NAME", "SUFFIXES", "extract", "from_torch", "load", "network_of", "networks_of", "recognises", "save"]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import DTYPES
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.saved import Saved
 from cellstack.formats.pytorch.tensors import array
 from cellstack.formats.pytorch.tree import COMPUTING
-from cellstack.layout import Array
-from cellstack.spec import DTYPES
 
 
 def called(module: Any) -> str:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import as_metadata, parse
 from cellstack.formats.pytorch.pickles import read
 from cellstack.formats.pytorch.tensors import Builders, Records, Storage, short, size_of
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     import zipfile

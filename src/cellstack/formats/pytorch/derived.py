@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.pytorch.tensors import short
-from cellstack.spec import FormatError
 
 PIECE = re.compile(
     r"(?P<prefix>(?:.*[./:])?)(?:(?P<ended>[^./:]+)_(?P<ending>orig|mask|g|v|u)"

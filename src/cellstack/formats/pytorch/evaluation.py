@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.tensors import Tensor
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.formats.pytorch.script import Scripts

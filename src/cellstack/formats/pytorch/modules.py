@@ -13,7 +13,7 @@ from typing import Any
 
 from cellstack.formats import xlstm
 from cellstack.formats.build import Builder
-from cellstack.formats.pytorch import ncps
+from cellstack.formats.pytorch import ncps, pararnn
 from cellstack.formats.pytorch.access import (
     as_array,
     called,
@@ -34,7 +34,7 @@ from cellstack.formats.tirex import of_module
 from cellstack.network import Network
 from cellstack.network.layouts import time_first
 from cellstack.nodes import MLSTM, Activation, Clip, Dense, Flatten, GlobalPool, Merge, Node, Permute, Reshape, Scale
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent, ends_both_ways
 from cellstack.nodes.time import FINAL
 
@@ -49,7 +49,8 @@ def from_torch(module: Any) -> Network:
     `TimeDistributed`), `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`,
     `BatchNorm1d`, `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations,
     `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, the CfC of ncps with
-    a time of 1 between steps, models of xlstm, TiRex and TiRex-2, and any object with `to_nodes() -> list of nodes`.
+    a time of 1 between steps, ParaRNN of pararnn-torch, models of xlstm, TiRex and TiRex-2, and any object with
+    `to_nodes() -> list of nodes`.
     The Network takes `[B, T, I]`, and computes the module in evaluation mode: dropout is off, batch normalisation uses
     its running statistics, and zoneout's rates act as constants. A recurrent layer passes on its output only: a module
     after it that takes the output from `(output, state)` has nothing to do, and its `to_nodes()` returns `[]`. One that
@@ -194,7 +195,9 @@ class Reader:
         elif any(is_a(module, *kinds, package=package) for package, kinds in xlstm.PACKAGES.items()):
             self.xlstm(module, path)
         elif is_a(module, "CfC", package="ncps.torch"):
-            self.ncps(module, path)
+            self.of_package(module, path, ncps)
+        elif is_a(module, "ParaRNN", "ParaLSTM", "ParaGRU", package="pararnn"):
+            self.of_package(module, path, pararnn)
         elif is_a(module, "Flatten"):
             self.flatten(module, path)
         elif is_a(module, "BatchNorm1d"):
@@ -237,14 +240,14 @@ class Reader:
             kind = xlstm.kind_of(type(module))
             self.wire = xlstm.add_model(self.builder, self.wire, kind, module.config, state, path or kind)
 
-    def ncps(self, module: Any, path: str) -> None:
-        """Add a CfC of the package ncps."""
+    def of_package(self, module: Any, path: str, package: Any) -> None:
+        """Add a layer of the package that one of our modules reads: its `nodes_of` takes the layer and its weights."""
         if isinstance(module, Saved):
             raise refuse(path, module, "expected the module in memory")
         weights = {name: as_array(path, module, value) for name, value in weights_of(path, module).items()}
         with refusing(path, module):
-            self.add(*ncps.nodes_of(module, weights))
-        if module.batch_first:
+            self.add(*package.nodes_of(module, weights))
+        if getattr(module, "batch_first", True):
             self.has_batch_first(path, module)
         else:
             self.time_first = self.time_first or (path, called(module))

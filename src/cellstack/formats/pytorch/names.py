@@ -17,19 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.bfloat16 import exact
 from cellstack.cells import KINDS, named
+from cellstack.cells.bfloat16 import exact
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import from_rows
+from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.build import HINT, Builder, listed
+from cellstack.formats.pytorch import ours, pararnn
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.ours import either, layers_of, network_of_layer, of_units
+from cellstack.formats.pytorch.ours import either, of_units
 from cellstack.formats.pytorch.tensors import array, short
-from cellstack.layout import from_rows
 from cellstack.network import Network
 from cellstack.nodes import Dense
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Products
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import MATRICES, CellSpec, FormatError
 
 MODULES = {name: KINDS[kind] for name, kind in named("torch").items()}  # of torch.nn
 NAME = re.compile(
@@ -121,6 +123,11 @@ def _raw_weights(names: list[str]) -> dict[str, str]:
     return found
 
 
+def layers_of(tensors: Mapping[str, Any]) -> list[ours.Layer | pararnn.Layer]:
+    """Return the layers with names of their own to which these tensors belong: ours and ParaRNN's."""
+    return [*ours.layers_of(tensors), *pararnn.layers_of(tensors)]
+
+
 def networks_of(
     tensors: Mapping[str, Any],
     where: str,
@@ -157,7 +164,10 @@ def networks_of(
         networks[title] = _network(part, tensors, where, (activations or {}).get(part.title))
     for layer in layers_of(tensors):
         title = layer.title if layer.title not in networks else layer.prefix
-        networks[title] = network_of_layer(layer, tensors, where)
+        if isinstance(layer, ours.Layer):
+            networks[title] = ours.network_of_layer(layer, tensors, where)
+        else:
+            networks[title] = pararnn.network_of_layer(layer, tensors, where)
     return networks
 
 
@@ -167,10 +177,18 @@ def with_dense(networks: Mapping[str, Network], tensors: Mapping[str, Any], wher
     No other PyTorch module has a weight with two axes and a bias for each of its rows.
     """
     found = dict(networks)
+    used = {name for layer in layers_of(tensors) for name in layer.used}
     for name, tensor in tensors.items() if networks else ():
         title, _, what = name.rpartition(".")
         bias = tensors.get(f"{title}.bias" if title else "bias")
-        if what != "weight" or title in found or bias is None or len(tensor.shape) != 2 or 0 in tensor.shape:
+        if (
+            what != "weight"
+            or title in found
+            or name in used
+            or bias is None
+            or len(tensor.shape) != 2
+            or 0 in tensor.shape
+        ):
             continue
         if tuple(bias.shape) == (tensor.shape[0],):
             found[title] = dense(title, tensors, where)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from cellstack.cells.cfc import ncps_settings
-from cellstack.layout import Array
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import CellSpec
 from cellstack.nodes import Cell, Dense, Node, Recurrent
-from cellstack.spec import CellSpec
 
 PRODUCTS = ("ff1", "ff2", "time_a", "time_b")  # g, k, s and t
 

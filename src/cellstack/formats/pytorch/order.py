@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.formats.build import listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import Reader
@@ -17,7 +18,6 @@ from cellstack.network import Network
 from cellstack.nodes import Activation, Bidirectional, Dense, Embedding, GlobalPool, Node
 from cellstack.nodes.recurrent import ends_both_ways
 from cellstack.nodes.time import FINAL, POOL_MODES
-from cellstack.spec import FormatError, ShapeError
 
 WORDS = (*POOL_MODES, FINAL)  # modes of GlobalPool
 MOST_NAMES = 8  # how many of a file's modules a message lists

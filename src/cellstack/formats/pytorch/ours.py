@@ -1,6 +1,6 @@
 """Recognises the weights of cellstack's torch layers in a state dict by their names and shapes.
 
-A cell's arrays have the names in `cellstack.spec.ARRAYS`, with the prefix `cell.` in a layer of one cell,
+A cell's arrays have the names in `cellstack.cells.spec.ARRAYS`, with the prefix `cell.` in a layer of one cell,
 `cell.cells.0.` and so on in a stack, and `forward_layer.cell.` and `backward_layer.cell.` in a `Bidirectional`. Their
 shapes determine the kind and most flags. The other settings are assumed to be the defaults, as the metadata says.
 Kinds with as many gates have the same arrays: the first of them in `KINDS` is assumed, an LSTM and not an sLSTM.
@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellstack.cells import KINDS, Kind
+from cellstack.cells.errors import FormatError
+from cellstack.cells.spec import ARRAYS, MATRICES, STATES, CellSpec
 from cellstack.formats.build import Builder, listed
 from cellstack.formats.pytorch.tensors import array, short
 from cellstack.network import Network
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import ARRAYS, MATRICES, STATES, CellSpec, FormatError
 
 COUNTER = "draws"  # how many dropout masks a cell has drawn
 NAME = re.compile(

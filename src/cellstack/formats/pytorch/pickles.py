@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 
 # Modules for access to the system, the interpreter or the network, which no model needs. Nothing in a pickle is run
 # here, but a file that names them was made to do harm elsewhere, so it is refused with a message.
@@ -94,7 +94,7 @@ def read(
     >>> read("x", pickle.dumps({"a": [1, 2.5]}))[0]
     {'a': [1, 2.5]}
     >>> read("x", pickle.dumps(FormatError("no")))[0]
-    Standin('cellstack.spec.FormatError')
+    Standin('cellstack.cells.errors.FormatError')
     """
     machine = _Machine(where, data, start, builders or {}, persistent)
     try:

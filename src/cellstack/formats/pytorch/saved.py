@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.spec import CellSpec, described
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Tensor, short
 from cellstack.formats.pytorch.tree import OWN, attributes_of, contents, hooked, kind_of
-from cellstack.spec import CellSpec, FormatError, described
 
 PACKAGES = re.compile(
     r"(torch\.(nn\.(modules|parallel)|(?P<dynamic>(ao\.)?nn\.quantized\.dynamic\.modules))|(?P<ours>cellstack\.layers))"
@@ -106,7 +107,7 @@ class Saved:
         """The description of one of our cells.
 
         Raises:
-            ValueError: the file doesn't hold it, or an activation isn't one of `cellstack.spec.ACTIVATIONS`.
+            ValueError: the file doesn't hold it, or an activation isn't one of `cells.activations.ACTIVATIONS`.
         """
         foreign, text = self.attributes.get("_foreign"), self.attributes.get("_text")
         if foreign:

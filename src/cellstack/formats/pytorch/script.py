@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.pytorch.evaluation import MOST_STEPS, Evaluation, RaisedError, UnreadError
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.tensors import short
 from cellstack.formats.pytorch.torch_functions import FUNCTIONS, RECURRENT, check_chain, settings
-from cellstack.spec import FormatError
 
 DEFINED = re.compile(r"^(?:class|def) (\w+)\(", re.MULTILINE)
 LONGEST_SOURCE = 1 << 24  # characters that are read

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.bfloat16 import widened
+from cellstack.cells.bfloat16 import widened
+from cellstack.cells.errors import FormatError
 from cellstack.formats.pytorch.pickles import Global, Standin
-from cellstack.spec import FormatError
 
 SHARES = 16  # tensors may share storages, but take at most this many times the file's length in total
 MOST_AXES = 64

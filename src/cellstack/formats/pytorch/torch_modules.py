@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from cellstack.cells.spec import DTYPES
 from cellstack.formats.pytorch.access import is_a, kernel_of, refuse, refusing, weight_of, weights_of, whole
 from cellstack.formats.pytorch.names import MODULES, NAME, networks_of
 from cellstack.formats.pytorch.saved import Saved
 from cellstack.nodes import Activation, Clip, Conv1D, Dense, Embedding, LayerNorm, Node, Pad, Pool1D
-from cellstack.spec import DTYPES
 
 CELLS = {f"{name}Cell": kind for name, kind in MODULES.items()}
 ACTIVATIONS = {

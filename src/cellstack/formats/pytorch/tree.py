@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellstack.cells import KINDS
+from cellstack.cells.errors import FormatError
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Storage, Tensor, short
 from cellstack.formats.pytorch.torch_functions import RECURRENT
-from cellstack.spec import FormatError
 
 DEEPEST = 100  # how deep objects may be nested
 LONGEST_NAME = 1000

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.layout import Array, CellArrays, to_rows
 from cellstack.formats.files import check_unedited, replacing
 from cellstack.formats.pytorch.archive import METADATA
-from cellstack.layout import Array, CellArrays, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Node
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 
 STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib import metadata
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import safetensors
 from cellstack.formats.runtimes.answers import MODULE, Answers, CannotRunError, Inputs, by_name, named, says
 from cellstack.network import Network
-from cellstack.spec import FormatError
 
 
 def run(net: Network, path: str, inputs: Inputs) -> Answers:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx
 from cellstack.formats.onnx.writer import state_names
 from cellstack.formats.runtimes.answers import Answers, CannotRunError, Inputs, OtherSizesError, package, says
@@ -16,7 +17,6 @@ from cellstack.network import Network
 from cellstack.network.layouts import Layout, rearranged
 from cellstack.nodes import Bidirectional, Recurrent
 from cellstack.nodes.base import Array
-from cellstack.spec import FormatError
 
 ONNX_TYPES = {
     "tensor(float)": "float32",

@@ -16,11 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import parse
 from cellstack.formats.tirex.blocks import network
 from cellstack.formats.tirex.design import design_of_first, design_of_second
 from cellstack.network import Network
-from cellstack.spec import FormatError
 
 CONFIG = "config.json"
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.build import Builder
 from cellstack.formats.tirex.design import SLSTM, Design
 from cellstack.formats.xlstm import large
 from cellstack.formats.xlstm.weights import Graph, Weights, linear
 from cellstack.network import Network
 from cellstack.nodes import Cell, GroupedDense, GroupNorm, Merge, Recurrent, RMSNorm
-from cellstack.spec import CellSpec, FormatError
 
 EPSILON = 1e-6  # of the norms; of TiRex's norm of each head 1e-5
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 
 ACTIVATIONS = {"ReLU": "relu", "SiLU": "silu", "GELU": "gelu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 ROUND_UP = 64  # the width of a feed-forward layer is a multiple of it

@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.xlstm.weights import Graph, Weights, cut, joined, linear
-from cellstack.layout import Array
 from cellstack.nodes import (
     MLSTM,
     Cell,
@@ -32,7 +34,6 @@ from cellstack.nodes import (
     Recurrent,
     Scale,
 )
-from cellstack.spec import CellSpec, FormatError
 
 NORM_EPSILON = 1e-5
 MEMORY_EPSILON = 1e-6

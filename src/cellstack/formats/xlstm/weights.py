@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import DTYPES
 from cellstack.formats.build import Builder
-from cellstack.layout import Array
 from cellstack.nodes import Dense, Merge, Node
-from cellstack.spec import DTYPES, FormatError
 
 Number = int | str
 """The length of an axis, or a letter for any length."""

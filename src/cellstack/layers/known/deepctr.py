@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from cellstack.cells.spec import CellSpec
 from cellstack.layers import forward, op
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import HandWritten
 from cellstack.layers.known.adapter import Adapter
 from cellstack.layers.sequences import pack
-from cellstack.spec import CellSpec
 
 _OPEN = 200.0  # a bias with which a gate is 1
 

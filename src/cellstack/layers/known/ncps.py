@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cellstack.cells.cfc import ncps_settings
+from cellstack.cells.spec import CellSpec
 from cellstack.layers import forward, op
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import HandWritten
 from cellstack.layers.known.adapter import Adapter
-from cellstack.spec import CellSpec
 
 
 def _cells(module: Any) -> list[tuple[Any, CellSpec]]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from cellstack.cells.spec import CellSpec
 from cellstack.layers import forward, op
-from cellstack.layers.cell import NO_MASKS, Masks
+from cellstack.layers.cell_base import NO_MASKS, Masks
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import HandWritten
 from cellstack.layers.known.adapter import Adapter
-from cellstack.spec import CellSpec
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu(0.01)"}
 

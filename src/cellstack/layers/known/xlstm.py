@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from cellstack.cells.mlstm import MemorySizes
+from cellstack.cells.slstm import SLSTMState
+from cellstack.cells.spec import CellSpec
 from cellstack.layers import forward, mlstm, op
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import HandWritten
 from cellstack.layers.known.adapter import Adapter
-from cellstack.spec import CellSpec, MemorySizes, SLSTMState
 
 
 def _slstm_spec(module: Any) -> CellSpec:

@@ -264,7 +264,7 @@ export class Trial {
       this.session = new LiveSession(this.model, {
         open: () => {
           this.newButton.disabled = false;
-          this.record().then(resolve);
+          resolve();
         },
         answer: (message) => this.answered(message),
         closed: (reason) => {
@@ -279,41 +279,15 @@ export class Trial {
   lost(reason) {
     this.stop();
     this.session = null;
-    this.newButton.disabled = this.traceButton.disabled = true;
+    this.newButton.disabled = true;
     if (!this.opening) this.complain(`${reason}; the next frame begins a new session`);
-  }
-
-  // Make the server record the session's steps, for its trace.
-  async record() {
-    try {
-      await ask(this.tracePath());
-      this.traceButton.disabled = false;
-    } catch (error) {
-      this.traceButton.title = error.message; // why this network has none
-    }
-  }
-
-  tracePath() {
-    return `sessions/${encodeURIComponent(this.session.token)}/trace?steps=${Math.min(1000, this.span)}`;
-  }
-
-  async trace() {
-    const tab = window.open("", "_blank"); // now: later, the browser would block it
-    try {
-      const answer = await ask(this.tracePath());
-      if (answer.status === 202) throw new Error("no step has been recorded yet: send a frame first");
-      tab.location = URL.createObjectURL(await answer.blob());
-    } catch (error) {
-      tab?.close();
-      this.complain(error.message);
-    }
   }
 
   renew() {
     this.stop();
     this.session?.close();
     this.session = null;
-    this.newButton.disabled = this.traceButton.disabled = true;
+    this.newButton.disabled = true;
     this.clear();
   }
 
@@ -363,7 +337,6 @@ export class Trial {
     this.scale = make("p", { class: "summary" });
     this.readout = make("p", { class: "values" });
     this.newButton = button("New session", () => this.renew(), { disabled: true });
-    this.traceButton = button("Trace of the last steps", () => this.trace(), { disabled: true });
     const span = select("Steps shown", [100, 300, 1000].map((n) => [n, String(n)]), this.span, (value) => {
       this.span = Number(value);
       this.draw();
@@ -380,7 +353,7 @@ export class Trial {
       make("h2", {}, "Output"),
       make("p", { class: "about" }, `${plural(this.outputs.length, "number")} per frame: ${shapesOf({ inputs: [], outputs: this.model.outputs }).slice(3)}`),
       make("dl", { class: "figures" }, ...Object.values(this.figures).map(({ text, value }) => make("div", {}, make("dt", {}, text), value))),
-      make("div", { class: "toolbar" }, span.element, many ? which.element : null, this.newButton, this.traceButton),
+      make("div", { class: "toolbar" }, span.element, many ? which.element : null, this.newButton),
       many ? this.map : null,
       many ? this.scale : null,
       this.chart,

@@ -11,7 +11,7 @@ from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences, as_sequences, named
 from cellstack.train.data.ts import read_ts

@@ -1,17 +1,13 @@
-"""Errors of forecasts from many origins, compared with simple rules and gradient boosting. Needs no torch."""
+"""Errors of forecasts from many origins, compared with simple rules. Needs no torch."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train.forecasting.boosting import Boosting, Panel
-from cellstack.train.forecasting.calendar import features
 from cellstack.train.forecasting.forecasts import Forecasts
-from cellstack.train.forecasting.parts import Parts
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.rules import rules
 from cellstack.train.forecasting.windows import Windows
@@ -141,34 +137,3 @@ def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:
         said = [windows.rule(SMOOTHED, n, every) for n in range(len(recipe.targets))]
         found["exponential smoothing"] = np.stack(said, axis=-1)
     return found
-
-
-def by_boosting(table: Table, recipe: Recipe, origins: Ints, cut: Parts) -> dict[str, Floats]:
-    """Return the forecasts of gradient boosting on lags, by name; {} if scikit-learn isn't installed.
-
-    Forecasts are NaN for a target to which it can't be fitted.
-    """
-    if find_spec("sklearn") is None:
-        return {}
-    out = np.full((len(origins), recipe.horizon, len(recipe.targets)), np.nan)
-    codes = {category.name: table.categories[category.name].codes for category in recipe.categories}
-    numbers = {name: table.columns[name] for name in (*recipe.inputs, *recipe.known)}
-    known = {*recipe.known, *(category.name for category in recipe.categories if category.known)}
-    if recipe.holidays and table.times is not None:
-        flags = features(table.times, ("holidays",), recipe.holidays).T.astype(np.float64)
-        days = {f"holidays of {recipe.holidays}, {n}": flag for n, flag in enumerate(flags)}
-        numbers |= days
-        known |= days.keys()
-    columns = numbers | codes
-    for n, name in enumerate(recipe.targets):
-        panel = Panel(
-            table.columns[name],
-            table.starts,
-            table.times,
-            known={column: values for column, values in columns.items() if column in known},
-            past={column: values for column, values in columns.items() if column not in known},
-            categories=frozenset(codes),
-        )
-        model = Boosting(panel, recipe.horizon, recipe.seasons, cut.training, cut.validation)
-        out[..., n] = model.forecast(origins)
-    return {"gradient boosting on lags": out}

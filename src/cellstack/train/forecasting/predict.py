@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import FormatError
 from cellstack.network import Network
 from cellstack.nodes import Select, Standardise
-from cellstack.spec import FormatError
 from cellstack.train.checks import TooFewRowsError, UsageError
 from cellstack.train.data.frames import is_frame, is_polars, plain
 from cellstack.train.data.reading import merged

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -128,8 +127,7 @@ def describe(
 def baselines(table: Table, recipe: Recipe) -> list[str]:
     """Return the names of the baselines with which a test compares, see `backtest`."""
     names = [*rules(recipe.seasons, int(np.diff(table.starts).max()))]
-    names += ["exponential smoothing"] * bool(recipe.smoothing)
-    return names + ["gradient boosting on lags"] * (find_spec("sklearn") is not None)
+    return names + ["exponential smoothing"] * bool(recipe.smoothing)
 
 
 def _span(table: Table, first: Ints, end: Ints, form: Callable[[Any], str]) -> list[str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cellstack.network import Network, processors
 from cellstack.nodes import Merge, Select
-from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.cell_arrays import WEIGHTS
 from cellstack.nodes.checks import check_choice, check_flag, check_integer
 from cellstack.train.checks import UsageError, is_count, unmasked
 from cellstack.train.forecasting.tirex_scaling import (

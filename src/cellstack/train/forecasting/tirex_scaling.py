@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -156,7 +156,7 @@ def train_forecast(
     found = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        found = measured(network, windows, fits.inputs, cut, request.baselines)
+        found = measured(network, windows, fits.inputs, cut)
         scores = found.scores
     said = understood(table, recipe, request, cut)
     result = Result(
@@ -172,7 +172,7 @@ def train_forecast(
     return Trained(result, recipe, found, said)
 
 
-def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, baselines: bool) -> backtest.Backtest:
+def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts) -> backtest.Backtest:
     """Return the forecasts of a network and of its baselines on the test part."""
     table, recipe, typical = windows.table, windows.recipe, windows.typical
     assert typical is not None
@@ -180,8 +180,6 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, bas
     windows = Windows(recipe, table, origins)
     forecasts = forecasts_of(network, inputs, windows)
     others = backtest.by_rules(table, windows)
-    if baselines:
-        others |= backtest.by_boosting(table, recipe, origins, cut)
     return backtest.Backtest(forecasts, windows.actual(np.arange(len(origins))), others, typical, windows.series)
 
 

@@ -5,16 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.dates import Dates
 from cellstack.train.tables.source import Series, Source
-
-# One zone for each daylight-saving rule in use today; only the rule can be inferred from the data, not the location.
-RULES = (
-    *("America/New_York", "Europe/Berlin", "Europe/London", "Europe/Helsinki", "Australia/Sydney"),
-    *("Pacific/Auckland", "America/Santiago", "America/Sao_Paulo", "Australia/Lord_Howe", "Asia/Jerusalem"),
-)
 
 
 def zoned(
@@ -40,15 +34,9 @@ def zoned(
                     f"to UTC; `zone=…` converts to local time"
                 )
         return found.times.to_numpy(), zone or found.zone
-    asked = zone is not None
     if zone is None:
-        zone = inferred(found.times, codes)
-        if zone is None:
-            return None, None
+        return None, None
     utc, said = to_utc(given, found.times, codes, zone)
-    if not asked:
-        how = said or "the hours that daylight saving skips are missing"
-        said = f"local time with the daylight-saving rule of {zone} (set `zone=…` for another): {how}"
     if said:
         given.notes.append(f"`{found.name}`: {said}")
     return utc.to_numpy(), zone
@@ -131,57 +119,3 @@ def _before(times: Series, codes: NDArray[np.int64]) -> NDArray[np.bool_]:
 def _twice(times: Series, zone: str) -> NDArray[np.bool_]:
     """Return for each row whether its local time occurs twice in the zone."""
     return times.dt.tz_localize(zone, ambiguous="NaT", nonexistent="shift_forward").isna().to_numpy()
-
-
-def _never(times: Series, zone: str) -> NDArray[np.bool_]:
-    """Return for each row whether its local time is skipped in the zone."""
-    return times.dt.tz_localize(zone, ambiguous=np.ones(len(times), bool), nonexistent="NaT").isna().to_numpy()
-
-
-def inferred(times: Series, codes: NDArray[np.int64]) -> str | None:
-    """Return a zone whose daylight-saving rule fits the local times of a table; None if no rule fits.
-
-    Every time that occurs twice in a series must be in an hour that occurs twice in the zone, and no time may be in an
-    hour that the zone skips. If the times don't span an autumn, the rows directly before and after a change in spring
-    must be present.
-    """
-    import pandas as pd
-
-    if (times.dt.normalize() == times).all():
-        return None
-    keys = pd.DataFrame({"c": codes, "t": times})
-    doubled = keys.duplicated(keep=False).to_numpy()
-    if keys[doubled].groupby(["c", "t"]).size().max() > 2 if doubled.any() else False:
-        return None
-    unique = pd.Series(times.unique())
-    for zone in RULES:
-        if _never(unique, zone).any():
-            continue
-        if doubled.any():
-            if _twice(times[doubled], zone).all():
-                return zone
-        elif _spring_alone(unique, zone):
-            return zone
-    return None
-
-
-def _spring_alone(times: Series, zone: str) -> bool:
-    """Return whether exactly the hours that the zone skips are missing, and no hour that occurs twice is spanned."""
-    import pandas as pd
-
-    times = times.sort_values()
-    if _twice(times, zone).any():
-        return False
-    utc = times.dt.tz_localize(zone, ambiguous=np.ones(len(times), bool))
-    wall, real = (
-        np.diff(times.to_numpy()).astype(np.int64),
-        np.diff(utc.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy()).astype(np.int64),
-    )
-    step = pd.Series(wall).mode().iloc[0]
-    changed = wall != real
-    return bool(changed.any() and (real[changed] == step).all() and step < 3_600_000_000 + 1)
-
-
-def near_a_change(times: Series) -> str | None:
-    """Return a zone whose clock is set back at one of these times; None if there is none."""
-    return next((zone for zone in RULES if _twice(times, zone).any()), None)

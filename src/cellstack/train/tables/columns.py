@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.source import Series, Source
 

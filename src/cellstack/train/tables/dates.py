@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.forms import OFFSET, forms, parsed, says_day_first
 from cellstack.train.tables.grid import even_share

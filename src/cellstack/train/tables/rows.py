@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables import grid
-from cellstack.train.tables.clock import near_a_change, wall_clock, zoned
+from cellstack.train.tables.clock import wall_clock, zoned
 from cellstack.train.tables.dates import HOURS, Dates
 from cellstack.train.tables.grid import Spacing
 from cellstack.train.tables.source import Frame, Source
@@ -96,7 +96,7 @@ def by_dates(given: Source, found: Dates, codes: NDArray[np.int64], zone: str | 
         given: the table; assumptions are added to its notes.
         found: its dates.
         codes: number of each row's series, `[R]`.
-        zone: time zone of the local times; None = inferred.
+        zone: time zone of the local times; None = without daylight saving.
         freq: spacing, in pandas's notation; None = inferred.
 
     Raises:
@@ -225,8 +225,8 @@ def _untwinned(
         if 10 * twin.sum() > len(twin):
             by_id = "use `id=…` for the column that identifies series"
             fix = f"{by_id}, or `time=…` with a column of hours too; or {fix}"
-        if zone is None and (like := near_a_change(pd.Series(times[[row]]))):
-            fix = f"use `zone=…`, if the clock is set back then, as in {like}; else {fix}"
+        if zone is None and times[row] != times[row].astype("datetime64[D]"):
+            fix = f"use `zone=…`, if the clock is set back then; else {fix}"
     where = "" if codes.max() == 0 else " in each series"
     raise FormatError(
         f"{given.at(row)}: expected each time only once{where}, found {found.shown(given, row)} in column {found.name} "

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError, collected
 
 # pandas's types: Any, because its stubs leave most return types open, and it is imported only to read a table.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables import dates, grid
 from cellstack.train.tables.clock import utc_of, wall_clock
@@ -37,7 +37,7 @@ class Table:
         date: name of the date column, or of several, separated by commas.
         id: likewise, of the columns that identify the series; None if there is one series.
         spacing: between two rows, the same in all series; None without dates.
-        zone: time zone of `times`, if given or inferred.
+        zone: time zone of `times`, if given or in the dates.
         ignored: unused columns, and why.
         filled: gaps that were filled with rows, by series.
         notes: assumptions made in reading, a sentence each.

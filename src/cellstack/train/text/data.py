@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import FormatError
 from cellstack.network import Network
 from cellstack.nodes import Embedding
-from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 
 BYTES = 256

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.activations import ACTIVATIONS, PARAMETERS
 from cellstack.formats.onnx.cells import NAMES, activation_text
 from cellstack.formats.onnx.decomposed.linear import inputs_of, scalar
 from cellstack.formats.onnx.file import DOMAINS, Scope, onnx_package
 from cellstack.formats.onnx.pieces import Pieces
-from cellstack.spec import ACTIVATIONS, PARAMETERS
 
 COMMUTATIVE = ("Add", "Max", "Min", "Mul")
 UNKNOWN = (0.8125, 0.6875)  # parameters in the templates; no other constant in them has these values

@@ -7,6 +7,7 @@ from itertools import permutations, product
 from typing import Any
 
 from cellstack.cells import KINDS
+from cellstack.cells.errors import FormatError
 from cellstack.formats.onnx import file
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.decomposed.chains import find_chains, name_of
@@ -18,8 +19,7 @@ from cellstack.formats.onnx.decomposed.sums import origin, stripped
 from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
 from cellstack.formats.onnx.inputs import MOVES
 from cellstack.formats.onnx.specialize import specialize
-from cellstack.nodes.cell import Cell
-from cellstack.spec import FormatError
+from cellstack.nodes.cell_arrays import Cell
 
 
 def find_decomposed(scope: Scope) -> Iterator[tuple[str, Operator]]:

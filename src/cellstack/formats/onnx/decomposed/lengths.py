@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx.attributes import axes_of
 from cellstack.formats.onnx.decomposed.linear import sizes_of
 from cellstack.formats.onnx.file import DOMAINS, ODD, Model, Scope, declared, onnx_package
 from cellstack.formats.onnx.specialize import KnownLengths
-from cellstack.layout import Array
 
 
 def fix_lengths(model: Model) -> Model:

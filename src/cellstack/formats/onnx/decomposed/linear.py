@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells.layout import Array
 from cellstack.formats.onnx.attributes import axes_of, slices, whole
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import DOMAINS, Scope
 from cellstack.formats.onnx.fold import numbers
-from cellstack.layout import Array
 
 MOST_NODES = 32  # maximum number of nodes in one sum
 MOST_NUMBERS = 1 << 16  # maximum size of a bias that a file repeats for every row

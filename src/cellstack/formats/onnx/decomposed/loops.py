@@ -19,7 +19,7 @@ from cellstack.formats.onnx.decomposed.rows import Added, Loop
 from cellstack.formats.onnx.decomposed.sums import stripped
 from cellstack.formats.onnx.file import Model, Scope, live_nodes
 from cellstack.formats.onnx.fold import Broadcast, numbers
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 
 
 class _Roller(Added):

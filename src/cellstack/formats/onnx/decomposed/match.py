@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from cellstack.cells import KINDS, Kind
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.onnx.decomposed.linear import Linear, Term, array_of, unit
 from cellstack.formats.onnx.decomposed.sums import Product, Values, bare, is_zero, stripped, together
 from cellstack.formats.onnx.file import DOMAINS, Budget, Graph, Model, Scope, Tensors
 from cellstack.formats.onnx.scan import body_of
-from cellstack.layout import Array
-from cellstack.nodes.cell import Cell
-from cellstack.spec import MATRICES, CellSpec
+from cellstack.nodes.cell_arrays import Cell
 
 MOST_MATCHES = 24  # maximum number of ways in which one value is matched with one form
 VISITS = 4000, 100  # maximum number of values that are compared in a graph: at least, and per node

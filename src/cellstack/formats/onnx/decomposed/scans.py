@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from cellstack.cells import KINDS
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.decomposed.linear import Term, pairs, scalar
 from cellstack.formats.onnx.decomposed.match import Matcher, cell_of, forms
 from cellstack.formats.onnx.decomposed.sums import bare
 from cellstack.formats.onnx.file import DOMAINS, Scope, label, onnx_package, short
 from cellstack.formats.onnx.fold import numbers
-from cellstack.layout import Array
-from cellstack.nodes.cell import Cell
-from cellstack.spec import CellSpec, FormatError
+from cellstack.nodes.cell_arrays import Cell
 
 FIRST_OPSET = 9  # earlier, a Scan had other inputs
 KNOWN = {

@@ -1,6 +1,6 @@
 // The engine: a network run in the browser, forward and backward, in float64 and plain typed arrays.
 //
-// The equations are those of src/cellstack/reference.py, and tests compare every result with it. The engine makes no
+// The equations are those of src/cellstack/reference, and tests compare every result with it. The engine makes no
 // requests, reads no document and keeps nothing between calls, so the same text runs in a page and in a worker.
 //
 // INPUTS
