@@ -34,7 +34,7 @@ def main():
     theirs = CfC(units, units, **backbone)
     given = {"return_sequences": True, "input_size": units}
     cfc, lstm = layers.CfC(units, backbone_units=args.backbone, **given), layers.LSTM(units, **given)
-    (cell,) = cs.from_torch(theirs).cells
+    (cell,) = cs.load(theirs).cells
     with torch.no_grad():
         for name, array in cell.arrays.items():
             getattr(cfc.cell, name).copy_(torch.tensor(array))
@@ -70,7 +70,7 @@ def main():
         report(f"B = {batch} training", {name: lambda pair=pair: train(*pair) for name, pair in runs.items()}, steps)
 
         first, state = x[:, 0], torch.zeros(batch, units)
-        streams = {name: cs.from_torch(layer).stream(batch=batch) for name, layer in (("CfC", cfc), ("LSTM", lstm))}
+        streams = {name: cs.load(layer).stream(batch=batch) for name, layer in (("CfC", cfc), ("LSTM", lstm))}
         frame = first.numpy()
 
         def step(first=first, state=state):

@@ -57,7 +57,7 @@ def streams():
     """Print a step of a stream of a layer next to sums over its weights and its state."""
     print("\n| units | weights and state | a step of a stream | reading them | ratio |\n|---|---|---|---|---|")
     for units in UNITS:
-        net = cs.from_torch(layers.MLSTM(units, heads=HEADS, input_size=units, return_sequences=True))
+        net = cs.load(layers.MLSTM(units, heads=HEADS, input_size=units, return_sequences=True))
         stream, x = net.stream(), np.random.default_rng(0).normal(size=(1, units)).astype("f4")
         arrays = [net.nodes[0].kernel.copy(), *(np.array(part) for part in stream.state[0])]
         weights, state = torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])

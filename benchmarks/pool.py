@@ -27,7 +27,7 @@ def main():
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     (cell,) = engines.weights(args.units, args.units, 1)
-    net = cs.Network([cs.Recurrent((cs.Cell(cs.CellSpec(args.units, args.units), *cell),))])
+    net = cs.Network([cs.nodes.Recurrent((cs.nodes.Cell(cs.CellSpec(args.units, args.units), *cell),))])
     x = rng.standard_normal((args.stepped, args.units)).astype(np.float32)
     rows = rng.standard_normal((args.stepped, 2 * args.units)).astype(np.float32)
     weights, out = np.concatenate(cell[:2]), np.empty((args.stepped, 4 * args.units), np.float32)

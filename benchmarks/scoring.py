@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cellstack import Cell, CellSpec, Dense, Network, Recurrent
+from cellstack import CellSpec, Network
+from cellstack.nodes import Cell, Dense, Recurrent
 from cellstack.scale import score_files
 
 INPUTS, UNITS = 8, 64

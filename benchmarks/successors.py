@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cellstack import from_torch, native, train
+from cellstack import load, native, train
 from cellstack.train.cell_names import MLSTM
 from cellstack.train.data.ts import read_ts
 from cellstack.train.options import Architecture
@@ -241,7 +241,7 @@ def cost() -> None:
     steps, trainings, weights = {}, {}, {}
     for name, (cell, heads) in CELLS.items():
         (layer,) = recurrent_layers(cell, heads, (WIDTH,), WIDTH)
-        stream = from_torch(layer).stream(batch=1)
+        stream = load(layer).stream(batch=1)
         weights[name] = sum(parameter.numel() for parameter in layer.parameters())
 
         def step(stream=stream):

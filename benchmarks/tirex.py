@@ -126,7 +126,7 @@ def main():
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = package(not given.eager)
-    net = cs.from_torch(model)
+    net = cs.load(model)
     clock = time.process_time if given.threads == 1 else time.perf_counter
     reading(net, clock)
     for count in given.series:

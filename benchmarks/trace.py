@@ -39,7 +39,7 @@ def measured(batch, steps, units, rounds):
     """Return the fastest milliseconds of a run, a trace and the loop, after comparing their results."""
     rng = np.random.default_rng(0)
     (cell,) = engines.weights(units, units, 1)
-    net = cs.Network([cs.Recurrent((cs.Cell(cs.CellSpec(units, units), *cell),))])
+    net = cs.Network([cs.nodes.Recurrent((cs.nodes.Cell(cs.CellSpec(units, units), *cell),))])
     x = rng.standard_normal((batch, steps, units)).astype(np.float32)
     t, (y, state) = net.trace(x, threads=1), net.run(x, threads=1)
     np.testing.assert_array_equal(t.y, y)

@@ -21,8 +21,8 @@ def made_here(path):
         return (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
 
     specs = [cs.CellSpec(input_size=12, units=48), cs.CellSpec(input_size=48, units=48)]
-    cells = [cs.Cell(spec, *(draw(*shape) for shape in spec.shapes.values())) for spec in specs]
-    cs.Network([cs.Recurrent(tuple(cells)), cs.Dense(draw(48, 3), activation="softmax")]).save(path)
+    cells = [cs.nodes.Cell(spec, *(draw(*shape) for shape in spec.shapes.values())) for spec in specs]
+    cs.Network([cs.nodes.Recurrent(tuple(cells)), cs.nodes.Dense(draw(48, 3), activation="softmax")]).save(path)
 
 
 with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +32,7 @@ with tempfile.TemporaryDirectory() as folder:
     else:
         made_here(path)
     net = cs.load(path)
-if isinstance(net.nodes[-1], cs.GlobalPool):  # it pools over all steps, but a stream answers after each
+if isinstance(net.nodes[-1], cs.nodes.GlobalPool):  # it pools over all steps, but a stream answers after each
     net = cs.Network(net.nodes[:-1], net.names[:-1], net.metadata)
 print(net)
 print(net.plan())

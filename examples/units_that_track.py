@@ -131,7 +131,7 @@ class CharacterModel(nn.Module):
     def network(self):
         """Return it as a Network that outputs probabilities."""
         parts = nn.Sequential(self.embedding, self.lstm, self.head, nn.Softmax(-1))
-        return cs.from_torch(parts)
+        return cs.load(parts)
 
 
 def train(book, seed, size):

@@ -101,8 +101,8 @@ class Detector:
         model = onnx.load(path)
         (part,) = cs.extract(path).values()
         weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-        head = cs.Dense(weights["output.weight"].reshape(1, -1).T, weights["output.bias"])
-        nodes = [*part.nodes, cs.Activation("relu"), head, cs.Activation("sigmoid")]
+        head = cs.nodes.Dense(weights["output.weight"].reshape(1, -1).T, weights["output.bias"])
+        nodes = [*part.nodes, cs.nodes.Activation("relu"), head, cs.nodes.Activation("sigmoid")]
         self.net = cs.Network(nodes, [LSTM, "relu", LOGIT, "speech"])
         self.logits = cs.Network(nodes[:-1], [LSTM, "relu", LOGIT])
         (lstm,) = (node for node in model.graph.node if node.op_type == "LSTM")

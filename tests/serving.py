@@ -9,7 +9,8 @@ import time
 
 import numpy as np
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
+from cellstack.nodes import Cell, Recurrent
 from cellstack.serve import Limits, Model, Models
 from cellstack.serve.server import Server, Settings, listen
 

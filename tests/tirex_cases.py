@@ -147,7 +147,7 @@ def expected():
         return model.eval()
 
     def from_torch_agrees(model, expected):
-        assert np.abs(cs.from_torch(model)(tokens()) - expected).max() < 1e-3
+        assert np.abs(cs.load(model)(tokens()) - expected).max() < 1e-3
 
     def alone(rows):
         return [TimeseriesType(torch.from_numpy(row[None]), None, None) for row in rows]

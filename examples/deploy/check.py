@@ -79,8 +79,8 @@ def proxy(folder):
         check=True,
         capture_output=True,
     )
-    cell = cs.Cell(cs.CellSpec(3, 4), *(np.ones(shape, np.float32) / 8 for shape in ((3, 16), (4, 16), (16,))))
-    cs.Network([cs.Recurrent((cell,))]).save(model)
+    cell = cs.nodes.Cell(cs.CellSpec(3, 4), *(np.ones(shape, np.float32) / 8 for shape in ((3, 16), (4, 16), (16,))))
+    cs.Network([cs.nodes.Recurrent((cell,))]).save(model)
     ports = {name: free_port() for name in ("443", "127.0.0.1:8080")}
     site = (HERE / "nginx.conf").read_text().replace("/etc/ssl/cellstack", str(folder))
     for old, new in ports.items():

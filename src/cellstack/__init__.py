@@ -4,8 +4,8 @@
 >>> import numpy as np
 >>> rng = np.random.default_rng(0)
 >>> spec = cs.CellSpec(input_size=3, units=4)
->>> cell = cs.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))
->>> net = cs.Network([cs.Recurrent((cell,)), cs.GlobalPool("mean")])
+>>> cell = cs.nodes.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))
+>>> net = cs.Network([cs.nodes.Recurrent((cell,)), cs.nodes.GlobalPool("mean")])
 >>> net(rng.normal(size=(2, 10, 3))).shape
 (2, 4)
 """
@@ -19,39 +19,30 @@ from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.cells.spec import CellSpec
 from cellstack.formats import extract, load
 from cellstack.network import Network
-from cellstack.nodes import Activation, Bidirectional, Cell, Dense, GlobalPool, Recurrent, Standardise
 from cellstack.nodes.patches import Patch
 from cellstack.streaming.sessions import Sessions
 from cellstack.streaming.stream import Stream
 
 if TYPE_CHECKING:
-    from cellstack import inspect
+    from cellstack import inspect as inspect
     from cellstack import layers as layers
+    from cellstack import nodes as nodes
     from cellstack import train as train
     from cellstack.adapters.frameworks import accelerate, packed_weights, plan, restore
     from cellstack.formats.compiled import compile
-    from cellstack.formats.keras import from_keras
-    from cellstack.formats.pytorch import from_torch
     from cellstack.formats.verify import verify
     from cellstack.inspect.interventions import ablate, activation_patch
 
 __version__: str
 
 __all__ = [
-    "Activation",
-    "Bidirectional",
-    "Cell",
     "CellSpec",
-    "Dense",
     "FormatError",
-    "GlobalPool",
     "HiddenState",
     "Network",
     "Patch",
-    "Recurrent",
     "Sessions",
     "ShapeError",
-    "Standardise",
     "State",
     "Stream",
     "ablate",
@@ -59,9 +50,6 @@ __all__ = [
     "activation_patch",
     "compile",
     "extract",
-    "from_keras",
-    "from_torch",
-    "inspect",
     "load",
     "packed_weights",
     "plan",
@@ -76,8 +64,6 @@ LATER = {
     "accelerate": "adapters.frameworks",
     "activation_patch": "inspect.interventions",
     "compile": "formats.compiled",
-    "from_keras": "formats.keras",
-    "from_torch": "formats.pytorch",
     "packed_weights": "adapters.frameworks",
     "plan": "adapters.frameworks",
     "restore": "adapters.frameworks",
@@ -106,5 +92,5 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Return the public names, which `help()` reads: without packages that may be missing or select Keras's backend."""
-    packages = ["train", *(["layers"] if find_spec("torch") else [])]
+    packages = ["inspect", "nodes", "train", *(["layers"] if find_spec("torch") else [])]
     return sorted({*__all__, "__version__", *packages, *(name for name in PACKAGES if name in globals())})

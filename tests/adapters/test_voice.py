@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
 from cellstack.adapters import voice
 from cellstack.adapters.voice import pool as pools
 from cellstack.adapters.voice.loudness import Loudness, weighting
+from cellstack.nodes import Cell, Recurrent
 
 
 def speech(rate, seed):

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import GlobalPool, Network, load
+from cellstack import Network, load
 from cellstack.cli import main as cli
+from cellstack.nodes import GlobalPool
 
 DATA = files("cellstack_demo") / "data"
 VOWELS, VOWELS_TEST, CO2 = (

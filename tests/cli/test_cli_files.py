@@ -13,10 +13,10 @@ from networks import make_cell
 from tools import need
 
 import cellstack
-from cellstack import Bidirectional, Dense, GlobalPool, Network, Recurrent, Standardise, formats, load
+from cellstack import Network, formats, load
 from cellstack.cli import main as cli
 from cellstack.cli.files import write_csv
-from cellstack.nodes import Embedding, Merge, Reduce
+from cellstack.nodes import Bidirectional, Dense, Embedding, GlobalPool, Merge, Recurrent, Reduce, Standardise
 
 
 def make_net(bidirectional=False):
@@ -423,7 +423,7 @@ def standard_input(monkeypatch):
 
 @pytest.fixture
 def small(tmp_path):
-    net = cellstack.from_torch(torch.nn.Sequential(torch.nn.LSTM(2, 4, batch_first=True), torch.nn.Linear(4, 1)))
+    net = cellstack.load(torch.nn.Sequential(torch.nn.LSTM(2, 4, batch_first=True), torch.nn.Linear(4, 1)))
     net.save(tmp_path / "net.safetensors")
     return net, str(tmp_path / "net.safetensors")
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import Dense, GlobalPool, Network, Patch, Recurrent
+from cellstack import Network, Patch
 from cellstack.cli import inspect
 from cellstack.cli import main as cli
-from cellstack.nodes import Embedding, Merge
+from cellstack.nodes import Dense, Embedding, GlobalPool, Merge, Recurrent
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import httpx
 import numpy as np
 import pytest
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
 from cellstack.cli.main import main
+from cellstack.nodes import Cell, Recurrent
 
 
 @pytest.fixture(scope="module")

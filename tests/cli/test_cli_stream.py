@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import Bidirectional, Dense, FormatError, GlobalPool, Network, Recurrent, Standardise
+from cellstack import FormatError, Network
 from cellstack.cli import main as cli
 from cellstack.formats.lines import Lines
 from cellstack.formats.state import load_state, save_state
-from cellstack.nodes import Conv1D, Embedding, Merge
+from cellstack.nodes import Bidirectional, Conv1D, Dense, Embedding, GlobalPool, Merge, Recurrent, Standardise
 
 COMMAND = [sys.executable, "-W", "error", "-m", "cellstack", "stream"]
 PATIENCE = 20.0  # seconds that a test waits for immediate output

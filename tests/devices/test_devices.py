@@ -10,8 +10,9 @@ import pytest
 from networks import make_cell
 from tools import need
 
-from cellstack import Dense, Network, Recurrent, native
+from cellstack import Network, native
 from cellstack.formats.c import sizes
+from cellstack.nodes import Dense, Recurrent
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "devices"
 PROCESSORS = {

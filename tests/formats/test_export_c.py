@@ -15,12 +15,28 @@ from networks import fill, make_cell, make_network
 from tolerances import KERNEL
 from tools import need
 
-from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent, Standardise
+from cellstack import CellSpec, Network
 from cellstack.cells import KINDS
 from cellstack.cells.spec import GATES
 from cellstack.formats.c import export
 from cellstack.formats.verify import verify
-from cellstack.nodes import Clip, Conv1D, Embedding, LayerNorm, Merge, Reduce, Scale, TimeSoftmax
+from cellstack.nodes import (
+    Activation,
+    Bidirectional,
+    Cell,
+    Clip,
+    Conv1D,
+    Dense,
+    Embedding,
+    GlobalPool,
+    LayerNorm,
+    Merge,
+    Recurrent,
+    Reduce,
+    Scale,
+    Standardise,
+    TimeSoftmax,
+)
 from cellstack.nodes.activations import MORE_ACTIVATIONS
 
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wconversion", "-Wdouble-promotion", "-Wshadow"]

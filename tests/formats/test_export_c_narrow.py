@@ -13,10 +13,11 @@ from networks import fill, make_cell
 from test_export_c import STRICT, compiled
 from tools import need
 
-from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent, native, verify
+from cellstack import CellSpec, Network, native, verify
 from cellstack.cells.spec import GATES
 from cellstack.cli import main as cli
 from cellstack.formats.c import export, sizes
+from cellstack.nodes import Activation, Bidirectional, Cell, Dense, GlobalPool, Recurrent
 from cellstack.nodes.cell_arrays import MOST_DEPTH
 
 NARROW = ("int8", "bfloat16")

@@ -21,7 +21,7 @@ def make(kind, **flags):
         for weight in layer.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
     x = torch.randn(2, 6, 5)
-    return layer, cs.from_torch(layer), x.numpy(), layer(x).detach().numpy()
+    return layer, cs.load(layer), x.numpy(), layer(x).detach().numpy()
 
 
 def test_a_block_diagonal_matrix_has_each_head_in_its_place():

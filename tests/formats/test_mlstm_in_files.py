@@ -7,9 +7,9 @@ from test_export_c import build, compared_with_the_stream
 from tools import need
 
 import cellstack as cs
-from cellstack import Dense, Network, Recurrent
+from cellstack import Network
 from cellstack.formats import onnx
-from cellstack.nodes import MLSTM
+from cellstack.nodes import MLSTM, Dense, Recurrent
 
 
 def network(dtype="float32", gate=True, scale=1.0):

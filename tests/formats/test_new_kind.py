@@ -28,7 +28,7 @@ def network(monkeypatch):
         state=HiddenState,
         trace=RNNTrace,
         step=step,
-        recurrent=False,
+        arrays=KINDS["mingru"].arrays,
     )
     monkeypatch.setitem(KINDS, "toy", kind)
     for table, value in ((spec.GATES, ("z", "g")), (spec.STATES, HiddenState), (spec.TRACES, RNNTrace)):
@@ -38,7 +38,7 @@ def network(monkeypatch):
     assert description.shapes == {"kernel": (3, 8), "bias": (8,)}
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in description.shapes.items()}
-    return cs.Network([cs.Recurrent((cs.Cell(description, **arrays),))])
+    return cs.Network([cs.nodes.Recurrent((cs.nodes.Cell(description, **arrays),))])
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".pt"])
@@ -65,7 +65,7 @@ def test_c_is_derived_from_the_step(network, tmp_path):
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".pt"])
 def test_writers_refuse_our_kinds_that_their_format_lacks(kind, suffix, tmp_path):
     description = cs.CellSpec(3, 4, kind=kind.name)
-    cell = cs.Cell(description, *(np.zeros(shape, np.float32) for shape in description.shapes.values()))
+    cell = cs.nodes.Cell(description, *(np.zeros(shape, np.float32) for shape in description.shapes.values()))
     with pytest.raises(ValueError, match=rf"{kind.title}.*\.safetensors supports every network"):
-        cs.Network([cs.Recurrent((cell,))]).save(tmp_path / f"net{suffix}")
+        cs.Network([cs.nodes.Recurrent((cell,))]).save(tmp_path / f"net{suffix}")
     assert not list(tmp_path.iterdir())

@@ -46,14 +46,19 @@ def parts_of(blob):
 def small():
     rng = np.random.default_rng(0)
     gru = {"kind": "gru", "clip": 5.0, "gate_activations": {"r": "hard_sigmoid(0.2, 0.5)"}}
-    stack = cs.Recurrent((make_cell(rng, 3, 2), make_cell(rng, 2, 2, use_bias=False), make_cell(rng, 2, 2, **gru)))
-    ahead, back = cs.Recurrent((make_cell(rng, 2, 2),)), cs.Recurrent((make_cell(rng, 2, 2),), go_backwards=True)
-    dense = cs.Dense(rng.normal(size=(4, 2)).astype("f4"), np.ones(2, "f4"), "softmax")
+    stack = cs.nodes.Recurrent(
+        (make_cell(rng, 3, 2), make_cell(rng, 2, 2, use_bias=False), make_cell(rng, 2, 2, **gru))
+    )
+    ahead, back = (
+        cs.nodes.Recurrent((make_cell(rng, 2, 2),)),
+        cs.nodes.Recurrent((make_cell(rng, 2, 2),), go_backwards=True),
+    )
+    dense = cs.nodes.Dense(rng.normal(size=(4, 2)).astype("f4"), np.ones(2, "f4"), "softmax")
     nodes = [
-        cs.Standardise(np.zeros(3, "f4"), np.ones(3, "f4")),
+        cs.nodes.Standardise(np.zeros(3, "f4"), np.ones(3, "f4")),
         stack,
-        cs.Bidirectional(ahead, back),
-        cs.GlobalPool(),
+        cs.nodes.Bidirectional(ahead, back),
+        cs.nodes.GlobalPool(),
         dense,
     ]
     return cs.Network(nodes, ["scale", "stack", "both", "pool", "out"], {"labels": ["a", "b"]})
@@ -101,7 +106,7 @@ def test_a_network_round_trips_bit_for_bit(seed, dtype, tmp_path):
 def test_a_cell_of_every_flag_round_trips(seed, kind, tmp_path):
     rng = np.random.default_rng(seed)
     cell = fill(rng, random_spec(rng, kind), "float64" if seed % 2 else "float32")
-    cs.Network([cs.Recurrent((cell,), residual=bool(seed % 3))]).save(tmp_path / "net.safetensors")
+    cs.Network([cs.nodes.Recurrent((cell,), residual=bool(seed % 3))]).save(tmp_path / "net.safetensors")
     with safetensors.safe_open(tmp_path / "net.safetensors", "np") as file:
         (node,) = json.loads(file.metadata()["cellstack"])["nodes"]
         assert sorted(file.keys()) == sorted(f"layer_0/0/{name}" for name in cell.spec.shapes)
@@ -115,7 +120,7 @@ def test_a_cell_of_every_flag_round_trips(seed, kind, tmp_path):
 
 
 def test_a_name_without_a_suffix_is_refused_with_the_native_one(tmp_path):
-    net = cs.Network([cs.Dense(np.ones((2, 3), "f4"))])
+    net = cs.Network([cs.nodes.Dense(np.ones((2, 3), "f4"))])
     with pytest.raises(
         ValueError, match=r"got '.*/q': \.safetensors supports every network, such as '.*/q\.safetensors'"
     ):
@@ -125,7 +130,7 @@ def test_a_name_without_a_suffix_is_refused_with_the_native_one(tmp_path):
 
 def test_integers_are_accepted_as_floats(tmp_path):
     cell = make_cell(np.random.default_rng(0), 2, 2, clip=5)  # some languages write 5.0 so
-    cs.Network([cs.Recurrent((cell,))]).save(tmp_path / "net.safetensors")
+    cs.Network([cs.nodes.Recurrent((cell,))]).save(tmp_path / "net.safetensors")
     assert cs.load(tmp_path / "net.safetensors").cells[0].spec == cs.CellSpec(2, 2, clip=5.0)
 
 
@@ -159,7 +164,7 @@ def test_the_format_page_lists_every_setting_and_every_tensor():
 
 def test_nan_and_infinite_weights_round_trip(tmp_path):
     kernel = np.array([[np.nan, np.inf], [-np.inf, -0.0]], "f4")
-    cs.Network([cs.Dense(kernel)]).save(tmp_path / "net.safetensors")
+    cs.Network([cs.nodes.Dense(kernel)]).save(tmp_path / "net.safetensors")
     assert cs.load(tmp_path / "net.safetensors").nodes[0].kernel.tobytes() == kernel.tobytes()
 
 
@@ -586,7 +591,7 @@ def test_every_bit_of_the_header(tmp_path):
     """A flipped bit raises an error or gives a network (a name may change), never anything else."""
     path, rng = tmp_path / "net.safetensors", np.random.default_rng(0)
     cells = make_cell(rng, 3, 2), make_cell(rng, 2, 2, kind="gru", clip=5.0, gate_activations={"r": "elu(0.5)"})
-    cs.Network([cs.Recurrent(cells), cs.GlobalPool()]).save(path)
+    cs.Network([cs.nodes.Recurrent(cells), cs.nodes.GlobalPool()]).save(path)
     good = path.read_bytes()
     size = 8 + int.from_bytes(good[:8], "little")
     passed = 0
@@ -695,7 +700,7 @@ def test_hostile_files_take_little_memory_and_time(blob, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the most memory of a process, as Linux counts it")
 def test_loading_takes_little_more_memory_than_the_arrays(tmp_path):
     path, size = tmp_path / "net.safetensors", 1 << 22
-    cs.Network([cs.Dense(np.ones((1024, 1024), "f4")) for _ in range(16)]).save(path)
+    cs.Network([cs.nodes.Dense(np.ones((1024, 1024), "f4")) for _ in range(16)]).save(path)
     [(outcome, memory, _)] = measured(path)
     assert outcome == "loaded"
     assert memory < (2 * 16 + 8) * size  # the mapped file, the network's copies, and a few arrays
@@ -737,7 +742,7 @@ def test_a_killed_process_leaves_the_old_file(where, blob, tmp_path):
         "    print('here', flush=True)\n"
         "    time.sleep(60)\n"
         f"os.{where} = stop\n"
-        f"cs.Network([cs.Dense(np.ones((1000, 1000), 'f4'))]).save({str(path)!r})\n"
+        f"cs.Network([cs.nodes.Dense(np.ones((1000, 1000), 'f4'))]).save({str(path)!r})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "here\n"

@@ -14,7 +14,6 @@ from torch import nn
 
 import cellstack as cs
 from cellstack import Network
-from cellstack.formats import keras as from_keras_files
 from cellstack.formats import pytorch
 from cellstack.nodes import GlobalPool, Permute
 
@@ -47,7 +46,7 @@ class Ends(nn.Module):
         return torch.cat(tuple(self.rnn(x)[1][0]), -1)
 
     def to_nodes(self):
-        (node,) = pytorch.from_torch(self.rnn).nodes
+        (node,) = pytorch.of_module(self.rnn).nodes
         return [replace(node, **{part: last_of(getattr(node, part)) for part in ("forward", "backward")})]
 
 
@@ -244,9 +243,9 @@ def pickled(module, path):
 
 
 READ = {
-    "from_torch": lambda module, model, x, folder: pytorch.from_torch(module),
+    "module": lambda module, model, x, folder: cs.load(module),
     "module.pt": lambda module, model, x, folder: pickled(module, folder / "module.pt"),
-    "from_keras": lambda module, model, x, folder: from_keras_files.from_keras(model),
+    "model": lambda module, model, x, folder: cs.load(model),
     "model.keras": lambda module, model, x, folder: file_of(model, folder / "model.keras"),
     "model.h5": lambda module, model, x, folder: file_of(model, folder / "model.h5"),
     "traced": lambda module, model, x, folder: exported(module, x, folder / "traced.onnx", False),
@@ -259,7 +258,7 @@ READ = {
 
 
 def rewritten(module, path):
-    pytorch.from_torch(module).save(path)
+    cs.load(module).save(path)
     return cs.load(path)
 
 
@@ -294,12 +293,12 @@ def test_torch_and_keras_have_the_same_model(name):
         pytest.param(name, way, marks=pytest.mark.slow if way == "dynamo" else ())
         for name in MODELS
         for way in READ
-        if way != "from_torch"
+        if way != "module"
     ],
 )
 def test_the_same_graph_from_every_file(name, way, tmp_path):
     module, model, x = both(name)
-    first, net = pytorch.from_torch(module), READ[way](module, model, x, tmp_path)
+    first, net = cs.load(module), READ[way](module, model, x, tmp_path)
     if net is None:
         pytest.skip("PyTorch has no module of its own for it")
     assert " ".join(type(node).__name__ for node in first.nodes) == MODELS[name][2]
@@ -322,7 +321,7 @@ FUNCTIONS = [nn.Hardtanh(), nn.GELU("tanh"), nn.Hardswish(), nn.Mish(), nn.ReLU6
 def test_the_same_activation_from_a_module_its_file_and_its_export(functions, dynamo, tmp_path):
     between = [part for one in functions for part in (one, nn.Linear(4, 4))]
     module, x = nn.Sequential(nn.Linear(3, 4), *between, nn.Linear(4, 2)).eval(), torch.randn(2, STEPS, 3)
-    first = pytorch.from_torch(module)
+    first = cs.load(module)
     for net in (exported(module, x, tmp_path / "net.onnx", dynamo), pickled(module, tmp_path / "net.pt")):
         assert described(net)[1:] == described(first)[1:]
         np.testing.assert_allclose(net(x.numpy()), module(x).detach(), atol=tolerances.KERAS, rtol=0)
@@ -351,6 +350,6 @@ def test_streams_of_the_same_model_run_at_the_same_speed(name, tmp_path):
         order = order[turn % len(order) :] + order[: turn % len(order)]  # no stream is always the first
         times = {way: took(streams[way], frames) for way in order}
         for way in order:
-            ratios[way].append(times[way] / times["from_torch"])
+            ratios[way].append(times[way] / times["module"])
     medians = {way: statistics.median(found) for way, found in ratios.items()}
     assert all(0.95 < median < 1.05 for median in medians.values()), medians

@@ -21,24 +21,11 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from tools import need
 
-from cellstack import (
-    Activation,
-    Bidirectional,
-    Cell,
-    CellSpec,
-    Dense,
-    FormatError,
-    GlobalPool,
-    Network,
-    Recurrent,
-    ShapeError,
-    from_torch,
-    load,
-)
+from cellstack import CellSpec, FormatError, Network, ShapeError, load
 from cellstack.formats import onnx as onnx_adapter
 from cellstack.formats.c import export
 from cellstack.formats.verify import Difference, Report, Rounding, _difference, verify
-from cellstack.nodes import Embedding, Merge, Scale
+from cellstack.nodes import Activation, Bidirectional, Cell, Dense, Embedding, GlobalPool, Merge, Recurrent, Scale
 
 
 def make_net(dtype="float32", **settings):
@@ -182,7 +169,7 @@ def test_a_state_dict(tmp_path, kind, flags):
     if ("proj_size" in flags and kind != "LSTM") or ("nonlinearity" in flags and kind != "RNN"):
         flags = {}
     module = getattr(torch.nn, kind)(3, 4, batch_first=True, **flags)
-    net = from_torch(module)
+    net = load(module)
     for saved in (module.state_dict(), {"model": {f"rnn.{n}": t for n, t in module.state_dict().items()}, "epoch": 3}):
         torch.save(saved, tmp_path / "net.pt")
         report = verify(net, tmp_path / "net.pt")
@@ -200,7 +187,7 @@ def test_a_cell_s_state_dict(tmp_path):
     module = torch.nn.LSTM(3, 4, batch_first=True)
     module.load_state_dict({f"{name}_l0": tensor for name, tensor in cell.state_dict().items()})
     torch.save(cell.state_dict(), tmp_path / "net.pt")
-    assert verify(from_torch(module), tmp_path / "net.pt").ok(1e-5)
+    assert verify(load(module), tmp_path / "net.pt").ok(1e-5)
 
 
 class Trap:
@@ -210,7 +197,7 @@ class Trap:
 
 def test_torch_files_that_aren_t_run(tmp_path):
     module = torch.nn.LSTM(3, 4, batch_first=True)
-    net = from_torch(module)
+    net = load(module)
     for saved, message in (
         (module, "without running the file's own code: Weights only load failed"),
         ({"weight": Trap()}, "without running the file's own code"),
@@ -269,7 +256,7 @@ def test_an_ordered_state_dict_is_compared_with_its_module(tmp_path, suffix):
 def test_a_module_that_takes_time_before_batch_gets_a_transposed_input(dtype):
     gru = torch.nn.GRU(3, 4, 2, bidirectional=True, dtype=dtype)
     with pytest.warns(UserWarning, match="has batch_first=False"):
-        net = from_torch(gru)
+        net = load(gru)
     report = verify(net, gru)
     assert report.ok(1e-5), str(report)
     assert [one.name for one in report.differences] == [net.outputs[0], *(f"cell {n} h" for n in range(4))]
@@ -278,7 +265,7 @@ def test_a_module_that_takes_time_before_batch_gets_a_transposed_input(dtype):
 
 
 def test_modules_that_can_t_be_compared():
-    net = from_torch(torch.nn.LSTM(3, 4, batch_first=True))
+    net = load(torch.nn.LSTM(3, 4, batch_first=True))
     assert "the module raised RuntimeError" in verify(net, torch.nn.Linear(5, 2)).verdict()
     assert "fail: layer_0 has the shape [5, 7, 4], theirs [5, 7, 2]" in str(verify(net, torch.nn.Linear(3, 2)))
     with pytest.raises(TypeError, match="expected a file's path or a torch module, got dict"):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import Bidirectional, Cell, Dense, GlobalPool, Network, Recurrent, load
+from cellstack import Network, load
 from cellstack.formats import onnx as onnx_adapter
 from cellstack.formats.verify import verify
-from cellstack.nodes import Embedding, LayerNorm, Masking
+from cellstack.nodes import Bidirectional, Cell, Dense, Embedding, GlobalPool, LayerNorm, Masking, Recurrent
 
 
 def make_net(dtype="float32", **settings):

@@ -45,7 +45,7 @@ BOTH_WAYS = r"after a .*idirectional.* is the last step, not both final states"
 
 
 @pytest.mark.parametrize("between", [[], ["relu"]])
-@pytest.mark.parametrize("last", ["last", cs.GlobalPool("last")])
+@pytest.mark.parametrize("last", ["last", cs.nodes.GlobalPool("last")])
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_the_last_step_of_a_bidirectional_layer_in_an_order_is_warned_of(tmp_path, between, last, suffix):
     model = torch.nn.ModuleDict(
@@ -86,9 +86,9 @@ def test_a_last_step_that_is_a_final_state_is_not_warned_of(tmp_path):
 
 def test_the_last_step_of_a_bidirectional_node_is_warned_of_where_a_network_is_built_by_hand(tmp_path):
     gru = torch.nn.GRU(3, 4, batch_first=True, bidirectional=True)
-    (both,) = cs.from_torch(gru).nodes
+    (both,) = cs.load(gru).nodes
     with pytest.warns(UserWarning, match=rf'^Network: layer_2: .*{BOTH_WAYS}: .* GlobalPool\("final"\)') as record:
-        net = cs.Network([both, cs.Activation("relu"), cs.GlobalPool("last")])
+        net = cs.Network([both, cs.nodes.Activation("relu"), cs.nodes.GlobalPool("last")])
     assert [warning.filename for warning in record] == [__file__]
     x = torch.randn(2, 7, 3)
     with warnings.catch_warnings():  # networks from files, training and other networks, and other nodes
@@ -97,11 +97,11 @@ def test_the_last_step_of_a_bidirectional_node_is_warned_of_where_a_network_is_b
         assert cs.load(tmp_path / "net.safetensors")(x.numpy()).shape == (2, 8)
         net.with_weights("bfloat16")
         as_network(SimpleNamespace(to_nodes=lambda: net.nodes), {})
-        cs.Network([both, cs.GlobalPool("mean")])
-        cs.Network([both.forward, cs.GlobalPool("last")])
+        cs.Network([both, cs.nodes.GlobalPool("mean")])
+        cs.Network([both.forward, cs.nodes.GlobalPool("last")])
         directions = [replace(part, return_sequences=False) for part in (both.forward, both.backward)]
-        final = cs.Network([cs.Bidirectional(*directions), cs.Activation("relu")])
-        named = cs.Network([both, cs.GlobalPool("final"), cs.Activation("relu")], ["both", "final", "relu"])
+        final = cs.Network([cs.nodes.Bidirectional(*directions), cs.nodes.Activation("relu")])
+        named = cs.Network([both, cs.nodes.GlobalPool("final"), cs.nodes.Activation("relu")], ["both", "final", "relu"])
     assert named.names == ("both", "relu")
     expected = torch.relu(torch.cat(list(gru(x)[1]), 1)).detach().numpy()
     for net in (final, named):
@@ -123,7 +123,7 @@ def test_the_final_states_in_an_order_are_those_of_the_last_layer(tmp_path, kind
     x = torch.randn(3, 6, 3)
     h = rnn(x)[1][0] if kind == "LSTM" else rnn(x)[1]
     expected = head(torch.cat(list(h[-1 - both :]), 1)).detach().numpy()
-    for final in ("final", cs.GlobalPool("final")):
+    for final in ("final", cs.nodes.GlobalPool("final")):
         net = cs.load(path, order=["rnn", final, "head"])
         assert [type(node).__name__ for node in net.nodes] == ["Bidirectional" if both else "Recurrent"] * depth + [
             "Dense"
@@ -179,16 +179,16 @@ def test_orders_whose_widths_are_those_of_other_states(tmp_path, width, order, m
 
 
 def test_final_states_need_a_recurrent_node_before_them(tmp_path):
-    (both,) = cs.from_torch(torch.nn.GRU(3, 4, batch_first=True, bidirectional=True)).nodes
-    pool = cs.GlobalPool("final")
+    (both,) = cs.load(torch.nn.GRU(3, 4, batch_first=True, bidirectional=True)).nodes
+    pool = cs.nodes.GlobalPool("final")
     for nodes, wires in (
         ([pool], None),
-        ([both, cs.Activation("relu"), pool], None),
+        ([both, cs.nodes.Activation("relu"), pool], None),
         ([both, pool], [("x",), ("layer_0",)]),
     ):
         with pytest.raises(cs.ShapeError, match=r'GlobalPool\("final"\) must directly follow'):
             cs.Network(nodes, wires=wires)
-    cs.Network([both.forward, cs.GlobalPool("mean")]).save(path := tmp_path / "net.safetensors")
+    cs.Network([both.forward, cs.nodes.GlobalPool("mean")]).save(path := tmp_path / "net.safetensors")
     path.write_bytes(path.read_bytes().replace(b'"mean"', b'"final"').replace(b" " * 2, b" ", 1))
     with pytest.raises(FormatError):
         cs.load(path)
@@ -205,8 +205,8 @@ def test_half_precision_is_widened_and_other_dtypes_are_named(tmp_path):
 def test_extract_of_native_files(tmp_path):
     rng = np.random.default_rng(0)
     spec = cs.CellSpec(3, 4)
-    cell = cs.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))
-    net = cs.Network([cs.Recurrent((cell,)), cs.Dense(rng.normal(size=(4, 2)))], ["memory", "head"])
+    cell = cs.nodes.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))
+    net = cs.Network([cs.nodes.Recurrent((cell,)), cs.nodes.Dense(rng.normal(size=(4, 2)))], ["memory", "head"])
     net.save(tmp_path / "net.safetensors")
     parts = cs.extract(tmp_path / "net.safetensors")
     x = rng.normal(size=(1, 5, 3))
@@ -220,7 +220,7 @@ def test_a_named_pipe_is_refused_at_once(tmp_path, call, name):
     os.mkfifo(tmp_path / name)
     code = (
         "import sys; import numpy as np; import cellstack as cs; from cellstack.formats.verify import verify\n"
-        f"path = sys.argv[1]; net = cs.Network([cs.Dense(np.ones((2, 2)))])\n{call}"
+        f"path = sys.argv[1]; net = cs.Network([cs.nodes.Dense(np.ones((2, 2)))])\n{call}"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True, text=True, timeout=60)
     wanted = f"OSError: {tmp_path / name}: expected a regular file, found a named pipe: write the model to a file first"

@@ -9,7 +9,7 @@ from tools import need
 from toy import ToyState, ToyTrace, evaluate, register, run_without_kernel
 
 import cellstack as cs
-from cellstack import CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
 from cellstack.formats import onnx
 from cellstack.formats.runtimes import c as c_runtime
 from cellstack.inspect import diagnostics, files
@@ -17,6 +17,7 @@ from cellstack.inspect.monitoring.records import examined
 from cellstack.layers import RNN
 from cellstack.layers.cell_base import Cell
 from cellstack.layers.observer import Observer
+from cellstack.nodes import Recurrent
 
 WIDTH, UNITS = 3, 4
 FLAGS = ({}, {"zoneout": 0.2, "zoneout_cell": 0.4}, {"learn_initial_state": True, "layer_norm": True})

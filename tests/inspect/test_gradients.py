@@ -10,7 +10,7 @@ from family import random_spec
 from networks import fill, make_cell, make_graph, make_network
 
 import cellstack as cs
-from cellstack import Dense, Network, Patch, Recurrent, reference
+from cellstack import Network, Patch, reference
 from cellstack.cells.activations import ACTIVATIONS
 from cellstack.nodes import (
     NODES,
@@ -19,6 +19,7 @@ from cellstack.nodes import (
     Clip,
     Context,
     Conv1D,
+    Dense,
     Embedding,
     Flatten,
     Function,
@@ -35,6 +36,7 @@ from cellstack.nodes import (
     PerFrame,
     Pool1D,
     Power,
+    Recurrent,
     Reduce,
     RepeatLike,
     Reshape,
@@ -278,7 +280,7 @@ def test_torch_gives_the_same():
         def forward(self, x):
             return self.head(self.lstm(x)[0][:, -1])
 
-    net = cs.from_torch(torch.nn.Sequential(lstm))
+    net = cs.load(torch.nn.Sequential(lstm))
     net = Network([*net.nodes, Dense(head.weight.detach().numpy().T, head.bias.detach().numpy())])
     x = torch.randn(4, 12, 3, requires_grad=True)
     Model()(x)[:, 1].sum().backward()

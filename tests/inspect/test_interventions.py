@@ -7,8 +7,9 @@ import pytest
 from networks import make_cell, make_graph, make_stack
 
 import cellstack as cs
-from cellstack import Bidirectional, Dense, GlobalPool, Network, Patch, Recurrent, ShapeError
+from cellstack import Network, Patch, ShapeError
 from cellstack.inspect import interventions
+from cellstack.nodes import Bidirectional, Dense, GlobalPool, Recurrent
 
 
 def rng_of(seed):

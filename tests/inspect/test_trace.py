@@ -17,10 +17,10 @@ from networks import fill, make_cell, make_graph, make_network, make_stack, make
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from cellstack import CellSpec, Dense, FormatError, Network, Patch, Recurrent, inspect, reference
+from cellstack import CellSpec, FormatError, Network, Patch, inspect, reference
 from cellstack.cells.base import State
 from cellstack.cells.spec import TRACES
-from cellstack.nodes import Bidirectional, Conv1D, Embedding, GlobalPool, Merge, Pool1D
+from cellstack.nodes import Bidirectional, Conv1D, Dense, Embedding, GlobalPool, Merge, Pool1D, Recurrent
 
 
 def rng_of(seed):

@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
 from cellstack.inspect import widget as widgets
+from cellstack.nodes import Cell, Recurrent
 
 
 @pytest.fixture

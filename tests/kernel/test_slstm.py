@@ -136,7 +136,7 @@ def test_extreme_gates_neither_overflow_nor_lose_the_largest_weight(dtype, flags
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_state_that_is_not_finite_is_refused_by_name(name, bad):
     layer = layers.SLSTM(3, input_size=2, return_sequences=True)
-    net, x = cs.from_torch(layer), np.zeros((2, 4, 2), np.float32)
+    net, x = cs.load(layer), np.zeros((2, 4, 2), np.float32)
     state = {of: np.ones((2, 3), np.float32) for of in "hcnm"}
     state[name][1, 2] = bad
     for call in (
@@ -149,7 +149,7 @@ def test_a_state_that_is_not_finite_is_refused_by_name(name, bad):
 
 
 def test_a_negative_normaliser_is_refused_by_name():
-    net = cs.from_torch(layers.SLSTM(3, input_size=2))
+    net = cs.load(layers.SLSTM(3, input_size=2))
     state = tuple(np.full((1, 3), -1.0 if name == "n" else 1.0, np.float32) for name in "hcnm")
     with pytest.raises(ValueError, match="expected n to be at least 0"):
         net.run(np.zeros((1, 4, 2), np.float32), [state])

@@ -658,7 +658,7 @@ def test_saved_modules_load_with_and_without_cellstack(tmp_path):
 def test_from_torch_reads_an_accelerated_module():
     _, ours = pair(nn.LSTM, 3, 4, 2, batch_first=True)
     x = torch.randn(2, 5, 3)
-    torch.testing.assert_close(torch.from_numpy(cs.from_torch(ours)(x.numpy())), ours(x)[0].detach())
+    torch.testing.assert_close(torch.from_numpy(cs.load(ours)(x.numpy())), ours(x)[0].detach())
 
 
 def test_a_subclass_that_does_not_override_forward_is_accelerated(runs):

@@ -161,12 +161,12 @@ def test_times_along_another_axis_are_left_to_ncps(module):
         module(x, None, times)
 
 
-@pytest.mark.filterwarnings("ignore:from_torch. the module .CfC. has batch_first=False")
+@pytest.mark.filterwarnings("ignore:load. the module .CfC. has batch_first=False")
 def test_a_module_of_ncps_becomes_a_network(module, tmp_path):
     x = torch.randn(2, T, I, dtype=torch.float64)
     with torch.no_grad():
         expected, last = module(x if module.batch_first else x.transpose(0, 1))
-    net = cs.from_torch(module)
+    net = cs.load(module)
     net.save(tmp_path / "net.safetensors")
     y, states = cs.load(tmp_path / "net.safetensors").run(x.numpy())
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-14)
@@ -185,7 +185,7 @@ def test_a_module_of_ncps_becomes_a_network(module, tmp_path):
 def test_what_of_ncps_is_refused(given, why):
     module = pytest.importorskip("ncps.torch").CfC(I, H, **given)
     with pytest.raises(TypeError, match=why):
-        cs.from_torch(module)
+        cs.load(module)
     if not module.use_mixed:  # of which the kernel runs the memory, an LSTM
         with pytest.raises(ValueError, match=why):
             cs.accelerate(module, cells=True)

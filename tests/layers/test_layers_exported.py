@@ -9,7 +9,7 @@ import pytest
 import tolerances
 import torch
 
-from cellstack import from_torch, layers, load
+from cellstack import layers, load
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -106,15 +106,15 @@ def test_cells_and_calls_without_a_torch_operator_are_refused(name):
         def forward(self, x):
             return self.layer(x, **given)
 
-    with pytest.raises(TypeError, match=r"from_torch\(model\)\.save\('model\.onnx'\) exports any cell of cellstack"):
+    with pytest.raises(TypeError, match=r"load\(model\)\.save\('model\.onnx'\) exports any cell of cellstack"):
         torch.jit.trace(Own(), (torch.randn(2, 5, 3),))
-    with pytest.raises(TypeError, match=r"from_torch\(model\)\.save\('model\.onnx'\)"):
+    with pytest.raises(TypeError, match=r"load\(model\)\.save\('model\.onnx'\)"):
         torch.onnx.export(Own(), (torch.randn(2, 5, 3),), io.BytesIO(), dynamo=False)
 
 
 def test_the_suggested_export_works(tmp_path):
     layer = layers.LSTM(4, peepholes=True, **EVERY)
-    from_torch(layer).save(tmp_path / "model.onnx")
+    load(layer).save(tmp_path / "model.onnx")
     x = torch.randn(2, 5, 3)
     close(by_onnxruntime((tmp_path / "model.onnx").read_bytes(), x), layer, x)
 

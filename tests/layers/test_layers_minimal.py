@@ -7,7 +7,7 @@ import torch
 from minGRU_pytorch.minGRU import minGRU
 from minGRU_pytorch.minLSTM import minLSTM
 
-from cellstack import from_torch, layers
+from cellstack import layers, load
 
 KINDS = {"mingru": (layers.MinGRU, minGRU, "zg", "gz"), "minlstm": (layers.MinLSTM, minLSTM, "ifg", "gfi")}
 UNITS = 6
@@ -72,7 +72,7 @@ def test_steps_from_a_state(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_networks_and_streams(kind):
     ours, theirs = pair(kind, torch.float32)
-    net, x = from_torch(ours), torch.randn(2, 30, UNITS)
+    net, x = load(ours), torch.randn(2, 30, UNITS)
     y = net(x.numpy())
     np.testing.assert_allclose(y, theirs(x).detach(), rtol=0, atol=tolerances.LOOP)
     np.testing.assert_array_equal(net.stream(2).run(x.numpy()), y)

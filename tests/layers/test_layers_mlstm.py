@@ -42,11 +42,11 @@ def test_the_network_of_a_layer():
     x = torch.randn(2, 30, 3)
     for flags in ({"return_sequences": True}, {}, {"return_sequences": True, "use_bias": False, "key_size": 5}):
         own = layer(**flags)
-        net = cs.from_torch(own)
+        net = cs.load(own)
         np.testing.assert_allclose(net(x.numpy()), own(x).detach().numpy(), atol=LOOP)
     lengths = [30, 11]
     own = layer()
-    found = cs.from_torch(own)(x.numpy(), lengths=lengths)
+    found = cs.load(own)(x.numpy(), lengths=lengths)
     np.testing.assert_allclose(found, own(x, lengths=lengths).detach().numpy(), atol=LOOP)
 
 

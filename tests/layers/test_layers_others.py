@@ -4,7 +4,7 @@ import pytest
 import tolerances
 import torch
 
-from cellstack import from_torch, layers
+from cellstack import layers, load
 
 pytestmark = pytest.mark.models
 B, T, I, H = 3, 7, 5, 6  # noqa: E741
@@ -26,7 +26,7 @@ def compared(ours, theirs, x, seen=lambda x: x):
     (y * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=SMALL)
-    found = torch.from_numpy(from_torch(ours)(seen(x).numpy()))
+    found = torch.from_numpy(load(ours)(seen(x).numpy()))
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=SMALL)
 
 

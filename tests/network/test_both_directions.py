@@ -6,8 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cellstack import Bidirectional, Cell, Network, Recurrent, native
+from cellstack import Network, native
 from cellstack.cells.spec import CellSpec
+from cellstack.nodes import Bidirectional, Cell, Recurrent
 
 THREADS = (2, 3, 4)
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from networks import make_cell, make_network, make_stack
 
-from cellstack import Bidirectional, Cell, Dense, FormatError, Network, Patch, Recurrent, State, load
+from cellstack import FormatError, Network, Patch, State, load
 from cellstack.cells import bfloat16
 from cellstack.cells.bfloat16 import BFloat16Array
 from cellstack.cells.spec import GATES, MATRICES
 from cellstack.cli import main as cli
 from cellstack.formats.verify import verify
+from cellstack.nodes import Bidirectional, Cell, Dense, Recurrent
 
 
 def near(array):

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import Dense, Network, Recurrent, ShapeError
+from cellstack import Network, ShapeError
 from cellstack.nodes import (
     Activation,
     Context,
     Conv1D,
+    Dense,
     Flatten,
     GlobalPool,
     Magnitude,
     Masking,
     Merge,
     PerFrame,
+    Recurrent,
     Reshape,
     Select,
     Take,

@@ -10,9 +10,9 @@ from networks import make_cell
 from tolerances import NETWORK
 
 import cellstack as cs
-from cellstack import Dense, Network, Recurrent, ShapeError, inspect
+from cellstack import Network, ShapeError, inspect
 from cellstack.cells.base import MatrixState
-from cellstack.nodes import MLSTM, Conv1D, PerFrame
+from cellstack.nodes import MLSTM, Conv1D, Dense, PerFrame, Recurrent
 from cellstack.reference import memory as reference
 
 HEADS, KEYS, VALUES = 2, 4, 3

@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cellstack import Bidirectional, Cell, CellSpec, Dense, Network, Patch, Recurrent, ShapeError, native
-from cellstack.nodes import Conv1D, Merge, Select
+from cellstack import CellSpec, Network, Patch, ShapeError, native
+from cellstack.nodes import Bidirectional, Cell, Conv1D, Dense, Merge, Recurrent, Select
 
 
 def cells_of(rng, widths, dtype, **flags):

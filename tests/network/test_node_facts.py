@@ -12,7 +12,7 @@ import onnx_graphs
 import pytest
 from networks import make_cell
 
-from cellstack import Bidirectional, Dense, GlobalPool, Network, Recurrent, ShapeError
+from cellstack import Network, ShapeError
 from cellstack.cli import main as cli
 from cellstack.formats import keras as keras_adapter
 from cellstack.formats import onnx as onnx_adapter
@@ -21,12 +21,15 @@ from cellstack.nodes import (
     NODES,
     Activation,
     Attention,
+    Bidirectional,
     Clip,
     Context,
     Conv1D,
+    Dense,
     Embedding,
     Flatten,
     Function,
+    GlobalPool,
     GridConv,
     GridPool,
     GroupedDense,
@@ -40,6 +43,7 @@ from cellstack.nodes import (
     Permute,
     Pool1D,
     Power,
+    Recurrent,
     Reduce,
     Repeat,
     RepeatLike,

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tolerances
 
-from cellstack import Cell, CellSpec, Network
+from cellstack import CellSpec, Network
 from cellstack.nodes import (
     Activation,
     Bidirectional,
+    Cell,
     Conv1D,
     Dense,
     Embedding,

@@ -10,8 +10,9 @@ from family import random_spec
 from networks import fill, make_cell, make_stack, make_states
 
 import cellstack as cs
-from cellstack import Bidirectional, CellSpec, Dense, FormatError, Network, Patch, Recurrent, ShapeError, reference
+from cellstack import CellSpec, FormatError, Network, Patch, ShapeError, reference
 from cellstack.cells.spec import GATES, TRACES
+from cellstack.nodes import Bidirectional, Dense, Recurrent
 
 HOWS = ("set", "add", "scale", "freeze")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from networks import make_cell, make_graph, make_network
 
-from cellstack import Dense, Network, Patch, Recurrent
-from cellstack.nodes import Merge
+from cellstack import Network, Patch
+from cellstack.nodes import Dense, Merge, Recurrent
 
 
 def stack(rng, *widths, **flags):

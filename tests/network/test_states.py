@@ -12,13 +12,13 @@ from networks import make_cell
 from tools import need
 
 import cellstack as cs
-from cellstack import Bidirectional, Dense, Network, Recurrent, ShapeError
+from cellstack import Network, ShapeError
 from cellstack.cells.base import HiddenState, State
 from cellstack.cells.errors import FormatError
 from cellstack.cells.spec import GATES
 from cellstack.inspect.files import load as load_trace
 from cellstack.inspect.payload import payload_of
-from cellstack.nodes import Merge, Pool1D, StepMask
+from cellstack.nodes import Bidirectional, Dense, Merge, Pool1D, Recurrent, StepMask
 
 
 @pytest.fixture
@@ -354,7 +354,9 @@ def test_gradients_through_states(rng, case):
 def _as_float64(node):
     if isinstance(node, Bidirectional):
         return Bidirectional(_as_float64(node.forward), _as_float64(node.backward))
-    cells = [cs.Cell(cell.spec, *(array.astype("float64") for array in cell.arrays.values())) for cell in node.cells]
+    cells = [
+        cs.nodes.Cell(cell.spec, *(array.astype("float64") for array in cell.arrays.values())) for cell in node.cells
+    ]
     return Recurrent(tuple(cells), node.return_sequences, node.go_backwards, residual=node.residual)
 
 

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from networks import make_cell
 
-from cellstack import Dense, Network, Recurrent
+from cellstack import Network
+from cellstack.nodes import Dense, Recurrent
 
 FEATURES = ("load", "heat", "wind")
 COLUMNS = {"id": "meter", "time": "hour", "features": FEATURES}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import make_cell, make_network
 
-from cellstack import Bidirectional, Dense, Network, Patch, Recurrent, Standardise
-from cellstack.nodes import MLSTM, Conv1D, Embedding
+from cellstack import Network, Patch
+from cellstack.nodes import MLSTM, Bidirectional, Conv1D, Dense, Embedding, Recurrent, Standardise
 from cellstack.scale import Scorer
 from cellstack.train import UsageError
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
+from cellstack.nodes import Cell, Recurrent
 from cellstack.serve import durable, journal
 from cellstack.serve.models import Limits, Model
 

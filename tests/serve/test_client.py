@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from serving import UNITS, WIDTH, lstm, running
 
-from cellstack import Dense, Network, ShapeError
+from cellstack import Network, ShapeError
+from cellstack.nodes import Dense
 from cellstack.serve import Client, ServeError, client
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from serving import UNITS, WIDTH, lstm, running, wait_until
 
-from cellstack import Bidirectional, Network, Recurrent
+from cellstack import Network
+from cellstack.nodes import Bidirectional, Recurrent
 from cellstack.serve import Limits, texts
 
 

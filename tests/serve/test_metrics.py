@@ -7,8 +7,9 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parsed_open
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
 from cellstack.formats import save
+from cellstack.nodes import Cell, Recurrent
 from cellstack.serve import Limits, Models
 from cellstack.serve.app import application
 from cellstack.serve.metrics import exposition

@@ -10,7 +10,8 @@ import uvicorn
 from playwright.sync_api import expect
 from serving import wait_until
 
-from cellstack import Bidirectional, Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
+from cellstack.nodes import Bidirectional, Cell, Recurrent
 from cellstack.serve import Limits, Models
 from cellstack.serve.app import application
 from cellstack.serve.clients import Clients

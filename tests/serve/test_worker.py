@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from serving import records, with_model
 
-from cellstack import Cell, CellSpec, Dense, Network, Recurrent
-from cellstack.nodes import Embedding, Merge
+from cellstack import CellSpec, Network
+from cellstack.nodes import Cell, Dense, Embedding, Merge, Recurrent
 from cellstack.serve import worker
 from cellstack.serve.models import ServeError
 from cellstack.serve.rows import Rows

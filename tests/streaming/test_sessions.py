@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from networks import make_cell, make_network
 
-from cellstack import CellSpec, Dense, Network, Recurrent, ShapeError, Standardise
-from cellstack.nodes import Conv1D, Embedding, Masking, Merge
+from cellstack import CellSpec, Network, ShapeError
+from cellstack.nodes import Conv1D, Dense, Embedding, Masking, Merge, Recurrent, Standardise
 
 
 def speech(dtype="float32", **flags):

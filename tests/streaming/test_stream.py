@@ -14,21 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import fill, make_cell, make_network, make_stack, make_states
 
-from cellstack import (
-    Activation,
-    Bidirectional,
-    Cell,
-    CellSpec,
-    Dense,
-    GlobalPool,
-    Network,
-    Recurrent,
-    Sessions,
-    ShapeError,
-    State,
-)
+from cellstack import CellSpec, Network, Sessions, ShapeError, State
 from cellstack.cells.spec import GATES, STATES
-from cellstack.nodes import Conv1D, Embedding
+from cellstack.nodes import Activation, Bidirectional, Cell, Conv1D, Dense, Embedding, GlobalPool, Recurrent
 
 DTYPES = st.sampled_from(["float32", "float64"])
 

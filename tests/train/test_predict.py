@@ -12,8 +12,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, mean_absolute_error
 
-from cellstack import Cell, CellSpec, Dense, FormatError, Network, Recurrent, ShapeError, load, train
-from cellstack.nodes import Embedding, Masking, Merge
+from cellstack import CellSpec, FormatError, Network, ShapeError, load, train
+from cellstack.nodes import Cell, Dense, Embedding, Masking, Merge, Recurrent
 from cellstack.train import Predictions, UsageError
 
 SMALL = {"units": 4, "epochs": 2, "threads": 1}

@@ -88,7 +88,7 @@ def test_small_changes_on_large_swings_are_seen(rng):
 def test_answers_of_steps_are_averaged_and_states_are_not(ragged):
     X, y = ragged
     kinds = [SequenceClassifier(**QUICK | {"epochs": 1}, every_step=each).fit(X, y) for each in (False, True)]
-    pools = [node for model in kinds for node in model.network_.nodes if isinstance(node, cellstack.GlobalPool)]
+    pools = [node for model in kinds for node in model.network_.nodes if isinstance(node, cellstack.nodes.GlobalPool)]
     assert [pool.mode for pool in pools] == ["max", "mean"]
     np.testing.assert_allclose(kinds[1].predict_proba(X).sum(1), 1, rtol=1e-6)
 

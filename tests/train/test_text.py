@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import Dense, Network, Recurrent
+from cellstack import Network
 from cellstack.cells.errors import FormatError
-from cellstack.nodes import Activation, Embedding, GlobalPool
+from cellstack.nodes import Activation, Dense, Embedding, GlobalPool, Recurrent
 from cellstack.train.checks import UsageError
 from cellstack.train.text.data import (
     Alphabet,

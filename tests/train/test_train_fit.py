@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import FormatError, GlobalPool, Network, layers
+from cellstack import FormatError, Network, layers
+from cellstack.nodes import GlobalPool
 from cellstack.train import Sequences, custom
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.cell_names import CELLS

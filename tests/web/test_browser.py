@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import Network, Recurrent
+from cellstack import Network
+from cellstack.nodes import Recurrent
 
 pytestmark = pytest.mark.web
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import FormatError, Network, Patch, Recurrent, load
-from cellstack.nodes import Dense, PerFrame
+from cellstack import FormatError, Network, Patch, load
+from cellstack.nodes import Dense, PerFrame, Recurrent
 
 pytestmark = pytest.mark.web
 

@@ -9,7 +9,8 @@ from javascript import PACKAGE
 from networks import make_cell
 from tools import need
 
-from cellstack import Network, Recurrent
+from cellstack import Network
+from cellstack.nodes import Recurrent
 
 pytestmark = pytest.mark.web
 

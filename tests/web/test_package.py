@@ -6,9 +6,9 @@ from family import random_spec
 from javascript import assert_near, assert_same, by_name, flags_of
 from networks import fill, make_cell, make_graph, make_network, make_states
 
-from cellstack import Network, Recurrent
+from cellstack import Network
 from cellstack.cells.spec import GATES
-from cellstack.nodes import Bidirectional, Dense, GlobalPool, Masking
+from cellstack.nodes import Bidirectional, Dense, GlobalPool, Masking, Recurrent
 
 pytestmark = pytest.mark.web
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from playwright.sync_api import sync_playwright
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
+from cellstack.nodes import Cell, Recurrent
 from cellstack_bench.engines import onnx_model, onnx_step
 
 WEB = Path(__file__).parents[1]

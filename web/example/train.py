@@ -75,8 +75,8 @@ def main(path: str) -> None:
             optimizer.step()
             losses.append(loss.item())
         print(f"epoch {epoch + 1}: loss {np.mean(losses):.3f}")
-    trained = cs.from_torch(model)
-    nodes = [cs.Standardise(mean.numpy(), scale.numpy()), *trained.nodes, cs.Activation("sigmoid")]
+    trained = cs.load(model)
+    nodes = [cs.nodes.Standardise(mean.numpy(), scale.numpy()), *trained.nodes, cs.nodes.Activation("sigmoid")]
     cs.Network(nodes, metadata={"source": "web/example/train.py"}).save(path)
 
 

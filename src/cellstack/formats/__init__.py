@@ -9,6 +9,7 @@ unless the format can only be read. `OPTIONS` lists the names of further argumen
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from importlib import import_module
 from os import PathLike, fspath
@@ -60,11 +61,16 @@ def adapter_of(path: str) -> Any:
     raise FormatError(f"{path}: expected one of {listed(adapters())}, found a file that begins with {head[:8]!r}")
 
 
-def load(path: str | PathLike[str], **options: Any) -> Network:
-    """Read a network from a file. The format is detected from the content, and no code from the file is run.
+def load(source: Any, **options: Any) -> Network:
+    """Return the network in a file, or of a PyTorch module or a Keras model in memory.
+
+    A file's format is detected from its content, and no code from it is run. Of a model in memory, the weights are
+    copied. For the modules that are supported see `cellstack.formats.pytorch.of_module`; a Keras model is a built
+    Sequential or functional model of Keras 2 or 3, on any backend.
 
     Args:
-        path: the file; `.safetensors`, the suffix of the native format, may be omitted.
+        source: the path of the file, of which `.safetensors`, the suffix of the native format, may be omitted; or the
+            model.
         **options: what the file doesn't specify, for the formats below; None is the same as leaving an option out.
             PyTorch's weights: `order`, the modules' names in the order in which they run, where the file doesn't
             specify it, as with the weights of a custom class: `["lstm", "final", "fc"]`. `"final"` means the final
@@ -82,21 +88,40 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
         The network, with its names and metadata.
 
     Raises:
-        TypeError: an option that the file's format doesn't have, or an order for a file that specifies its own.
+        TypeError: an option that the file's format doesn't have, or an order for a file that specifies its own; a
+            module, a setting or another object that isn't supported.
+        ShapeError: modules whose widths or ranks don't match.
         FormatError: the file is damaged, in an unsupported format, or holds operations that a Network can't run; the
             message names the file, the tensor or operation, what was expected and what was found.
         ModuleNotFoundError: the package that reads the format isn't installed; the message names it.
         OSError: the file can't be read, or isn't a regular file, such as a named pipe.
     """
-    path = found(path)
+    options = {name: value for name, value in options.items() if value is not None}
+    if not isinstance(source, (str, PathLike)):
+        if options:
+            raise TypeError(f"load: {', '.join(options)}: only files take options, got a {type(source).__name__}")
+        return _of_model(source)
+    path = found(source)
     adapter = adapter_of(path)
     known = getattr(adapter, "OPTIONS", ())
-    options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name not in known:
             has = f"the option{'s' * (len(known) > 1)} {', '.join(known)}" if known else "no options"
             raise TypeError(f"load: {path}: {adapter.NAME} files take {has}, got {name}")
     return adapter.load(path, **options)
+
+
+def _of_model(model: Any) -> Network:
+    """Return the network of a model in memory, by an adapter whose framework the caller has imported."""
+    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
+    of_keras = keras is not None and isinstance(model, keras.layers.Layer)  # with PyTorch's backend, a module too
+    if callable(getattr(model, "to_nodes", None)) or (
+        torch is not None and isinstance(model, torch.nn.Module) and not of_keras
+    ):
+        return import_module("cellstack.formats.pytorch").of_module(model)
+    if of_keras or callable(getattr(model, "get_config", None)):
+        return import_module("cellstack.formats.keras").of_model(model)
+    raise TypeError(f"load: expected a path, a PyTorch module or a Keras model, got {type(model).__name__}")
 
 
 def extract(path: str | PathLike[str]) -> dict[str, Network]:

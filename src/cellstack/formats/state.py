@@ -118,7 +118,8 @@ def load_state(path: str | PathLike[str], stream: Stream) -> tuple[Any, ...]:
         OSError: the file can't be read.
 
     >>> import tempfile
-    >>> from cellstack import Cell, CellSpec, Network, Recurrent
+    >>> from cellstack import CellSpec, Network
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> net = Network([Recurrent((Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8))),))])
     >>> stream, other = net.stream(), net.stream()
     >>> y = stream.step([[1.0]])

@@ -199,7 +199,8 @@ def verify(net: Network, path: str | PathLike[str] | Any, x: Any = None, seed: i
         OSError: the file can't be read.
 
     >>> import tempfile
-    >>> from cellstack import Cell, CellSpec, Recurrent
+    >>> from cellstack import CellSpec
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8), "f4"), np.ones((2, 8), "f4"))
     >>> net = Network([Recurrent((cell,))])
     >>> with tempfile.TemporaryDirectory() as folder:

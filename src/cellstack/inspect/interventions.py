@@ -128,7 +128,8 @@ def ablate(
     Ref: ablation by zero and mean: Lakretz et al. 2019, "The emergence of number and syntax units in LSTM language
     models", section 4.1; by resampling: Chan et al. 2022, "Causal Scrubbing".
 
-    >>> from cellstack import Cell, CellSpec, Network, Recurrent
+    >>> from cellstack import CellSpec, Network
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(1, 2, kind="rnn", use_bias=False), np.array([[2.0, 0.0]]), np.zeros((2, 2)))
     >>> net = Network([Recurrent((cell,))])
     >>> ablate(net, np.ones((1, 3, 1)), how="zero", metric=lambda y: y.sum())

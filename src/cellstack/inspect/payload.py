@@ -64,7 +64,8 @@ def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None 
         `description`, as in docs/format.md; `arrays`, by the names of its tensors, as from `packed`; and `cells`, as
         from `cells_of`.
 
-    >>> from cellstack import CellSpec, Cell, Network, Recurrent
+    >>> from cellstack import CellSpec, Network
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(1, 1, kind="rnn", use_bias=False), np.ones((1, 1)), np.zeros((1, 1)))
     >>> payload = payload_of(Network([Recurrent((cell,))]))
     >>> payload["description"]["nodes"][0]["wires"]

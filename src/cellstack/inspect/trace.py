@@ -180,7 +180,8 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         y: the network's output; a tuple of several outputs.
         state: the state after the run, one per cell.
 
-    >>> from cellstack import Cell, CellSpec, Network, Recurrent
+    >>> from cellstack import CellSpec, Network
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8)))
     >>> t = Network([Recurrent((cell,))]).trace(np.ones((1, 3, 1)))
     >>> t["layer_0"].f.shape
@@ -297,7 +298,8 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Ref: backpropagation through time: Werbos 1990, "Backpropagation Through Time: What It Does and How to Do It";
         as a visualisation of an output's dependencies: Madsen 2019, "Visualizing memorization in RNNs".
 
-        >>> from cellstack import Cell, CellSpec, Network, Recurrent
+        >>> from cellstack import CellSpec, Network
+        >>> from cellstack.nodes import Cell, Recurrent
         >>> cell = Cell(CellSpec(1, 1, "linear", kind="rnn", use_bias=False), np.array([[2.0]]), np.array([[0.5]]))
         >>> t = Network([Recurrent((cell,))]).trace(np.ones((1, 3, 1)))
         >>> t.gradient(0)["x"].ravel()

@@ -84,7 +84,7 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
     return value if value.dtype == like.dtype else value.to(like.dtype)
 
 
-EXPORT_HINT = "cellstack.from_torch(model).save('model.onnx') exports any cell of cellstack.layers"
+EXPORT_HINT = "cellstack.load(model).save('model.onnx') exports any cell of cellstack.layers"
 """What to use where torch's exporters don't support a layer."""
 
 

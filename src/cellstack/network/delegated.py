@@ -74,7 +74,8 @@ class Delegated:
             TypeError: bfloat16 or int8 for a float64 network.
 
         >>> import numpy as np
-        >>> from cellstack import Cell, CellSpec, Network, Recurrent
+        >>> from cellstack import CellSpec, Network
+        >>> from cellstack.nodes import Cell, Recurrent
         >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
         >>> Network([Recurrent((cell,))]).stream().step([[1, 2, 3]]).shape
         (1, 4)
@@ -155,7 +156,8 @@ class Delegated:
             OSError: a file that can't be read.
 
         >>> import numpy as np
-        >>> from cellstack import Cell, CellSpec, Network, Recurrent
+        >>> from cellstack import CellSpec, Network
+        >>> from cellstack.nodes import Cell, Recurrent
         >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
         >>> net = Network([Recurrent((cell,), return_sequences=False)])
         >>> net.predict([np.ones((5, 3)), np.ones((7, 3))]).shape

@@ -68,7 +68,8 @@ class Network(Delegated):
             lead to an output; a patch of an unknown node, cell or gate.
         IndexError: a patch of units that don't exist.
 
-    >>> from cellstack import Cell, CellSpec, Dense, Recurrent
+    >>> from cellstack import CellSpec
+    >>> from cellstack.nodes import Cell, Dense, Recurrent
     >>> rng = np.random.default_rng(0)
     >>> cell = Cell(CellSpec(3, 4), *(rng.normal(size=shape) for shape in CellSpec(3, 4).shapes.values()))
     >>> net = Network([Recurrent((cell,), return_sequences=False), Dense(rng.normal(size=(4, 2)))])
@@ -351,7 +352,8 @@ class Network(Delegated):
             ValueError: an unknown node, cell or gate.
             IndexError: units out of range. A run checks the rows and steps.
 
-        >>> from cellstack import Cell, CellSpec, Patch, Recurrent
+        >>> from cellstack import CellSpec, Patch
+        >>> from cellstack.nodes import Cell, Recurrent
         >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8)))
         >>> net = Network([Recurrent((cell,))])
         >>> patched = net.edit(Patch("layer_0", gate="h", units=[1], value=0.5))
@@ -393,7 +395,8 @@ class Network(Delegated):
             ValueError: an unknown format.
             TypeError: bfloat16 for a float64 network.
 
-        >>> from cellstack import Cell, CellSpec, Recurrent
+        >>> from cellstack import CellSpec
+        >>> from cellstack.nodes import Cell, Recurrent
         >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.full((1, 8), 0.1, "f4"), np.ones((2, 8), "f4"))
         >>> net = Network([Recurrent((cell,))])
         >>> small = net.with_weights("bfloat16")

@@ -48,7 +48,8 @@ class Scorer:
             don't fit the network; unknown `missing`.
 
     >>> import pandas as pd
-    >>> from cellstack import Cell, CellSpec, Network, Recurrent
+    >>> from cellstack import CellSpec, Network
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8), "f4"), np.ones((2, 8), "f4"))
     >>> scorer = Scorer(Network([Recurrent((cell,))]), id="meter", time="hour", features=["load"])
     >>> rows = pd.DataFrame({"meter": ["a", "b", "a"], "hour": [0, 0, 1], "load": [0.1, 0.2, 0.3]})

@@ -36,7 +36,8 @@ class Sessions:
         TypeError: bfloat16 or int8 for a float64 network.
         MemoryError: more states than the machine can reserve memory for.
 
-    >>> from cellstack import Cell, CellSpec, Network, Recurrent
+    >>> from cellstack import CellSpec, Network
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
     >>> pool = Network([Recurrent((cell,))]).pool(capacity=100)
     >>> anna, bert, carl = (pool.open() for _ in range(3))

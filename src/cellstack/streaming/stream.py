@@ -42,7 +42,8 @@ class Stream:
         TypeError: bfloat16 or int8 for a float64 network.
         MemoryError: not enough memory for the state.
 
-    >>> from cellstack import Cell, CellSpec, Network, Recurrent
+    >>> from cellstack import CellSpec, Network
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
     >>> net = Network([Recurrent((cell,), return_sequences=False)])
     >>> x = np.arange(10.0).reshape(1, 5, 2)
@@ -217,7 +218,8 @@ class Stream:
         Raises:
             RuntimeError: `remember` wasn't called, or no step was taken since.
 
-        >>> from cellstack import Cell, CellSpec, Network, Recurrent
+        >>> from cellstack import CellSpec, Network
+        >>> from cellstack.nodes import Cell, Recurrent
         >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
         >>> stream = Network([Recurrent((cell,))]).stream()
         >>> stream.remember(100)

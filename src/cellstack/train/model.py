@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack import nodes
-from cellstack.formats.pytorch.modules import from_torch
+from cellstack.formats.pytorch.modules import of_module
 from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
 from cellstack.nodes.recurrent import final
 from cellstack.train.checks import UsageError
@@ -73,7 +73,7 @@ class Model(nn.Module):
             takes the final state of each direction of the last layer: the forward one after the last step, the backward
             one after the first. With `every_step`, the head is applied to every step and the outputs (class
             probabilities) are pooled, not the hidden states. The head takes `[B, W]`, W the width of the last layer's
-            output, or `[B, T, W]` if it is applied to every step; any module that `from_torch` supports. A loss takes
+            output, or `[B, T, W]` if it is applied to every step; any module that `load` supports. A loss takes
             logits or standardised predictions, `[B, O]`, and class indices `[B]` or standardised targets `[B, O]`, like
             torch's losses with `reduction="none"`; B counts all steps if there is an output at every step.
         task: `"classify"` or `"regress"`.
@@ -124,7 +124,7 @@ class Model(nn.Module):
             last = nodes_of(self.head)[-1]
         except (TypeError, ValueError) as error:
             raise UsageError(
-                f"head: the module can't be converted to a Network: {str(error).removeprefix('from_torch: ')}"
+                f"head: the module can't be converted to a Network: {str(error).removeprefix('load: ')}"
             ) from None
         if self.task == "classify" and isinstance(last, (Activation, Dense)) and last.activation == "softmax":
             raise UsageError("head: expected logits, got a softmax at its end: the loss and the network apply softmax")
@@ -254,7 +254,7 @@ def nodes_of(head: nn.Module) -> list[Node]:
     if isinstance(head, nn.Linear):
         bias = head.bias if head.bias is not None else torch.zeros(head.out_features)
         return [Dense(as_array(head.weight.T), as_array(bias))]
-    return list(from_torch(head).nodes)
+    return list(of_module(head).nodes)
 
 
 def _folded(last: Node, end: Node) -> list[Node]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cellstack import layers
 from cellstack.cells import KINDS
-from cellstack.formats.pytorch.modules import from_torch
+from cellstack.formats.pytorch.modules import of_module
 from cellstack.nodes import Node
 from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
@@ -48,7 +48,7 @@ def nodes_of_layers(stack: Iterable[nn.Module]) -> list[Node]:
         if isinstance(layer, layers.Bidirectional):
             nodes.append(Bidirectional(_recurrent([layer.forward_layer]), _recurrent([layer.backward_layer], True)))
         elif isinstance(layer, layers.MLSTM):
-            nodes += from_torch(layer).nodes
+            nodes += of_module(layer).nodes
         else:
             alike.append(layer)
     return [_recurrent(alike)] if alike else nodes

@@ -228,7 +228,7 @@ def compared(model, x, tmp_path):
     randomise(model, np.random.default_rng(2))
     quietly(lambda: model.save(tmp_path / "model.keras"))
     wanted = quietly(lambda: model(x)).detach().numpy()
-    for net in (adapter.from_keras(model), load(tmp_path / "model.keras")):
+    for net in (adapter.of_model(model), load(tmp_path / "model.keras")):
         np.testing.assert_allclose(net(x), wanted, rtol=0, atol=tolerances.KERAS)
 
 
@@ -270,7 +270,7 @@ def test_a_layer_norm_over_time():
     model.layers[1].set_weights([gain, -gain])
     wanted = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 0.01)
     wanted = wanted * gain[:, None] - gain[:, None]
-    np.testing.assert_allclose(adapter.from_keras(model)(x), wanted, rtol=0, atol=tolerances.KERAS)
+    np.testing.assert_allclose(adapter.of_model(model)(x), wanted, rtol=0, atol=tolerances.KERAS)
 
 
 REFUSED = {

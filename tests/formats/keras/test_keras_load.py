@@ -176,7 +176,7 @@ def test_sequential_models(tmp_path, seed, suffix):
     net = adapter.load(path)
     compare(net, model, x)
     assert net.metadata["source"] == {"format": "keras", "producer": f"Keras {keras.__version__}"}
-    again = adapter.from_keras(model)
+    again = adapter.of_model(model)
     assert again.names == net.names
     assert np.array_equal(np.asarray(again(x)), np.asarray(net(x)))
 
@@ -323,7 +323,7 @@ def test_all_unsupported_layers_are_named(tmp_path):
         assert text.endswith("gives its recurrent parts")
         assert list(adapter.extract(path)) == ["fine", "after"]
     with pytest.raises(FormatError, match="odd_one"):
-        adapter.from_keras(model)
+        adapter.of_model(model)
 
 
 REFUSED = {
@@ -358,7 +358,7 @@ def test_a_mask_is_passed_on_as_far_as_in_keras(between):
     x = np.random.default_rng(0).normal(size=(4, 8, 2)).astype("float32")
     x[0, 3:], x[1, :2], x[2], x[3, 2] = 0.0, 0.0, 0.0, 0.5
     model = keras.Sequential([keras.Input((8, 2)), L.Masking(0.0), *between, L.LSTM(3)])
-    compare(adapter.from_keras(model), model, x)
+    compare(adapter.of_model(model), model, x)
 
 
 def test_an_unused_state_is_ignored(tmp_path):
@@ -371,11 +371,11 @@ def test_an_unused_state_is_ignored(tmp_path):
 
 def test_from_keras_refuses_other_objects():
     with pytest.raises(TypeError, match="expected a Sequential or functional model"):
-        adapter.from_keras(L.LSTM(3))
+        adapter.of_model(L.LSTM(3))
 
     class Mine(keras.Model):
         def call(self, x):
             return x
 
     with pytest.raises(TypeError, match="got Mine"):
-        adapter.from_keras(Mine())
+        adapter.of_model(Mine())

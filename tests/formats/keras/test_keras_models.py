@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import tolerances
 
-from cellstack import Cell, CellSpec, FormatError, Network, Recurrent, load, reference
+from cellstack import CellSpec, FormatError, Network, load, reference
 from cellstack.cells.base import State
 from cellstack.formats import keras as adapter
-from cellstack.nodes import Activation, Dense
+from cellstack.nodes import Activation, Cell, Dense, Recurrent
 
 pytestmark = pytest.mark.models
 

@@ -177,7 +177,7 @@ def ways(model, folder):
             yield adapter.load(folder / f"model{suffix}")
     weights_of(model, folder / "model.weights.h5")
     yield adapter.load(folder / "model.weights.h5", architecture=model.to_json())
-    yield adapter.from_keras(model)
+    yield adapter.of_model(model)
 
 
 def compare(model, folder, x):
@@ -271,20 +271,20 @@ def test_int8_weights(tmp_path):
 
 def test_operations_that_need_a_length_keep_that_of_the_file(tmp_path):
     inputs = keras.Input((6, 3))
-    cut = adapter.from_keras(keras.Model(inputs, ops.split(sequences()(inputs), 2, axis=1)[0]))
+    cut = adapter.of_model(keras.Model(inputs, ops.split(sequences()(inputs), 2, axis=1)[0]))
     assert cut.shapes[cut.inputs[0]] == (6, 3)
-    total = adapter.from_keras(keras.Model(inputs, ops.sum(sequences()(inputs), axis=1)))
+    total = adapter.of_model(keras.Model(inputs, ops.sum(sequences()(inputs), axis=1)))
     assert total.shapes[total.inputs[0]] == (None, 3)
-    mean = adapter.from_keras(keras.Model(inputs, ops.mean(sequences()(inputs)[:, -1:], axis=1)))
+    mean = adapter.of_model(keras.Model(inputs, ops.mean(sequences()(inputs)[:, -1:], axis=1)))
     assert mean.shapes[mean.inputs[0]] == (None, 3)
-    last = adapter.from_keras(keras.Model(inputs, sequences()(inputs)[:, -1]))
+    last = adapter.of_model(keras.Model(inputs, sequences()(inputs)[:, -1]))
     stream = last.stream()
     x = np.random.default_rng(0).normal(size=(1, 9, 3))
     steps = [stream.step(x[:, t]) for t in range(9)]
     assert np.array_equal(steps[-1], last(x))
     anything = keras.Input((None, 3))
     with pytest.raises(FormatError, match="needs the length of axis 1, which the file doesn't specify"):
-        adapter.from_keras(keras.Model(anything, ops.reshape(sequences()(anything), (-1, 12))))
+        adapter.of_model(keras.Model(anything, ops.reshape(sequences()(anything), (-1, 12))))
 
 
 ONE_NODE = {  # Keras operations on sequences [B, 6, 3] that become one node

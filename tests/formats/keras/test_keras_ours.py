@@ -58,7 +58,7 @@ def test_a_file_gives_the_same_network_as_the_layers(tmp_path, name, suffix):
     path = f"{tmp_path}/m.{suffix}"
     model.save(path)
     expected = keras.ops.convert_to_numpy(model(x))
-    for net in (cs.load(path), cs.from_keras(model)):
+    for net in (cs.load(path), cs.load(model)):
         np.testing.assert_allclose(net(x), expected, atol=1e-5)
 
 

@@ -9,12 +9,13 @@ import pytest
 from networks import fill, make_cell
 from test_keras_load import compare, functional, random_sequential, randomise
 
-from cellstack import Cell, CellSpec, Network
+from cellstack import CellSpec, Network
 from cellstack.formats import keras as adapter
 from cellstack.formats.build import Builder
 from cellstack.nodes import (
     Activation,
     Bidirectional,
+    Cell,
     Conv1D,
     Dense,
     Embedding,
@@ -55,7 +56,7 @@ def test_keras_models_round_trip(tmp_path, seed, suffix):
     rng = np.random.default_rng(seed)
     model, x = random_sequential(rng)
     randomise(model, rng)
-    net = adapter.from_keras(model)
+    net = adapter.of_model(model)
     path = str(tmp_path / f"model{suffix}")
     adapter.save(net, path)
     compare(net, loaded(path), x)
@@ -68,7 +69,7 @@ def test_graphs(tmp_path, suffix, masked):
     rng = np.random.default_rng(3)
     model = functional(rng, masked)
     randomise(model, rng)
-    net = adapter.from_keras(model)
+    net = adapter.of_model(model)
     x = [rng.integers(0, 9, (3, 7)), rng.normal(size=(3, 7, 3)).astype("float32")]
     x[0][:, 4:] = 0
     path = str(tmp_path / f"model{suffix}")

@@ -204,7 +204,7 @@ def test_a_model_agrees_with_keras_and_round_trips(tmp_path, case):
     for suffix in (".keras", ".h5"):
         net = cs.load(written(model, tmp_path / f"model{suffix}"))
         assert_near(ours(net, x), wanted)
-    assert_near(ours(adapter.from_keras(model), x), wanted)
+    assert_near(ours(adapter.of_model(model), x), wanted)
     if case in UNWRITTEN:
         with pytest.raises(ValueError, match=UNWRITTEN[case]):
             net.save(tmp_path / "again.keras")

@@ -15,11 +15,11 @@ from onnx_graphs import model, write
 from torch import nn
 
 import cellstack as cs
-from cellstack import Bidirectional, Network, Recurrent
+from cellstack import Network
 from cellstack.cells.base import State
 from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
-from cellstack.nodes import Scale, StepMask
+from cellstack.nodes import Bidirectional, Recurrent, Scale, StepMask
 
 TOLERANCE = 2e-6
 

@@ -521,7 +521,7 @@ def test_other_tensors_are_ignored_and_never_read(rng):
 def test_torch_loads_our_files(tmp_path, kind, depth, bidirectional, bias, dtype):
     make, flags = KINDS[kind]
     settings = {"bias": bias, "bidirectional": bidirectional, "batch_first": True, "dtype": dtype, **flags}
-    net, path = cs.from_torch(make(5, 7, depth, **settings)), tmp_path / "file.pt"
+    net, path = cs.load(make(5, 7, depth, **settings)), tmp_path / "file.pt"
     pytorch.save(net, str(path))
     for mapped in (False, True):
         other = make(5, 7, depth, **settings)
@@ -540,7 +540,7 @@ def test_our_files_have_the_metadata(tmp_path):
     import zipfile
 
     module, path = nn.RNN(5, 7, batch_first=True), tmp_path / "file.pt"
-    net = cs.from_torch(module)
+    net = cs.load(module)
     cs.Network(net.nodes, metadata={"labels": ["a", "é"], "source": {"format": "another"}}).save(path)
     assert set(torch.load(path, weights_only=True)) == set(module.state_dict())
     again = cs.load(path).metadata
@@ -558,7 +558,7 @@ def test_our_files_have_the_metadata(tmp_path):
 def test_storages_are_aligned_for_mapping(tmp_path):
     import zipfile
 
-    pytorch.save(cs.from_torch(nn.LSTM(5, 7, batch_first=True)), str(tmp_path / "file.pt"))
+    pytorch.save(cs.load(nn.LSTM(5, 7, batch_first=True)), str(tmp_path / "file.pt"))
     data = (tmp_path / "file.pt").read_bytes()
     for member in zipfile.ZipFile(io.BytesIO(data)).infolist():
         name, extra = (int.from_bytes(data[member.header_offset + at :][:2], "little") for at in (26, 28))
@@ -567,40 +567,52 @@ def test_storages_are_aligned_for_mapping(tmp_path):
 
 def cell(rng, **settings):
     spec = cs.CellSpec(5, 5, **settings)
-    return cs.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))
+    return cs.nodes.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))
 
 
 def pair(rng, **flags):
-    return cs.Recurrent((cell(rng),), **flags), cs.Recurrent((cell(rng),), go_backwards=True, **flags)
+    return cs.nodes.Recurrent((cell(rng),), **flags), cs.nodes.Recurrent((cell(rng),), go_backwards=True, **flags)
 
 
 UNWRITABLE = {
     "another node": (
-        lambda r: [cs.Recurrent((cell(r),)), cs.GlobalPool()],
+        lambda r: [cs.nodes.Recurrent((cell(r),)), cs.nodes.GlobalPool()],
         r"layer_1 \(GlobalPool\): expected only Recurrent or only Bidirectional nodes",
     ),
     "no recurrent node": (
-        lambda r: [cs.Dense(np.ones((2, 2)))],
+        lambda r: [cs.nodes.Dense(np.ones((2, 2)))],
         r"layer_0 \(Dense\): expected only Recurrent or only Bidirectional nodes",
     ),
     "one of each": (
-        lambda r: [cs.Recurrent((cell(r),)), cs.Bidirectional(*pair(r))],
+        lambda r: [cs.nodes.Recurrent((cell(r),)), cs.nodes.Bidirectional(*pair(r))],
         r"layer_1 \(Bidirectional\): expected only Recurrent or only Bidirectional nodes",
     ),
-    "last step": (lambda r: [cs.Recurrent((cell(r),), return_sequences=False)], "expected return_sequences"),
-    "both, last step": (lambda r: [cs.Bidirectional(*pair(r, return_sequences=False))], "expected return_sequences"),
-    "backwards": (lambda r: [cs.Recurrent((cell(r),), go_backwards=True)], "neither residual nor go_backwards"),
-    "residual": (lambda r: [cs.Recurrent((cell(r), cell(r)), residual=True)], "neither residual nor go_backwards"),
-    "zeros": (lambda r: [cs.Recurrent((cell(r),), zero_output_for_mask=True)], "expected no zero_output_for_mask"),
+    "last step": (lambda r: [cs.nodes.Recurrent((cell(r),), return_sequences=False)], "expected return_sequences"),
+    "both, last step": (
+        lambda r: [cs.nodes.Bidirectional(*pair(r, return_sequences=False))],
+        "expected return_sequences",
+    ),
+    "backwards": (lambda r: [cs.nodes.Recurrent((cell(r),), go_backwards=True)], "neither residual nor go_backwards"),
+    "residual": (
+        lambda r: [cs.nodes.Recurrent((cell(r), cell(r)), residual=True)],
+        "neither residual nor go_backwards",
+    ),
+    "zeros": (
+        lambda r: [cs.nodes.Recurrent((cell(r),), zero_output_for_mask=True)],
+        "expected no zero_output_for_mask",
+    ),
     "sum": (
-        lambda r: [cs.Bidirectional(*pair(r), "sum")],
+        lambda r: [cs.nodes.Bidirectional(*pair(r), "sum")],
         r"layer_0 \(Bidirectional\): expected one cell per direction",
     ),
-    "relu": (lambda r: [cs.Recurrent((cell(r, kind="rnn", activation="relu"),))], "got activation='relu'"),
-    "gru": (lambda r: [cs.Recurrent((cell(r, kind="gru", reset_after=False),))], "got reset_after=False"),
-    "peepholes": (lambda r: [cs.Recurrent((cell(r, peepholes=True, clip=3.0),))], "got peepholes=True, clip=3.0"),
-    "kinds": (lambda r: [cs.Recurrent((cell(r), cell(r, kind="gru")))], "expected kind='lstm' in every layer"),
-    "biases": (lambda r: [cs.Recurrent((cell(r), cell(r, use_bias=False)))], "expected use_bias=True in every layer"),
+    "relu": (lambda r: [cs.nodes.Recurrent((cell(r, kind="rnn", activation="relu"),))], "got activation='relu'"),
+    "gru": (lambda r: [cs.nodes.Recurrent((cell(r, kind="gru", reset_after=False),))], "got reset_after=False"),
+    "peepholes": (lambda r: [cs.nodes.Recurrent((cell(r, peepholes=True, clip=3.0),))], "got peepholes=True, clip=3.0"),
+    "kinds": (lambda r: [cs.nodes.Recurrent((cell(r), cell(r, kind="gru")))], "expected kind='lstm' in every layer"),
+    "biases": (
+        lambda r: [cs.nodes.Recurrent((cell(r), cell(r, use_bias=False)))],
+        "expected use_bias=True in every layer",
+    ),
 }
 
 
@@ -613,7 +625,10 @@ def test_unsupported_nodes_are_refused_by_name(rng, tmp_path, case):
 
 
 def test_consecutive_layers_are_one_module_and_parallel_ones_are_refused(rng, tmp_path):
-    nodes, path = [cs.Recurrent((cell(rng), cell(rng))), cs.Recurrent((cell(rng),))], str(tmp_path / "file.pt")
+    nodes, path = (
+        [cs.nodes.Recurrent((cell(rng), cell(rng))), cs.nodes.Recurrent((cell(rng),))],
+        str(tmp_path / "file.pt"),
+    )
     pytorch.save(cs.Network(nodes), path)
     module = nn.LSTM(5, 5, 3, batch_first=True, dtype=torch.float64)
     module.load_state_dict(torch.load(path))

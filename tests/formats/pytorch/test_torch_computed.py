@@ -51,13 +51,13 @@ def normed(how, dim, trained):
 def test_spectral_norms_of_either_axis_of_a_square_weight(write, how, dim, trained):
     layer, x = normed(how, dim, trained), torch.randn(2, 6, 5)
     want = layer(x)[0]
-    close(cs.from_torch(layer)(x.numpy()), want)
+    close(cs.load(layer)(x.numpy()), want)
     linear = SPECTRAL[how](nn.Linear(4, 4), dim=dim)
     many = torch.randn(2, 3, 4)
     for _ in range(trained):
         linear.train()(many)
     linear.eval()
-    close(cs.from_torch(linear)(many.numpy()), linear(many))
+    close(cs.load(linear)(many.numpy()), linear(many))
     if how == "hook":  # torch pickles no parametrised module
         close(pytorch.load(write(layer))(x.numpy()), want)
         close(pytorch.load(write(nn.Sequential(linear, nn.ReLU())))(many.numpy()), torch.relu(linear(many)))
@@ -118,11 +118,11 @@ def test_the_last_result_of_a_hook_is_not_read_as_a_weight(write):
 def test_a_softplus_with_another_threshold_is_refused(write, threshold):
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Softplus(1, threshold)), torch.randn(2, 6, 3)
     if threshold == 20:
-        close(cs.from_torch(model)(x.numpy()), model(x))
+        close(cs.load(model)(x.numpy()), model(x))
         close(pytorch.load(write(model))(x.numpy()), model(x))
         return
     with pytest.raises(TypeError, match=r"1 \(Softplus\): expected"):
-        cs.from_torch(model)
+        cs.load(model)
     with pytest.raises(cs.FormatError, match=r"1 \(torch.nn.modules.activation.Softplus\): expected"):
         pytorch.load(write(model))
 

@@ -114,7 +114,7 @@ def test_whole_pickles_of_our_layers(tmp_path, name):
     net = cs.load(tmp_path / "file.pt")
     check(net, module)
     assert "assumed" not in net.metadata
-    net = cs.from_torch(module)
+    net = cs.load(module)
     check(net, module)
 
 
@@ -213,7 +213,7 @@ def test_keywords_and_nodes_in_an_order(tmp_path):
     ids = torch.randint(0, 9, (2, 5))
     y = module["rnn"](module["words"](ids))[0]
     wanted = torch.softmax(module["head"](torch.relu(y[:, -1])), -1).detach().numpy()
-    order = ["words:Embedding", "rnn", "last", "relu", "head", cs.Activation("softmax")]
+    order = ["words:Embedding", "rnn", "last", "relu", "head", cs.nodes.Activation("softmax")]
     net = cs.load(tmp_path / "file.pt", order=order)
     np.testing.assert_allclose(net(ids.numpy()), wanted, atol=tolerances.NETWORK)
     torch.save(module, tmp_path / "file.pt")  # it specifies the kinds of its modules
@@ -271,8 +271,8 @@ def test_files_that_take_no_order(tmp_path):
     torch.save(nn.LSTM(3, 4).state_dict(), tmp_path / "file.pt")
     with pytest.raises(TypeError, match="expected order as a list of modules' names, got 'rnn'"):
         cs.load(tmp_path / "file.pt", order="rnn")
-    cs.from_torch(nn.LSTM(3, 4, batch_first=True)).save(tmp_path / "net.safetensors")
-    cs.from_torch(nn.LSTM(3, 4, batch_first=True)).save(tmp_path / "net.onnx")
+    cs.load(nn.LSTM(3, 4, batch_first=True)).save(tmp_path / "net.safetensors")
+    cs.load(nn.LSTM(3, 4, batch_first=True)).save(tmp_path / "net.onnx")
     for suffix in ("safetensors", "onnx"):
         with pytest.raises(TypeError, match=r"order isn't used for|ONNX files take .*, got order"):
             cs.load(tmp_path / f"net.{suffix}", order=["rnn"])

@@ -118,7 +118,7 @@ def test_weights_are_computed_from_their_pieces(write, kind, case):
     close(net(x.numpy()), want)
     assert set(net.metadata["computed"]) == {"weight_ih", "weight_hh"}
     close(pytorch.load(path)(x.numpy()), want)
-    close(cs.from_torch(module)(x.numpy()), want)
+    close(cs.load(module)(x.numpy()), want)
     if not parametrize.is_parametrized(module):  # torch pickles none of these
         path = write(module)
         close(pytorch.load(path)(x.numpy()), want)
@@ -147,7 +147,7 @@ def test_a_custom_parametrization_is_only_supported_in_memory():
     module = lstm()
     parametrize.register_parametrization(module, "weight_hh_l0", Doubled())
     x = torch.randn(2, 6, 5)
-    close(cs.from_torch(module)(x.numpy()), module(x)[0])
+    close(cs.load(module)(x.numpy()), module(x)[0])
 
 
 # ── quantised ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -324,7 +324,7 @@ def test_pickled_sequentials(write, case, wrapped):
             path = write(held.get(wrapped, lambda: model)(), _use_new_zipfile_serialization=wrapped != "old")
     net, want = pytorch.load(path), output(model, x)
     close(net(x.numpy()), want)
-    assert np.array_equal(net(x.numpy()), cs.from_torch(model)(x.numpy()))
+    assert np.array_equal(net(x.numpy()), cs.load(model)(x.numpy()))
     assert net.metadata["source"] == {"format": "pytorch", "module": "model" if wrapped == "checkpoint" else ""}
 
 
@@ -359,10 +359,10 @@ def test_unsupported_parts_of_a_pickled_sequential_are_refused_by_name(write):
         with pytest.raises(
             TypeError, match=r"1 \((Turn|Linear)\): expected a recurrent layer, .*a method to_nodes\(\)"
         ):
-            cs.from_torch(model)
+            cs.load(model)
     own[1].to_nodes = list
     x = torch.randn(2, 6, 5)
-    close(cs.from_torch(own)(x.numpy()), own[2](own[0](x)[0]))
+    close(cs.load(own)(x.numpy()), own[2](own[0](x)[0]))
 
 
 # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -442,7 +442,7 @@ def test_safetensors(tmp_path, case, dtype):
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_a_cell_in_memory_steps_over_time(kind):
     cell = randomised(kind(5, 7, nonlinearity="relu") if kind is nn.RNNCell else kind(5, 7))
-    net, x, state = cs.from_torch(cell), torch.randn(2, 6, 5), None
+    net, x, state = cs.load(cell), torch.randn(2, 6, 5), None
     got = net(x.numpy())
     for step in range(6):
         state = cell(x[:, step], state)

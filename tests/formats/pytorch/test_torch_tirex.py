@@ -372,7 +372,7 @@ def test_masked_values_are_missing(second):
 
 
 def test_other_networks_are_refused():
-    net = cs.Network([cs.Dense(np.ones((2, 2), np.float32))])
+    net = cs.Network([cs.nodes.Dense(np.ones((2, 2), np.float32))])
     with pytest.raises(cs.FormatError, match="expected a network of a TiRex or a TiRex-2"):
         TiRexForecaster(net)
     with pytest.raises(TypeError, match=r"expected a Network, as cellstack\.load\(path\) returns it, got int"):

@@ -111,7 +111,7 @@ STACKS = {
 def test_block_stacks(name):
     model = shaken(xLSTMBlockStack, stack_config(**STACKS[name]))
     x = torch.randn(3, 17, model.config.embedding_dim, generator=torch.Generator().manual_seed(2))
-    net = cs.from_torch(model)
+    net = cs.load(model)
     assert_close(net(x.numpy()), computed(model, x))
 
 
@@ -119,7 +119,7 @@ def test_block_stacks(name):
 def test_streams_step_by_step_are_the_sequence(seed):
     """A stream gives the logits of the whole sequence, as xlstm's own `step` does."""
     model = language_model(seed)
-    tokens, net = ids(seed=seed), cs.from_torch(model)
+    tokens, net = ids(seed=seed), cs.load(model)
     whole = computed(model, tokens)
     stream = net.stream(3)
     steps = np.stack([stream.step(tokens[:, t].numpy()) for t in range(17)], axis=1)
@@ -137,13 +137,13 @@ def test_parts_of_a_model():
     stack = language_model().xlstm_block_stack
     x = torch.randn(2, 9, 16)
     for part in (stack.blocks[0], stack.blocks[1], stack.blocks[0].xlstm, stack.blocks[1].xlstm, stack.blocks[1].ffn):
-        assert_close(cs.from_torch(part)(x.numpy()), computed(part, x))
+        assert_close(cs.load(part)(x.numpy()), computed(part, x))
     both = torch.nn.Sequential(torch.nn.Linear(16, 16), stack, torch.nn.Linear(16, 3)).eval()
-    assert_close(cs.from_torch(both)(x.numpy()), computed(both, x))
+    assert_close(cs.load(both)(x.numpy()), computed(both, x))
 
 
 def test_node_names_are_paths_in_the_model():
-    net = cs.from_torch(language_model())
+    net = cs.load(language_model())
     assert {"token_embedding", "blocks.0.xlstm.mlstm", "blocks.1.xlstm.slstm", "lm_head"} <= set(net.names)
     assert sum(isinstance(node, GroupedDense) for node in net.nodes) == 2 * 3 + 4
 
@@ -155,7 +155,7 @@ def test_the_exchanged_names_of_the_gates():
     layer, want = model.blocks[0].xlstm, computed(model, x)
     i, f = layer.igate.weight.data.clone(), layer.fgate.weight.data.clone()
     layer.igate.weight.data, layer.fgate.weight.data = f, i
-    assert np.abs(cs.from_torch(model)(x.numpy()) - want).max() > 1000 * CLOSE
+    assert np.abs(cs.load(model)(x.numpy()) - want).max() > 1000 * CLOSE
 
 
 def test_weights_of_the_cuda_kernel_have_another_layout():
@@ -177,7 +177,7 @@ def test_weights_of_the_cuda_kernel_have_another_layout():
 def test_the_large_model(settings):
     model = large_model(**settings)
     tokens = ids(2, 32)
-    net = cs.from_torch(model)
+    net = cs.load(model)
     assert_close(net(tokens.numpy()), computed(model, tokens))
     assert sum(isinstance(node, RMSNorm) for node in net.nodes) == 4 + model.config.add_out_norm
 
@@ -190,7 +190,7 @@ def test_state_dicts(suffix, tmp_path):
     model, path = language_model(), tmp_path / f"model{suffix}"
     torch.save(model.state_dict(), path) if suffix == ".pt" else save_file(model.state_dict(), path)
     net = cs.load(path)
-    np.testing.assert_array_equal(net(ids().numpy()), cs.from_torch(model)(ids().numpy()))
+    np.testing.assert_array_equal(net(ids().numpy()), cs.load(model)(ids().numpy()))
     assert "gelu" in net.metadata["assumed"]
     net.save(tmp_path / "native.safetensors")
     again = cs.load(tmp_path / "native.safetensors")
@@ -328,16 +328,16 @@ def test_hooks_and_unknown_activations_are_refused():
     model = language_model()
     handle = model.xlstm_block_stack.blocks[1].ffn.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match=r"xlstm_block_stack.blocks.1.ffn \(GatedFeedForward\): forward hooks aren't"):
-        cs.from_torch(model)
+        cs.load(model)
     handle.remove()
     half = language_model().to(torch.bfloat16)
     with pytest.raises(TypeError, match=r"expected weights in float32 or float64, got torch.bfloat16"):
-        cs.from_torch(half)
+        cs.load(half)
     ffn = GatedFeedForward(FeedForwardConfig(embedding_dim=8))
     ffn.config = replace(ffn.config)
     ffn.config.act_fn = "mish"
     with pytest.raises(TypeError, match=r"expected act_fn to be one of gelu, .* found 'mish'"):
-        cs.from_torch(ffn)
+        cs.load(ffn)
 
 
 # ── acceleration ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -57,7 +57,8 @@ def export(
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from cellstack import Cell, CellSpec, Recurrent
+    >>> from cellstack import CellSpec
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(3, 4, kind="gru"), np.ones((3, 12)), np.ones((4, 12)), np.zeros((2, 12)))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     header, source = export(Network([Recurrent((cell,))]), folder, "tagger")
@@ -104,7 +105,8 @@ def sizes(network: Network, weights: str | None = None) -> Sizes:
         ValueError, TypeError: see `export`.
 
     >>> import numpy as np
-    >>> from cellstack import Cell, CellSpec, Recurrent
+    >>> from cellstack import CellSpec
+    >>> from cellstack.nodes import Cell, Recurrent
     >>> cell = Cell(CellSpec(3, 4, kind="gru"), *(np.ones(shape, "f4") for shape in ((3, 12), (4, 12), (2, 12))))
     >>> sizes(Network([Recurrent((cell,))]), "int8")
     Sizes(constants=276, state=16, scratch=100)

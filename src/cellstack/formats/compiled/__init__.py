@@ -15,7 +15,7 @@ from cellstack.network import Network
 def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:
     """Convert a PyTorch module to a Network, which runs without PyTorch, streams, and can be saved in any format.
 
-    The module is read by `from_torch` or, if that isn't possible, exported to ONNX. The outputs of the network are then
+    The module is read as `load` does or, if that isn't possible, exported to ONNX. The outputs of the network are then
     compared with those of the module: for the example, for other values of the same shape, and for other sizes that
     both accept: one row, more rows, one step, one step fewer, and up to 250 more steps. The comparison uses a copy of
     the module in evaluation mode, converted to float32 if it has weights in float16 or bfloat16.

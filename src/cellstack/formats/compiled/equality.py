@@ -95,8 +95,8 @@ def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> b
 class Ends:
     """How the inputs and outputs of a module correspond to those of its network.
 
-    For a network of `from_torch` they are the same, in order. For a graph, the network's metadata says which of them
-    are states, the axes of each, and whether a call of the module is one step.
+    For a module that was read directly they are the same, in order. For a graph, the network's metadata says which of
+    them are states, the axes of each, and whether a call of the module is one step.
     """
 
     def __init__(self, network: Network, count: int) -> None:

@@ -26,7 +26,7 @@ MOST_WAYS = 30  # combinations of axes of several inputs that are tried
 
 
 def directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
-    """Return the network that `from_torch` returns."""
+    """Return the network that `cellstack.load` returns."""
     try:
         network = network_of_module(module)
     except TypeError as error:  # most modules are custom classes, which may still be exported to ONNX

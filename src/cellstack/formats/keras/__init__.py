@@ -102,7 +102,7 @@ def extract(path: str | PathLike[str], architecture: Architecture | None = None)
         return found
 
 
-def from_keras(model: Any) -> Network:
+def of_model(model: Any) -> Network:
     """Return a Keras model in memory as a Network, with copies of its weights.
 
     Args:
@@ -119,9 +119,9 @@ def from_keras(model: Any) -> Network:
     """
     kind, package = type(model).__name__, type(model).__module__.split(".")[0]
     if package not in ("keras", "tf_keras", "tensorflow") or kind not in ("Sequential", "Functional", "Model"):
-        raise TypeError(f"from_keras: expected a Sequential or functional model of Keras, got {type(model).__name__}")
+        raise TypeError(f"load: expected a Sequential or functional model of Keras, got {type(model).__name__}")
     version = getattr(sys.modules.get(package), "__version__", None)
-    source = Source("from_keras", LEGACY, "2" if package == "tensorflow" else version)
+    source = Source("load", LEGACY, "2" if package == "tensorflow" else version)
     source.config = {"class_name": kind, "config": _plain(model.get_config())}
     for layer in model.layers:
         names = []

@@ -3,7 +3,7 @@
 `torch.save` writes state dicts, checkpoints that contain them, and whole modules. All are read as data: nothing that a
 pickle names is imported or called (`pickles.py`). The names and shapes in a state dict define its recurrent modules,
 but not the order in which modules run. So `load` reads a file of one recurrent module, or a whole PyTorch module such
-as a `Sequential`, whose order is known. `extract` reads the recurrent modules of any file, and `from_torch` converts
+as a `Sequential`, whose order is known. `extract` reads the recurrent modules of any file, and `load` converts
 modules in memory.
 
 Weights that PyTorch computes before use are computed here too: weight norm, spectral norm and pruning, as hooks and as
@@ -22,7 +22,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.formats import xlstm
 from cellstack.formats.pytorch.archive import recognises, records
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.modules import TIME_FIRST, Reader, from_torch, network_of_module
+from cellstack.formats.pytorch.modules import TIME_FIRST, Reader, network_of_module, of_module
 from cellstack.formats.pytorch.names import (
     HINT,
     MODULES,
@@ -45,7 +45,7 @@ from cellstack.formats.tirex import of_checkpoint
 from cellstack.network import Network
 from cellstack.nodes import Node
 
-__all__ = ["NAME", "SUFFIXES", "extract", "from_torch", "load", "network_of", "networks_of", "recognises", "save"]
+__all__ = ["NAME", "SUFFIXES", "extract", "load", "network_of", "networks_of", "of_module", "recognises", "save"]
 
 NAME = "PyTorch"
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
@@ -53,7 +53,7 @@ OPTIONS = ("order",)
 
 
 def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
-    """Read a file that holds only one recurrent module, or one whole module that `from_torch` supports.
+    """Read a file that holds only one recurrent module, or one whole module that `load` supports.
 
     Args:
         path: a file of `torch.save`: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, or of one of our
@@ -126,7 +126,7 @@ def _whole(path: str, found: Contents, root: Standin) -> bool:
 
 
 def _network(path: str, module: Saved, title: str, reader: Reader | None = None) -> Network:
-    """Return the network of a module in a file, as `from_torch` does for one in memory."""
+    """Return the network of a module in a file, as `load` does for one in memory."""
     try:
         computed = {name: tensor.how for name, tensor in module.tensors.items() if hasattr(tensor, "how")}
         metadata = {"source": {"format": "pytorch", "module": title}, **({"computed": computed} if computed else {})}
@@ -134,7 +134,7 @@ def _network(path: str, module: Saved, title: str, reader: Reader | None = None)
     except FormatError:
         raise
     except (TypeError, ValueError, MissingSettingError) as error:
-        raise FormatError(f"{path}: {str(error).removeprefix('from_torch: ')[:1000]}; {HINT}") from None
+        raise FormatError(f"{path}: {str(error).removeprefix('load: ')[:1000]}; {HINT}") from None
 
 
 def extract(path: str) -> dict[str, Network]:

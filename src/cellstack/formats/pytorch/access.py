@@ -24,7 +24,7 @@ def called(module: Any) -> str:
 
 def refuse(path: str, module: Any, why: str) -> TypeError:
     """Return the error for a module that isn't supported, to be raised."""
-    return TypeError(f"from_torch: {path or 'the module'} ({called(module)}): {why}")
+    return TypeError(f"load: {path or 'the module'} ({called(module)}): {why}")
 
 
 @contextmanager

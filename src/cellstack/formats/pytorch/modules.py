@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import Any
 
-from cellstack.formats import xlstm
+from cellstack.formats import tirex, xlstm
 from cellstack.formats.build import Builder
 from cellstack.formats.pytorch import ncps, pararnn
 from cellstack.formats.pytorch.access import (
@@ -30,7 +30,6 @@ from cellstack.formats.pytorch.names import MODULES
 from cellstack.formats.pytorch.saved import Saved
 from cellstack.formats.pytorch.torch_modules import CELLS, activation_of, convolution, pooling, simple, torch_layers
 from cellstack.formats.pytorch.tree import NOTHING, OUR_CELLS, OUR_RNNS, WRAPPERS
-from cellstack.formats.tirex import of_module
 from cellstack.network import Network
 from cellstack.network.layouts import time_first
 from cellstack.nodes import MLSTM, Activation, Clip, Dense, Flatten, GlobalPool, Merge, Node, Permute, Reshape, Scale
@@ -42,7 +41,7 @@ GATED = {"Hardswish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x time
 TURN = (2, 1)
 
 
-def from_torch(module: Any) -> Network:
+def of_module(module: Any) -> Network:
     """Return a torch module as a Network, with copies of its weights.
 
     Supported are cellstack's layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of its cells, `Bidirectional`,
@@ -70,26 +69,26 @@ def from_torch(module: Any) -> Network:
         TypeError: an unsupported module or setting; the message names it by its path.
         ShapeError: modules whose widths or ranks don't match.
     """
-    tirex = of_module(module)
-    if tirex is not None:
-        return tirex
+    forecaster = tirex.of_module(module)
+    if forecaster is not None:
+        return forecaster
     reader = Reader()
     network = network_of_module(module, reader=reader)
     for doubt in reader.doubts:
-        warnings.warn(f"from_torch: {doubt}", stacklevel=2)
+        warnings.warn(f"load: {doubt}", stacklevel=4)  # the call of cellstack.load
     return network
 
 
 def network_of_module(module: Any, metadata: dict[str, Any] | None = None, reader: Reader | None = None) -> Network:
-    """Return a module in memory or in a file as a Network, without warnings: see `from_torch`."""
+    """Return a module in memory or in a file as a Network, without warnings: see `load`."""
     reader = Reader() if reader is None else reader
     reader.read(module, "")
     if not reader.builder.nodes:
-        raise TypeError(f"from_torch: expected a module that computes something, got {called(module)}")
+        raise TypeError(f"load: expected a module that computes something, got {called(module)}")
     if reader.time_first and reader.batch_first:
         path, kind = reader.time_first
         raise TypeError(
-            f"from_torch: {path or 'the module'} ({kind}): expected batch_first=True, because {reader.batch_first} "
+            f"load: {path or 'the module'} ({kind}): expected batch_first=True, because {reader.batch_first} "
             "takes the batch first"
         )
     reader.builder.output(reader.wire)

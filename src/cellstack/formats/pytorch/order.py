@@ -139,7 +139,7 @@ def _read(reader: Reader, module: Saved, name: str, where: str) -> None:
     except FormatError:
         raise
     except (TypeError, ValueError, MissingSettingError) as error:
-        raise FormatError(f"{where}: {str(error).removeprefix('from_torch: ')[:1000]}") from None
+        raise FormatError(f"{where}: {str(error).removeprefix('load: ')[:1000]}") from None
 
 
 def _matrix(where: str, name: str, kind: str | None, tensors: Mapping[str, Any]) -> Node:

@@ -95,7 +95,7 @@ def network_of_layer(layer: Layer, tensors: Mapping[str, Any], where: str) -> Ne
                 raise FormatError(
                     f"{where}: tensor {short(names[what], 200)}: expected values up to {LARGEST}, to which ParaLSTM "
                     f"and ParaGRU limit them by default, found {np.abs(value).max():.3g}; as a state dict doesn't "
-                    "record max_recurrent_norm, call cs.from_torch(module)"
+                    "record max_recurrent_norm, call cs.load(module)"
                 )
     builder = Builder()
     try:

@@ -168,7 +168,7 @@ export class Changes {
           const { shape } = view.description.arrays[place.cell.weights[name].array];
           return `arrays[${quoted(name)}][${shape.length > 1 ? `${Math.floor(n / shape[1])}, ${n % shape[1]}` : n}] = ${plain(value)}`;
         }),
-        `cells[${at}] = cs.Cell(cells[${at}].spec, **arrays)`,
+        `cells[${at}] = cs.nodes.Cell(cells[${at}].spec, **arrays)`,
         way === ""
           ? "nodes[place] = dataclasses.replace(node, cells=tuple(cells))"
           : `nodes[place] = dataclasses.replace(node, ${way}=dataclasses.replace(${stack}, cells=tuple(cells)))`,

@@ -30,7 +30,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 class TiRexForecaster:
-    """Forecasts series with a network of TiRex or TiRex-2: `cellstack.load` and `from_torch` return such networks.
+    """Forecasts series with a network of TiRex or TiRex-2: `cellstack.load` returns such networks.
 
     Each series is forecast for itself. A context shorter than the model's is preceded by missing values, of a longer
     one the end is used, as in the packages of the models.

@@ -52,7 +52,8 @@ def generate(
         UsageError: another kind of network, a character of the prompt that it doesn't know, or an option out of range;
             raised by the call, not by the first character.
 
-    >>> from cellstack import Cell, CellSpec, Dense, Recurrent
+    >>> from cellstack import CellSpec
+    >>> from cellstack.nodes import Cell, Dense, Recurrent
     >>> from cellstack.nodes import Embedding
     >>> rng = np.random.default_rng(0)
     >>> cell = Cell(CellSpec(2, 3), *(rng.normal(size=shape) for shape in CellSpec(2, 3).shapes.values()))
