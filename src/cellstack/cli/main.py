@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cellstack
-from cellstack.cells.errors import FormatError, ShapeError
+from cellstack import FormatError, ShapeError
 from cellstack.cli.arguments import Parser, as_flags, names
 from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info
