@@ -67,9 +67,10 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp tests/guard/*.cpp
 
-stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors, and the kinds of cell for JavaScript
+stubs: $(VENV)/tested  ## write what follows from the declarations of cells: the stubs of constructors, the kernel's and JavaScript's tables
 	$(BIN)/python tests/architecture/stubs.py
 	$(BIN)/python web/write_kinds.py
+	$(BIN)/python kernel/declared.py
 
 site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
 	$(DEPENDENCIES) docs

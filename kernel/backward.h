@@ -200,7 +200,7 @@ void run_rows_back(Backward<T>& f) {
                 else
                     kind.row(f, limits, r, n, columns, unit_columns);
             });
-            if (d.backbone) backbone_back(f, n);
+            if (d.backbone_units) backbone_back(f, n);
         } else if (part == 1) {
             // At this point dz of r is zero, so the product doesn't include it; the next phase computes it.
             const Outputs<T> own(f);

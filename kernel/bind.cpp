@@ -85,6 +85,9 @@ NB_MODULE(_kernel, m) {
         },
         "The instruction sets that this machine supports, best first.");
     m.attr("THREAD_WORK") = kThreadWork;
+    nb::list names;
+    for (const char* name : kArrays) names.append(name);
+    m.attr("ARRAYS") = nb::tuple(names);
     m.def("isa", &instruction_set, "The instruction set in use.");
     m.def(
         "set_isa",
@@ -100,10 +103,7 @@ NB_MODULE(_kernel, m) {
         .def(
             "__init__",
             [](Description* self, const char* kind, int64_t input, int64_t units, int64_t output,
-               const nb::list& activations, bool bias, bool peepholes, bool coupled, bool layer_norm, bool joint,
-               bool reset_after, bool scalar, bool no_gate, bool exponential_forget, double epsilon, double clip,
-               double cell_clip, double zoneout, double zoneout_cell, bool rows, int64_t heads, bool kernel,
-               int64_t backbone) {
+               const nb::list& activations, const nb::dict& flags, bool rows) {
                 if (activations.size() > std::size(Description{}.activations))
                     throw nb::value_error("Description: too many activations");
                 Description d{};
@@ -114,18 +114,14 @@ NB_MODULE(_kernel, m) {
                     const nb::tuple a = nb::cast<nb::tuple>(activations[k]);
                     d.activations[k] = {nb::cast<int>(a[0]), nb::cast<double>(a[1]), nb::cast<double>(a[2])};
                 }
-                d.use_bias = bias, d.peepholes = peepholes, d.coupled = coupled, d.layer_norm = layer_norm;
-                d.joint = joint, d.reset_after = reset_after, d.scalar = scalar, d.no_gate = no_gate;
-                d.exponential_forget = exponential_forget, d.norm_epsilon = epsilon, d.clip = clip,
-                d.cell_clip = cell_clip;
-                d.zoneout = zoneout, d.zoneout_cell = zoneout_cell, d.rows = rows, d.heads = heads;
-                d.use_kernel = kernel, d.backbone = backbone;
+                d.rows = rows;
+#define CELLSTACK_FLAG(type, name, value) \
+    if (flags.contains(#name)) d.name = type(nb::cast<double>(flags[#name]));
+                CELLSTACK_FLAGS(CELLSTACK_FLAG)
+#undef CELLSTACK_FLAG
                 new (self) Description(d);
             },
-            "kind"_a, "input_size"_a, "units"_a, "output_size"_a, "activations"_a, "use_bias"_a, "peepholes"_a,
-            "coupled"_a, "layer_norm"_a, "joint"_a, "reset_after"_a, "scalar"_a, "no_gate"_a, "exponential_forget"_a,
-            "norm_epsilon"_a, "clip"_a, "cell_clip"_a, "zoneout"_a, "zoneout_cell"_a, "rows"_a = false, "heads"_a = 1,
-            "use_kernel"_a = true, "backbone"_a = 0,
+            "kind"_a, "input_size"_a, "units"_a, "output_size"_a, "activations"_a, "flags"_a, "rows"_a = false,
             "A cell without its arrays; cellstack.native makes it from a CellSpec.");
     m.def(
         "weights",

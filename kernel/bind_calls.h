@@ -151,20 +151,21 @@ struct LayerOf {
     }
 };
 
-// The arrays of a cell from a tuple, in the order of cellstack.spec.ARRAYS.
+// The arrays of a cell from a tuple, in the order of cellstack.cells.spec.ARRAYS.
 template <class T>
 Arrays<T> arrays_of(const nb::tuple& tuple) {
-    constexpr size_t others = kArraysWithoutStates;
+    constexpr size_t others = std::size(kArrays);
     if (tuple.size() < others || tuple.size() > others + kStates)
         throw nb::value_error("arrays: expected one entry for each of spec.ARRAYS");
     Arrays<T> arrays{};
-    T** const all[] = {&arrays.kernel,         &arrays.recurrent_kernel, &arrays.bias,       &arrays.gate_kernel,
-                       &arrays.gate_bias,      &arrays.peepholes,        &arrays.projection, &arrays.kernel_gain,
-                       &arrays.recurrent_gain, &arrays.cell_gain,        &arrays.cell_bias};
-    static_assert(std::size(all) == others);
+    T* Arrays<T>::* const all[] = {
+#define CELLSTACK_ARRAY(name, ...) &Arrays<T>::name,
+        CELLSTACK_ARRAYS(CELLSTACK_ARRAY)
+#undef CELLSTACK_ARRAY
+    };
     using Entry = Address<std::is_const_v<T> ? Use::kRead : Use::kWrite>;
     for (size_t k = 0; k < tuple.size(); ++k)
-        (k < others ? *all[k] : arrays.initial[k - others]) = nb::cast<Entry>(tuple[k]).template as<T>();
+        (k < others ? arrays.*all[k] : arrays.initial[k - others]) = nb::cast<Entry>(tuple[k]).template as<T>();
     return arrays;
 }
 

@@ -318,7 +318,7 @@ INLINE T* block_of(const Backward<T>& f, T* dz, int gates, int64_t r, int64_t n,
 
 template <class T>
 INLINE void add_to_vector(const Backward<T>& f, int vector, const Place& at, V<T> gradient) {
-    T* sum = f.vectors + (at.r * kVectors + vector) * f.blocks * Vec<T>::W + at.unit;
+    T* sum = f.vectors + (at.r * kSums + vector) * f.blocks * Vec<T>::W + at.unit;
     store(sum, load(sum) + gradient);
 }
 
@@ -341,8 +341,8 @@ void normalise_back(const Backward<T>& f, int64_t r, int64_t n) {
                 each_block<T>(r, t, f.blocks, H, [&](const Place& at) INLINED {
                     T* to = block_of(f, dz, d.gates(), r, n, at.unit) + g * W;
                     const V<T> v = load_lanes(norms + side * wide + g * H + at.unit, at.lanes), given = load(to);
-                    add_to_vector(f, (side ? kRecurrentGain : kKernelGain) + g, at, given * v);
-                    add_to_vector(f, (side ? kRecurrentBias : kBias) + g, at, given);
+                    add_to_vector(f, (side ? sums_of::recurrent_gain : sums_of::kernel_gain) + g, at, given * v);
+                    add_to_vector(f, (side ? sums_of::recurrent_bias : sums_of::bias) + g, at, given);
                     const V<T> dv = given * load_lanes(gain + g * H + at.unit, at.lanes);
                     store(to, dv);
                     sum += dv;

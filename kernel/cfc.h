@@ -6,7 +6,9 @@
 namespace cellstack {
 namespace {
 
-struct Cfc {
+constexpr int kNoGate = 1;  // mode
+
+struct CfC {
     enum Gate : int { kG, kK, kS, kT, kGates };
 
     template <class T, bool Usual>
@@ -33,7 +35,7 @@ struct Cfc {
             patch_gate<T>(f, kT, at, gates[kT]);
             keep_gates(f, at, gates);
             const V<T> fresh =
-                d.no_gate ? fma(gates[kT], gates[kK], gates[kG]) : mixed<T>(gates[kT], gates[kK], gates[kG]);
+                d.mode == kNoGate ? fma(gates[kT], gates[kK], gates[kG]) : mixed<T>(gates[kT], gates[kK], gates[kG]);
             write_output<T, false>(f, at, fresh, h, h_next);
         });
     }
@@ -50,8 +52,8 @@ struct Cfc {
             V<T> gates[kGates], dz[kGates];
             load_gates(f, at, gates);
             const V<T> dh = load(f.dm + r * columns + at.unit);
-            const V<T> share = d.no_gate ? one : one - gates[kT];  // of g in h
-            const V<T> change = d.no_gate ? gates[kK] : gates[kK] - gates[kG];
+            const V<T> share = d.mode == kNoGate ? one : one - gates[kT];  // of g in h
+            const V<T> change = d.mode == kNoGate ? gates[kK] : gates[kK] - gates[kG];
             dz[kG] = (dh * share + extra(f, at, kG)) * gate_slope<T, false, Usual, true>(d, limits, kG, gates[kG]);
             dz[kK] = (dh * gates[kT] + extra(f, at, kK)) * gate_slope<T, false, Usual, true>(d, limits, kK, gates[kK]);
             dz[kT] = (dh * change + extra(f, at, kT)) * gate_slope<T, false, Usual, false>(d, limits, kT, gates[kT]);

@@ -1,4 +1,4 @@
-// What a cell is, without its weights: the kernel's view of cellstack.spec.CellSpec.
+// What a cell is, without its weights: the kernel's view of cellstack.cells.spec.CellSpec.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,7 @@ constexpr int64_t narrow_stride(Element e, int64_t depth) {
     return e == Element::kBfloat16 ? (depth + 15) / 16 * 16 : narrow_words(depth, 8);
 }
 
-// In the order of cellstack.spec.ACTIVATIONS.
+// In the order of cellstack.cells.activations.ACTIVATIONS.
 enum ActivationCode : int {
     kSigmoid,
     kTanh,
@@ -60,18 +60,16 @@ struct Activation {
 struct Description {
     const Kind* kind;
     int64_t input, units, output;  // I, without a scalar; H; P: the width of h, H where nothing is projected
-    int64_t heads = 1;             // h and the units are divided into this many, each with its own recurrent matrix
-    int64_t backbone = 0;          // U: units of a dense layer between x and h and the gates' sums; 0: none
     // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots; then a backbone's.
     Activation activations[kMostGates + 1];
-    bool use_kernel = true;  // false: x has the sums over x of all gates, and the input is as wide
-    bool use_bias, peepholes, coupled, layer_norm, joint, reset_after;  // joint: a form of layer_norm
-    bool scalar;  // whether the last number of a row of x is one of the step, which isn't multiplied by the kernel
-    bool no_gate, exponential_forget;
-    bool rows;                             // whether matrices have PyTorch's layout: see Arrays
-    double norm_epsilon, clip, cell_clip;  // clips: infinity if there is none
-    double zoneout, zoneout_cell;
+    bool rows = false;  // whether matrices have PyTorch's layout: see Arrays
+    // The settings of cellstack.cells.spec.CellSpec, and `scalar`: whether the last number of a row of x is one of the
+    // step, which isn't multiplied by the kernel. Without `use_kernel` x has the sums over x of all gates.
+#define CELLSTACK_FLAG(type, name, value) type name = value;
+    CELLSTACK_FLAGS(CELLSTACK_FLAG)
+#undef CELLSTACK_FLAG
 
+    bool joint() const { return layer_norm == 2; }  // layer_norm="joint"
     // Numbers per row of x.
     int64_t x_width() const { return input + scalar; }
     bool projects() const { return output != units; }  // proj_size
@@ -86,8 +84,8 @@ struct Description {
     // Blocks of columns in the matrices: one per gate, except a coupled f.
     int gates() const { return kind->gates - coupled; }
     // The sums of the products with x and h: of the gates, or of a backbone, which is one block of U columns.
-    int sum_gates() const { return backbone ? 1 : gates(); }
-    int64_t sum_units() const { return backbone ? backbone : units; }
+    int sum_gates() const { return backbone_units ? 1 : gates(); }
+    int64_t sum_units() const { return backbone_units ? backbone_units : units; }
     const Activation& backbone_activation() const { return activations[kind->gates]; }
     // The position of a gate's block in the caller's matrices and biases.
     int place(int gate) const { return rows ? kind->in_rows[gate] : gate; }
@@ -100,13 +98,13 @@ struct Description {
     // What a patch may change: the gates, then the states, in their order.
     int targets() const { return kind->gates + kind->states; }
     // Whether the sums over x and over h are needed separately.
-    bool apart() const { return kind->recurrent && ((layer_norm && !joint) || resets_after()); }
+    bool apart() const { return kind->recurrent && ((layer_norm && !joint()) || resets_after()); }
     // How many sums layer normalisation normalises: those over x and over h, or all in one.
-    int normed() const { return kind->recurrent && !joint ? 2 : 1; }
+    int normed() const { return kind->recurrent && !joint() ? 2 : 1; }
     // The numbers between the products and the gates that the forward pass stores per step for the backward pass: with
     // layer normalisation these sums, normalised, and for each the reciprocal deviations of two groups of gates; or the
     // output of a backbone, which excludes layer normalisation.
-    int64_t intermediate_size() const { return layer_norm ? normed() * (gates() * units + 2) : backbone; }
+    int64_t intermediate_size() const { return layer_norm ? normed() * (gates() * units + 2) : backbone_units; }
     bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
     // Whether every gate has its default activation: a constant in a specialised copy of each routine.
     bool usual() const {
@@ -118,31 +116,57 @@ struct Description {
     // Whether the cell has no flag, so that it can take the path by blocks.
     bool plain() const {
         constexpr double none = __builtin_inf();
-        return kind->blocks && use_kernel && usual() && !peepholes && !coupled && !projects() && !layer_norm &&
-               clip == none && cell_clip == none && !zones();
+        return kind == &kKinds[kLstm] && use_kernel && usual() && !peepholes && !coupled && !projects() &&
+               !layer_norm && clip == none && cell_clip == none && !zones();
     }
 };
 
-// The arrays of a cell, or their gradients, in the order of cellstack.spec.ARRAYS; null if the cell doesn't have one.
-// If the description has `rows`, which excludes heads and a backbone, each matrix is transposed, [gates·H, I],
-// [gates·H, P], [P, H], and the gates have PyTorch's order, in biases too.
+// The arrays of a cell, or their gradients; null if the cell doesn't have one. From the table in declared.h, which is
+// in the order of cellstack.cells.spec.ARRAYS, follow the fields, the bindings, the packing of vectors and the sums of
+// their gradients. If the description has `rows`, which excludes heads and a backbone, each matrix is transposed,
+// [gates·H, I], [gates·H, P], [P, H], and the gates have PyTorch's order, in biases too.
 template <class T>
 struct Arrays {
-    T* kernel;            // [I, gates·H]; null without use_kernel; [I, U] with a backbone
-    T* recurrent_kernel;  // [P, gates·H] or [heads, P/heads, gates·H/heads]; null if the kind has no product with h;
-                          // [P, U] with a backbone
-    T* bias;              // [gates·H]; [2, gates·H] if a reset acts after the product; [U] with a backbone
-    T* gate_kernel;       // [U, gates·H], of a backbone
-    T* gate_bias;         // [gates·H], of a backbone
-    T* peepholes;         // [3, H], i f o; [2, H], i o, if coupled
-    T* projection;        // [H, P]
-    T* kernel_gain;       // [gates·H]
-    T* recurrent_gain;    // [gates·H]
-    T* cell_gain;         // [H]
-    T* cell_bias;         // [H]
+#define CELLSTACK_ARRAY(name, ...) T* name;
+    CELLSTACK_ARRAYS(CELLSTACK_ARRAY)
+#undef CELLSTACK_ARRAY
     T* initial[kStates];  // [P], [H] …, with learn_initial_state
 };
-constexpr int kArraysWithoutStates = 11;
+
+inline constexpr const char* kArrays[] = {
+#define CELLSTACK_ARRAY(name, ...) #name,
+    CELLSTACK_ARRAYS(CELLSTACK_ARRAY)
+#undef CELLSTACK_ARRAY
+};
+
+// The index of an array's first, among the vectors that the backward pass sums for each row of the batch: the gradients
+// of vectors; with layer normalisation, of biases too.
+namespace sums_of {
+enum : int {
+#define CELLSTACK_ARRAY(name, form, numbers, sums) name, last_##name = name + (sums) - 1,
+    CELLSTACK_ARRAYS(CELLSTACK_ARRAY)
+#undef CELLSTACK_ARRAY
+        recurrent_bias = bias +
+    kMostGates
+};
+}  // namespace sums_of
+#define CELLSTACK_ARRAY(name, form, numbers, sums) +sums
+constexpr int kSums = 0 CELLSTACK_ARRAYS(CELLSTACK_ARRAY);
+#undef CELLSTACK_ARRAY
+
+enum class Form { kMatrix, kBias, kVectors };  // packed in panels; in the caller's layout, as vectors of H numbers
+struct Layout {
+    Form form;
+    int64_t numbers;
+    int sums;  // the index of its first, see sums_of
+};
+// Calls body(array, its layout) for each array except the initial states; `arrays` is an Arrays.
+template <class A, class F>
+void each_array(A& arrays, const Description& d, F&& body) {
+#define CELLSTACK_ARRAY(name, form, numbers, sums) body(arrays.name, Layout{Form::form, numbers, sums_of::name});
+    CELLSTACK_ARRAYS(CELLSTACK_ARRAY)
+#undef CELLSTACK_ARRAY
+}
 
 // Patches change values of a layer during a run, for each unit of a target: v becomes scale·v + hold·before + shift,
 // where `before` is v after the previous step (or in the initial state). A term with the factor 0 is left out, even if

@@ -11,7 +11,7 @@ namespace {
 template <class T>
 bool divides(const Weights<T>& weights) {
     const Description& d = weights.description();
-    return weights.copied() && !d.layer_norm && !d.projects() && !d.resets_before() && !d.backbone;
+    return weights.copied() && !d.layer_norm && !d.projects() && !d.resets_before() && !d.backbone_units;
 }
 
 // A rough estimate, in nanoseconds, of the time of some rows and blocks of a step, to compare cuts. A core computes two
@@ -21,7 +21,7 @@ double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t wid
     constexpr double near_bytes = 48, far_bytes = 10, activation = 12, gigahertz = 3;
     const double depth =
         double(d.sum_units() * d.sum_gates() * (d.multiplied() + d.recurrent())) / double(d.units * d.gates()) +
-        double(d.backbone);
+        double(d.backbone_units);
     const double panel = depth * d.gates() * width * bytes;
     const double sums = double(rows) * depth * d.gates() / (pairs ? 4 : 2),
                  near = double(ceil_div(rows, 6)) * panel / near_bytes;

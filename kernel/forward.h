@@ -256,8 +256,8 @@ void run_rows(Forward<T>& f) {
     const int64_t stride = w.unpacked ? H : wide;
     // Of the sums over x and h: of the gates, or of the backbone.
     const int64_t sum_stride = w.unpacked ? d.sum_units() : w.sum_blocks * Vec<T>::W, sum_row = sum_gates * sum_stride;
-    Product<T> product(w, sum_gates, d.sum_units(), w.sum_blocks, f.block, d.backbone ? w.sum_blocks : f.end_block,
-                       sum_stride, f.scales);
+    Product<T> product(w, sum_gates, d.sum_units(), w.sum_blocks, f.block,
+                       d.backbone_units ? w.sum_blocks : f.end_block, sum_stride, f.scales);
     // Layer normalisation is applied between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
     if (f.project && !d.use_kernel) {
@@ -282,7 +282,7 @@ void run_rows(Forward<T>& f) {
         } else if (d.kind->recurrent) {
             multiply(product, h, f.rows, sums, add, down);
         }
-        if (d.backbone) {
+        if (d.backbone_units) {
             run_backbone(f, t, z, sum_row, stride);
             z = sums = f.q;
         }

@@ -26,7 +26,7 @@ bool any(T* const (&pointers)[kStates]) {
 
 // Whether threads may divide the units of a layer: a unit depends on others only through their dz. The gradient of a
 // scalar is a sum over units.
-bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.scalar && !d.backbone; }
+bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.scalar && !d.backbone_units; }
 
 // A rough estimate, in nanoseconds, of the time of some rows and panels of a step, to compare cuts. A tile of up to six
 // rows processes `depth` vectors of a panel (half as many for pairs), and prefetches part of the next one; weights that
@@ -167,21 +167,17 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
     : in(in),
       s(s),
       g(g),
-      threads(useful_threads(most_threads, B * steps * 2 * (sum_gates * U * (I + d.recurrent()) + G * H * d.backbone))),
-      chunk(chunk_of(in, d, blocks * deep + (d.backbone ? sum_blocks * W : 0))),
+      threads(useful_threads(most_threads,
+                             B * steps * 2 * (sum_gates * U * (I + d.recurrent()) + G * H * d.backbone_units))),
+      chunk(chunk_of(in, d, blocks * deep + (d.backbone_units ? sum_blocks * W : 0))),
       cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), pairs, threads) : Cut{1, 1, 1, chunk}) {}
 
 // Without steps, the gradients of matrices and biases are zero.
 template <class T>
 void BackwardLayer<T>::clear() const {
-    const std::pair<T*, int64_t> sums[] = {{to.kernel, I * sum_gates * U},
-                                           {to.recurrent_kernel, d.recurrent() * sum_gates * U},
-                                           {to.bias, (1 + d.two_biases()) * sum_gates * U},
-                                           {to.gate_kernel, d.backbone * G * H},
-                                           {to.gate_bias, G * H},
-                                           {to.projection, H * P}};
-    for (const auto& [out, count] : sums)
-        if (out) std::fill_n(out, count, T(0));
+    each_array(to, d, [](T* out, const Layout& layout) {
+        if (out && layout.form != Form::kVectors) std::fill_n(out, layout.numbers, T(0));
+    });
 }
 
 template <class T>
@@ -192,22 +188,25 @@ void BackwardLayer<T>::take_memory() {
     const int64_t rows_h = Parts<T>::size(B * columns), rows_c = Parts<T>::size(B * blocks * W);
     const int64_t transposed = if_(d.kind->recurrent, columns * bands.depth * sum_deep);
     const int64_t transposed_in = if_(g.dx, columns_of(I) * sum_blocks * sum_deep);
-    const int64_t transposed_gates = if_(d.backbone, columns_of(U) * blocks * deep);
+    const int64_t transposed_gates = if_(d.backbone_units, columns_of(U) * blocks * deep);
     const int64_t transposed_out = if_(d.projects(), unit_columns * output_blocks * W);
     const int64_t chunk_dz = Parts<T>::size(blocks * chunk_rows * deep);
-    const int64_t chunk_db = if_(d.backbone, sum_blocks * chunk_rows * W);
+    const int64_t chunk_db = if_(d.backbone_units, sum_blocks * chunk_rows * W);
     const int64_t chunk_dp = if_(d.projects(), output_blocks * chunk_rows * W);
     const int64_t chunk_m = if_(d.projects() || reset_before, chunk_rows * H);
     const int64_t dropped = if_(s.dropped_h(), chunk_rows * P);
     const int64_t rows_dm = if_(by_rows, B * unit_columns);
     lines = if_(by_rows, 2 * blocks * W);
-    const int64_t vectors = if_(d.peepholes || d.layer_norm, B * kVectors * blocks * W);
+    bool summed = false;
+    each_array(arrays, d,
+               [&](const T* array, const Layout& layout) { summed |= array && layout.form == Form::kVectors; });
+    const int64_t vectors = if_(summed, B * kSums * blocks * W);
     // Columns whose sums are in scratch until they are written.
     const int64_t matrices = d.rows ? I + (1 + reset_before) * d.recurrent() : 0;
     const int64_t sums = Parts<T>::size(sum_blocks * (matrices + 2) * sum_deep);
-    const int64_t sums_gates = if_(d.backbone, blocks * deep);
+    const int64_t sums_gates = if_(d.backbone_units, blocks * deep);
     const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
-    const int64_t most = std::max({X, P, H, d.backbone});
+    const int64_t most = std::max({X, P, H, d.backbone_units});
     const int64_t gates_again = if_(again, chunk_rows * planes * H),
                   intermediate_again = if_(again, chunk_rows * intermediate_size);
     const int64_t x_again = if_(again, rows_again * X), h_again = if_(again, rows_again * P);
@@ -286,7 +285,7 @@ template <class T>
 void BackwardLayer<T>::list_passes() {
     T* const bias = d.layer_norm ? nullptr : to.bias;
     if (!d.apart()) {
-        add_pass({d.backbone ? db : dz,
+        add_pass({d.backbone_units ? db : dz,
                   sum_gates,
                   U,
                   sum_blocks,
@@ -308,7 +307,7 @@ void BackwardLayer<T>::list_passes() {
                   recurrent_bias,
                   gradients + blocks * ((d.rows ? I : 0) + 1) * deep});
     }
-    if (d.backbone)
+    if (d.backbone_units)
         add_pass({dz, G, H, blocks, 0, {{&b_rows, to.gate_kernel, U, 0, G, 1}, {}, {}}, to.gate_bias, gradients_gates});
     if (d.projects())
         add_pass({dp, 1, P, output_blocks, 0, {{&m_rows, to.projection, H, 0, 1, 1}, {}, {}}, nullptr, gradients_out});
@@ -358,8 +357,8 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
     f.dgates = at(g.dgates, steps * planes * H), f.dh = at(dh, columns), f.carry = at(carry, columns),
     f.dm = at(dm, unit_columns);
-    f.vectors = at(vector_sums, kVectors * blocks * W);
-    f.db = db, f.dsums = d.backbone ? db : dq, f.sum_gates = sum_gates, f.sum_blocks = sum_blocks;
+    f.vectors = at(vector_sums, kSums * blocks * W);
+    f.db = db, f.dsums = d.backbone_units ? db : dq, f.sum_gates = sum_gates, f.sum_blocks = sum_blocks;
     f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
     f.tiles = &tiles, f.pairs = pairs_of(share * cut.groups + group);
     return f;
@@ -391,7 +390,7 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
                 h_rows[m] = product;
             }
             if (m_rows_at) m_rows[m] = m_rows_at + m * H;
-            if (d.backbone)
+            if (d.backbone_units)
                 b_rows[m] = again ? made_intermediate + m * intermediate_size
                                   : s.intermediate + (b * steps + t) * intermediate_size;
         }
@@ -472,7 +471,7 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
             if (!d.use_kernel)
                 pass_on(rows, rows * n / inputs, rows * (n + 1) / inputs);
             else
-                leaf.input_gradient(tiles, d.backbone ? db : dz, sum_gates, sum_blocks, rows, kernel_t, I,
+                leaf.input_gradient(tiles, d.backbone_units ? db : dz, sum_gates, sum_blocks, rows, kernel_t, I,
                                     rows * n / inputs, rows * (n + 1) / inputs, dx_rows.data(), pairs_of(k));
         }
     });
@@ -521,26 +520,20 @@ void BackwardLayer<T>::sum_weights(int64_t task, int thread, size_t& copied_for,
 // The gradients of arrays that aren't matrices: summed per row during the pass through time, and here over rows.
 template <class T>
 void BackwardLayer<T>::sum_rows() const {
-    T* const bias = d.layer_norm ? to.bias : nullptr;
-    const struct {
-        T* out;
-        int vector, gates;
-    } sums[] = {
-        {bias, kBias, G},
-        {bias && d.two_biases() ? bias + G * H : nullptr, kRecurrentBias, G},
-        {to.peepholes, kPeepholes, G - 1},
-        {to.kernel_gain, kKernelGain, G},
-        {to.recurrent_gain, kRecurrentGain, G},
-        {to.cell_gain, kCellGain, 1},
-        {to.cell_bias, kCellBias, 1},
-    };
-    for (const auto& e : sums)
-        for (int gate = 0; e.out && gate < e.gates; ++gate)
+    const auto sum = [&](T* out, int vector, int64_t count) {
+        for (int64_t n = 0; out && n < count; ++n)
             for (int64_t k = 0; k < H; ++k) {
                 T sum = 0;
-                for (int64_t b = 0; b < B; ++b) sum += vector_sums[(b * kVectors + e.vector + gate) * blocks * W + k];
-                e.out[gate * H + k] = sum;
+                for (int64_t b = 0; b < B; ++b) sum += vector_sums[(b * kSums + vector + n) * blocks * W + k];
+                out[n * H + k] = sum;
             }
+    };
+    each_array(to, d, [&](T* out, const Layout& layout) {
+        if (layout.form == Form::kVectors) sum(out, layout.sums, layout.numbers / H);
+    });
+    if (!d.layer_norm || !to.bias) return;
+    sum(to.bias, sums_of::bias, G);
+    if (d.two_biases()) sum(to.bias + G * H, sums_of::recurrent_bias, G);
 }
 
 // The gradient of an initial state: from rows that were reset and, if no state was passed, from the start.
@@ -579,12 +572,10 @@ void BackwardLayer<T>::run() {
 
 // Whether any gradient of a layer is requested.
 template <class T>
-bool wanted(const Gradients<T>& g) {
-    const Arrays<T>& a = g.arrays;
-    for (const T* out : {g.dx, a.kernel, a.recurrent_kernel, a.bias, a.gate_kernel, a.gate_bias, a.peepholes,
-                         a.projection, a.kernel_gain, a.recurrent_gain, a.cell_gain, a.cell_bias})
-        if (out) return true;
-    return any(g.dbefore) || any(a.initial);
+bool wanted(const Gradients<T>& g, const Description& d) {
+    bool found = g.dx || any(g.dbefore) || any(g.arrays.initial);
+    each_array(g.arrays, d, [&](const T* out, const Layout&) { found |= out != nullptr; });
+    return found;
 }
 
 }  // namespace
@@ -594,7 +585,7 @@ void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const
               int threads) {
     const int depth = int(layers.size());
     int lowest = 0;
-    while (lowest < depth && !wanted(gradients[lowest])) ++lowest;
+    while (lowest < depth && !wanted(gradients[lowest], layers[lowest].weights->description())) ++lowest;
     // The gradient of a layer's x is that of the y below; two buffers for it alternate.
     const auto numbers = [&](int l) { return in.batch * in.steps * layers[l].weights->description().output; };
     int64_t most = 0;

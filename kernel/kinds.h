@@ -1,7 +1,10 @@
-// Every kind of cell in one table. A kind is a row here, and a header with a struct of its routines (see cells.h),
-// whose name the row begins with; `src/cellstack/cells/` declares the same kind for all other parts.
+// Every kind of cell in one table, which kernel/declared.py writes from `src/cellstack/cells/`; a kind also has a
+// header with a struct of its routines (see cells.h), whose name its row begins with.
 #pragma once
+#include <cstdint>
 #include <cstring>
+
+#include "declared.h"
 
 namespace cellstack {
 
@@ -21,22 +24,8 @@ struct Kind {
     bool drops_candidate;     // whether recurrent dropout multiplies the candidate, and not h in that product
     bool resets;              // whether gate 1 multiplies h in the candidate's product: before it, or after it
     int normed;               // layer normalisation: how many gates form a group, the others form a second; 0: all
-    bool blocks;              // whether the cell without any flag is computed by blocks, see forward.h
     int saved;                // how many numbers per unit a step saves for the backward pass in addition to the gates
 };
-
-// clang-format off
-#define CELLSTACK_KINDS(KIND)                                                                                           \
-    /*   struct     name       gates slots    in rows       states  recurrent  drops   resets  normed  blocks  saved */ \
-    KIND(Lstm,      "lstm",    4,    "sstst", {0, 1, 2, 3}, 2,      true,      false,  false,  0,      true,   0)       \
-    KIND(Gru,       "gru",     3,    "sst",   {1, 0, 2},    1,      true,      false,  true,   2,      false,  0)       \
-    KIND(SimpleRnn, "rnn",     1,    "t",     {0},          1,      true,      false,  false,  0,      false,  0)       \
-    KIND(MinGru,    "mingru",  2,    "s-",    {0, 1},       1,      false,     false,  false,  0,      false,  0)       \
-    KIND(MinLstm,   "minlstm", 3,    "ss-",   {0, 1, 2},    1,      false,     false,  false,  0,      false,  0)       \
-    KIND(LiGru,     "ligru",   2,    "s-",    {0, 1},       1,      true,      true,   false,  0,      false,  0)       \
-    KIND(Slstm,     "slstm",   4,    "--ts",  {0, 1, 2, 3}, 4,      true,      false,  false,  0,      false,  1)       \
-    KIND(Cfc,       "cfc",     4,    "tt-s",  {0, 1, 2, 3}, 1,      true,      false,  false,  0,      false,  0)
-// clang-format on
 
 // The position of a kind in the table.
 enum KindIndex : int {
@@ -56,7 +45,7 @@ inline constexpr Kind kKinds[] = {
     CELLSTACK_KINDS(CELLSTACK_KIND)
 #undef CELLSTACK_KIND
     // A dense layer, whose output at a step depends on that step only; it has a forward pass only.
-    {"dense", 1, "", {0}, 0, false, false, false, 0, false, 0}};
+    {"dense", 1, "", {0}, 0, false, false, false, 0, 0}};
 
 // Null if there is no such kind.
 inline const Kind* kind_named(const char* name) {

@@ -214,7 +214,7 @@ struct Backward {
     T* line;        // scratch [2][blocks·W] of this thread
     const Tiles<T>* tiles;
     T* pairs;    // scratch of this thread for rows in pairs of bfloat16, see product_transposed; null: products of T
-    T* vectors;  // sums [rows][kVectors][blocks·W] of the gradients of arrays that aren't matrices; or null
+    T* vectors;  // sums [rows][kSums][blocks·W] of the gradients of arrays that aren't matrices; or null
     T* dinitial[kStates];  // sums [rows][columns of P], [rows][blocks·W] …; or null
 };
 
@@ -225,18 +225,6 @@ inline int64_t phases_back(const Description& d, int64_t steps) { return steps *
 
 // Shares begin and end at multiples of this many blocks, the width of a panel of transposed weights.
 constexpr int64_t kBlocksOfPanel = 4;
-
-// The index in `vectors` of each array's sums: that of the first gate; the other gates follow.
-enum Vector : int {
-    kPeepholes = 0,
-    kKernelGain = 3,
-    kRecurrentGain = 7,
-    kBias = 11,
-    kRecurrentBias = 15,
-    kCellGain = 19,
-    kCellBias = 20,
-    kVectors = 21
-};
 
 // Gradients of matrices for some blocks: sums over m of a[m]ᵀ·dz[m], where a is x, h or another input of a product. The
 // sums of a block stay in the cache while all rows of its dz are processed, some at a time. They are summed in the

@@ -120,7 +120,7 @@ struct Lstm {
             }
             const V<T> c_prev = load(cell_state(f, at));
             V<T> c = lstm_cell<T, false, Usual>(f, at, z, c_prev);
-            if (d.joint) {  // o, which the second pass computes, replaces its sum among the gates
+            if (d.joint()) {  // o, which the second pass computes, replaces its sum among the gates
                 store(line + at.unit, c);
                 keep_gates(f, at, z);
                 return;
@@ -138,8 +138,8 @@ struct Lstm {
         if (!d.layer_norm) return;
         standardise(line, 1, 0, d.units, d.norm_epsilon);
         each_block(f, r, t, [&](const Place& at) INLINED {
-            V<T> c = normed(at), o = load_lanes(sums + (d.joint ? d.gates() - 1 : 0) * stride + at.unit, at.lanes);
-            if (d.joint) {
+            V<T> c = normed(at), o = load_lanes(sums + (d.joint() ? d.gates() - 1 : 0) * stride + at.unit, at.lanes);
+            if (d.joint()) {
                 c = lstm_output<T, false, Usual>(f, at, o, load(cell_state(f, at)), c);
                 if (f.gates) store_lanes(f.gates + ((r * f.steps + t) * 4 + 3) * d.units + at.unit, o, at.lanes);
                 keep_inner(f, at, kC);
@@ -195,17 +195,17 @@ struct Lstm {
                 store_lanes(f.m + ((n - f.first) * f.batch + f.row0 + r) * d.units + at.unit, gates[3] * phi_c,
                             at.lanes);
             V<T> dc = lstm_output_back<T, false, Usual>(f, limits, at, gates[3], phi_c, dm, dz_o);
-            if (d.joint) {
+            if (d.joint()) {
                 V<T> passed;
                 dc += after(at, passed);
                 if (d.peepholes) {
                     dc = fma(dz_o, peephole(d, p, 3, at), dc);
-                    add_to_vector(f, kPeepholes + (d.coupled ? 1 : 2), at, dz_o * c);
+                    add_to_vector(f, sums_of::peepholes + (d.coupled ? 1 : 2), at, dz_o * c);
                 }
             }
             if (d.layer_norm) {
-                add_to_vector(f, kCellGain, at, dc * v);
-                add_to_vector(f, kCellBias, at, dc);
+                add_to_vector(f, sums_of::cell_gain, at, dc * v);
+                add_to_vector(f, sums_of::cell_bias, at, dc);
                 dc *= gain;
                 sum += dc;
                 product = fma(dc, v, product);
@@ -224,11 +224,11 @@ struct Lstm {
             if (d.layer_norm) dc = splat(reciprocal) * (dc - mean - load_lanes(cell + at.unit, at.lanes) * share);
             dz[3] = load(to + (gates_in_dz - 1) * W);
             const V<T> given = after(at, passed);
-            if (!d.joint) {
+            if (!d.joint()) {
                 dc += given;
                 if (d.peepholes) {
                     dc = fma(dz[3], peephole(d, p, 3, at), dc);
-                    add_to_vector(f, kPeepholes + (d.coupled ? 1 : 2), at, dz[3] * c);
+                    add_to_vector(f, sums_of::peepholes + (d.coupled ? 1 : 2), at, dz[3] * c);
                 }
             }
             if (d.cell_clip < __builtin_inf()) {
@@ -238,10 +238,10 @@ struct Lstm {
             passed += lstm_cell_back<T, false, Usual>(f, limits, at, gates, c_prev, dc, dz);
             if (d.peepholes) {
                 passed = fma(dz[0], peephole(d, p, 0, at), passed);
-                add_to_vector(f, kPeepholes, at, dz[0] * c_prev);
+                add_to_vector(f, sums_of::peepholes, at, dz[0] * c_prev);
                 if (!d.coupled) {
                     passed = fma(dz[1], peephole(d, p, 1, at), passed);
-                    add_to_vector(f, kPeepholes + 1, at, dz[1] * c_prev);
+                    add_to_vector(f, sums_of::peepholes + 1, at, dz[1] * c_prev);
                 }
             }
             store(to, dz[0]);

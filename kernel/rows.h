@@ -1,14 +1,7 @@
 // The routines of every kind of cell, in tables. The loops over steps and rows exist once for all kinds, and call what
 // a kind computes through a pointer.
 #pragma once
-#include "cfc.h"
-#include "gru.h"
-#include "ligru.h"
-#include "lstm.h"
-#include "mingru.h"
-#include "minlstm.h"
-#include "rnn.h"
-#include "slstm.h"
+#include "declared_rows.h"
 
 namespace cellstack {
 namespace {

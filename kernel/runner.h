@@ -30,7 +30,7 @@ inline int64_t chunk_steps(int64_t rows, int64_t steps) {
 // Multiplications per row and step.
 inline int64_t multiplications(const Description& d) {
     return d.sum_units() * d.sum_gates() * (d.multiplied() + d.recurrent()) +
-           d.units * (d.gates() * d.backbone + (d.projects() ? d.output : 0));
+           d.units * (d.gates() * d.backbone_units + (d.projects() ? d.output : 0));
 }
 
 // The fastest cut with at most this many groups of rows, by an estimate.
@@ -70,7 +70,7 @@ struct Runner {
             kept = dropout ? h : 0;
             inner = d.inner_states() * Parts<T>::size(wide);
             z = w.by_blocks() && chunk == 1 ? 0 : chunk * rows * d.sum_gates() * w.sum_blocks * width;
-            q = d.apart() || d.backbone ? d.gates() * wide : 0;
+            q = d.apart() || d.backbone_units ? d.gates() * wide : 0;
             m = d.projects() || d.layer_norm || d.resets_before() ? wide : 0;
             p = d.projects() ? h : 0;
             const auto narrow_rows = [&](int64_t count, int64_t columns) {
@@ -78,7 +78,7 @@ struct Runner {
             };
             scales = w.element == Element::kInt8 ? Parts<T>::size(chunk * rows) : 0;
             narrow_x = narrow_rows(chunk * rows, d.multiplied()),
-            narrow_h = narrow_rows(rows, std::max({d.units, d.output, d.backbone}));
+            narrow_h = narrow_rows(rows, std::max({d.units, d.output, d.backbone_units}));
         }
         int64_t sum(int shares) const {
             int64_t total = 0;

@@ -13,16 +13,13 @@ using namespace cellstack;
 
 namespace {
 
-// The fields of a description, as cellstack.native passes them: integers and numbers in this order.
-struct Integers {
-    int32_t input, units, output;
-    int32_t use_bias, peepholes, coupled, layer_norm, joint, reset_after, scalar, no_gate, exponential_forget, heads,
-        backbone;
-    int32_t activations[kMostGates + 1];
-};
+// The fields of a description, as cellstack.native passes them.
 struct Numbers {
-    double norm_epsilon, clip, cell_clip, zoneout, zoneout_cell;
-    double alphas_and_betas[kMostGates + 1][2];
+    double input, units, output;
+#define CELLSTACK_FLAG(type, name, value) double name;
+    CELLSTACK_FLAGS(CELLSTACK_FLAG)
+#undef CELLSTACK_FLAG
+    double activations[kMostGates + 1][3];  // code, alpha and beta
 };
 
 // A layer of a stack: see Layer in cell.h.
@@ -41,22 +38,21 @@ EXPORT void release(void* memory) { free(memory); }
 
 // The weights of a cell of this kind, packed; null if there is no such kind. `element`: the format of the matrices, an
 // index in `Element`. `given`: the arrays, in the order of `Arrays`, of which those at the end may be left out.
-EXPORT const Weights<float>* weights(const char* kind, const Integers* integers, const Numbers* numbers, int element,
-                                     const float* const* given, int count) {
+EXPORT const Weights<float>* weights(const char* kind, const Numbers* numbers, int element, const float* const* given,
+                                     int count) {
     Arrays<const float> arrays{};
     memcpy(&arrays, given, size_t(count) * sizeof *given);
     Description d{};
     d.kind = kind_named(kind);
     if (!d.kind) return nullptr;
-    d.input = integers->input, d.units = integers->units, d.output = integers->output;
-    for (size_t k = 0; k < std::size(d.activations); ++k)
-        d.activations[k] = {integers->activations[k], numbers->alphas_and_betas[k][0], numbers->alphas_and_betas[k][1]};
-    d.use_bias = integers->use_bias, d.peepholes = integers->peepholes, d.coupled = integers->coupled;
-    d.layer_norm = integers->layer_norm, d.joint = integers->joint, d.reset_after = integers->reset_after;
-    d.scalar = integers->scalar, d.no_gate = integers->no_gate, d.exponential_forget = integers->exponential_forget;
-    d.heads = integers->heads, d.backbone = integers->backbone, d.use_kernel = arrays.kernel;
-    d.norm_epsilon = numbers->norm_epsilon, d.clip = numbers->clip, d.cell_clip = numbers->cell_clip;
-    d.zoneout = numbers->zoneout, d.zoneout_cell = numbers->zoneout_cell;
+    d.input = int64_t(numbers->input), d.units = int64_t(numbers->units), d.output = int64_t(numbers->output);
+    for (size_t k = 0; k < std::size(d.activations); ++k) {
+        const double* of = numbers->activations[k];
+        d.activations[k] = {int(of[0]), of[1], of[2]};
+    }
+#define CELLSTACK_FLAG(type, name, value) d.name = type(numbers->name);
+    CELLSTACK_FLAGS(CELLSTACK_FLAG)
+#undef CELLSTACK_FLAG
     return new Weights<float>(d, arrays, true, Element(element));
 }
 

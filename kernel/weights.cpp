@@ -39,15 +39,6 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
                   sum_blocks = ceil_div(d.sum_units(), leaf.width);
     const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width,
                   sum_row = sum_blocks * d.sum_gates() * leaf.width;
-    // The arrays that are neither matrices nor biases, and how many numbers they have.
-    struct {
-        const T* Arrays<const T>::* array;
-        int64_t count;
-    } const vectors[] = {
-        {&Arrays<const T>::peepholes, 3 * d.units},  {&Arrays<const T>::kernel_gain, columns},
-        {&Arrays<const T>::recurrent_gain, columns}, {&Arrays<const T>::cell_gain, d.units},
-        {&Arrays<const T>::cell_bias, d.units},
-    };
     // How many numbers a matrix takes.
     const auto size = [&](int64_t rows, int64_t units, int gates, Element held) {
         const int64_t of = ceil_div(units, leaf.width);
@@ -60,12 +51,14 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
                                 size(recurrent, d.sum_units(), d.sum_gates(), element),
                                 sum_row,
                                 sum_row,
-                                d.backbone ? size(d.backbone, d.units, d.gates(), element) : 0,
-                                d.backbone ? row : 0,
+                                d.backbone_units ? size(d.backbone_units, d.units, d.gates(), element) : 0,
+                                d.backbone_units ? row : 0,
                                 d.projects() ? size(d.units, d.output, 1, element) : 0};
     int64_t count = 0;
     for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
-    for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
+    each_array(arrays, d, [&](const T* array, const Layout& layout) {
+        if (array && layout.form == Form::kVectors) count += Parts<T>::size(layout.numbers);
+    });
     for (int s = 0; s < d.kind->states; ++s) count += Parts<T>::size(d.width(s));
     impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), std::move(bands), {}});
     Panels<T>& p = impl_->panels;
@@ -105,19 +98,18 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     if (d.kind->recurrent) p.recurrent = packed(recurrent_of(d, p.recurrent, p.band), recurrent, element);
     p.bias = bias(p.bias, d.sum_units(), d.sum_gates());
     if (d.two_biases()) p.recurrent_bias = bias(p.recurrent_bias, d.units, d.gates());
-    if (d.backbone) {
-        p.gate_kernel = packed(matrix_of(d, p.gate_kernel, d.backbone, d.units, d.gates()), d.backbone, element);
+    if (d.backbone_units) {
+        p.gate_kernel =
+            packed(matrix_of(d, p.gate_kernel, d.backbone_units, d.units, d.gates()), d.backbone_units, element);
         p.gate_bias = bias(p.gate_bias, d.units, d.gates());
     }
     if (d.projects()) p.projection = packed(matrix_of(d, p.projection, d.units, d.output, 1), d.units, element);
-    for (const auto& vector : vectors) {
-        const T*& array = p.arrays.*vector.array;
-        if (!array) continue;
-        T* to = parts.take(vector.count);
-        const int64_t gone = vector.array == &Arrays<const T>::peepholes && d.coupled ? d.units : 0;
-        std::copy(array, array + vector.count - gone, to);
+    each_array(p.arrays, d, [&](const T*& array, const Layout& layout) {
+        if (!array || layout.form != Form::kVectors) return;
+        T* to = parts.take(layout.numbers);
+        std::copy_n(array, layout.numbers, to);
         array = to;
-    }
+    });
     for (int s = 0; s < d.kind->states; ++s) {
         const T*& initial = p.arrays.initial[s];
         if (!initial) continue;

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+from kinds import TESTED, chosen
 
 from cellstack.cells import KINDS
 from cellstack.cells.activations import ACTIVATIONS, PARAMETERS
@@ -17,6 +18,7 @@ ALPHAS = {
     "scaled_tanh": (0.5, 1.5),
 }
 POSITIVE = ("sigmoid", "softplus")
+CONTINUOUS = tuple(name for name in ACTIVATIONS if name != "thresholded_relu")  # at a jump, rounding decides
 BOUNDED = ("sigmoid", "tanh", "hard_sigmoid", "softsign", "scaled_tanh")
 BETAS = {"hard_sigmoid": (0.3, 0.6), "affine": (-0.3, 0.3), "scaled_tanh": (0.5, 1.5)}
 
@@ -36,14 +38,14 @@ def random_spec(rng, kind=None, largest=8):
     Gates that multiply unbounded values are bounded, so that float32 can be compared with float64; gates whose sum
     divides are positive.
     """
-    kind = str(rng.choice(list(GATES))) if kind is None else kind
-    divides = kind == "minlstm"
+    kind = chosen(rng) if kind is None else kind
+    declared, tested = KINDS[kind], TESTED[kind]
     often = lambda share: bool(rng.random() < share)  # noqa: E731
     units = int(rng.integers(1, largest + 1))
     flags = {
-        "activation": random_activation(rng),
+        "activation": random_activation(rng, BOUNDED if tested.bounded else CONTINUOUS),
         "recurrent_activation": random_activation(
-            rng, POSITIVE if divides else ("sigmoid", "sigmoid", "hard_sigmoid", "scaled_tanh")
+            rng, POSITIVE if tested.positive else ("sigmoid", "sigmoid", "hard_sigmoid", "scaled_tanh")
         ),
         "use_bias": often(0.8),
         "layer_norm": often(0.3),
@@ -52,40 +54,25 @@ def random_spec(rng, kind=None, largest=8):
         "zoneout": round(rng.uniform(0.1, 0.6), 2) if often(0.3) else 0.0,
         "learn_initial_state": often(0.4),
     }
-    if kind == "rnn":
-        del flags["recurrent_activation"]
-    if kind == "slstm":
-        flags |= {"exponential_forget": often(0.3)}
-        for name in ("layer_norm", "norm_epsilon", "clip", "learn_initial_state"):
-            del flags[name]
-    if kind == "lstm":
-        flags |= {
-            "peepholes": often(0.4),
-            "coupled": often(0.3),
-            "proj_size": int(rng.integers(1, units)) if units > 1 and often(0.4) else 0,
-            "cell_clip": round(rng.uniform(0.3, 1.5), 2) if often(0.3) else None,
-            "zoneout_cell": round(rng.uniform(0.1, 0.6), 2) if often(0.3) else 0.0,
-        }
-    if kind == "gru":
-        flags["reset_after"] = flags["layer_norm"] or often(0.5)
-        flags["attention"] = often(0.3)
-    if kind == "cfc":
-        flags |= {"timespans": often(0.5), "mode": "no_gate" if often(0.3) else "default"}
-        if often(0.5):
-            flags |= {"backbone_units": int(rng.integers(1, 3 * largest)), "layer_norm": False}
-            flags |= {"backbone_activation": random_activation(rng)} if often(0.5) else {}
-    if flags.get("layer_norm") and KINDS[kind].joins and often(0.5):
+    flags |= tested.drawn(rng, often, units, largest)
+    flags = {name: value for name, value in flags.items() if name in declared.settings}
+    if flags.get("layer_norm") and "reset_after" in flags:
+        flags["reset_after"] = True
+    if flags.get("backbone_units") and often(0.5):
+        flags["backbone_activation"] = random_activation(rng)
+    if flags.get("layer_norm") and declared.joins and often(0.5):
         flags["layer_norm"] = "joint"
     if often(0.3):
         slots = [gate for gate in GATES[kind] if not (gate == "f" and flags.get("coupled"))]
-        slots = [gate for gate in slots if gate not in KINDS[kind].fixed]
-        slot = str(rng.choice([*slots, *(["cell"] if kind == "lstm" else [])]))
-        tame = slot in ("g", "k", "cell") or (kind == "lstm" and flags["activation"].startswith(BOUNDED))
-        bounded = POSITIVE if divides else BOUNDED
-        flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else bounded)}
-    width = int(rng.integers(1, largest + 1)) + flags.get(KINDS[kind].scalar, False)
+        slots = [gate for gate in slots if gate not in declared.fixed]
+        slot = str(rng.choice([*slots, *declared.outputs]))
+        candidate = declared.activation(slot) == "activation"
+        tame = candidate or (bool(declared.outputs) and flags["activation"].startswith(BOUNDED))
+        bounded = POSITIVE if tested.positive else BOUNDED
+        flags["gate_activations"] = {slot: random_activation(rng, CONTINUOUS if tame else bounded)}
+    width = int(rng.integers(1, largest + 1)) + flags.get(declared.scalar, False)
     heads = int(rng.choice([n for n in range(1, units + 1) if units % n == 0]))
-    if KINDS[kind].recurrent and not flags.get("proj_size") and not flags.get("backbone_units") and often(0.4):
+    if declared.has_recurrent_kernel and not flags.get("proj_size") and not flags.get("backbone_units") and often(0.4):
         flags["heads"] = heads
     return CellSpec(width, units, kind=kind, **flags)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from family import random_arrays, random_spec, random_state, resized
+from kinds import named
 from torch import Tensor
 
 from cellstack import reference
@@ -135,92 +136,7 @@ def furthest(got, wanted):
     return worst
 
 
-# One cell for every flag, each with a distinct effect on every result.
-FLAGS = {
-    "lstm": {},
-    "lstm, no bias": {"use_bias": False},
-    "lstm, peepholes": {"peepholes": True},
-    "lstm, coupled": {"coupled": True},
-    "lstm, coupled with peepholes": {"coupled": True, "peepholes": True},
-    "lstm, projection": {"proj_size": 2},
-    "lstm, layer norm": {"layer_norm": True},
-    "lstm, clip": {"clip": 0.3},
-    "lstm, cell clip": {"cell_clip": 0.2},
-    "lstm, zoneout": {"zoneout": 0.3},
-    "lstm, zoneout of c": {"zoneout_cell": 0.3},
-    "lstm, activations": {"gate_activations": {"i": "tanh", "f": "softsign", "o": "hard_sigmoid", "cell": "elu(0.5)"}},
-    "lstm, learned start": {"learn_initial_state": True},
-    "lstm, all": {
-        "peepholes": True,
-        "coupled": True,
-        "proj_size": 2,
-        "layer_norm": True,
-        "norm_epsilon": 1e-2,  # a smaller one would amplify rounding errors for rows near zero
-        "clip": 1.1,
-        "cell_clip": 0.9,
-        "zoneout": 0.2,
-        "zoneout_cell": 0.3,
-        "gate_activations": {"cell": "scaled_tanh(1.2, 0.7)"},
-        "learn_initial_state": True,
-    },
-    "gru": {"kind": "gru"},
-    "gru, no bias": {"kind": "gru", "use_bias": False},
-    "gru, reset before": {"kind": "gru", "reset_after": False},
-    "gru, reset before, no bias": {"kind": "gru", "reset_after": False, "use_bias": False},
-    "gru, layer norm": {"kind": "gru", "layer_norm": True},
-    "gru, attention": {"kind": "gru", "attention": True},
-    "gru, clip": {"kind": "gru", "clip": 0.3},
-    "gru, zoneout": {"kind": "gru", "zoneout": 0.3},
-    "gru, activations": {"kind": "gru", "gate_activations": {"z": "hard_sigmoid", "r": "tanh", "g": "softplus"}},
-    "gru, learned start": {"kind": "gru", "learn_initial_state": True},
-    "rnn": {"kind": "rnn"},
-    "rnn, no bias": {"kind": "rnn", "use_bias": False},
-    "rnn, layer norm": {"kind": "rnn", "layer_norm": True},
-    "rnn, joint layer norm": {"kind": "rnn", "layer_norm": "joint"},
-    "rnn, clip": {"kind": "rnn", "clip": 0.3},
-    "rnn, zoneout": {"kind": "rnn", "zoneout": 0.3},
-    "rnn, activation": {"kind": "rnn", "activation": "leaky_relu(0.3)"},
-    "rnn, learned start": {"kind": "rnn", "learn_initial_state": True},
-    "mingru": {"kind": "mingru"},
-    "mingru, no bias": {"kind": "mingru", "use_bias": False},
-    "mingru, layer norm": {"kind": "mingru", "layer_norm": True},
-    "mingru, clip": {"kind": "mingru", "clip": 0.3},
-    "mingru, zoneout": {"kind": "mingru", "zoneout": 0.3},
-    "mingru, activations": {"kind": "mingru", "gate_activations": {"z": "hard_sigmoid", "g": "tanh"}},
-    "mingru, learned start": {"kind": "mingru", "learn_initial_state": True},
-    "minlstm": {"kind": "minlstm"},
-    "minlstm, no bias": {"kind": "minlstm", "use_bias": False},
-    "minlstm, layer norm": {"kind": "minlstm", "layer_norm": True},
-    "minlstm, clip": {"kind": "minlstm", "clip": 0.3},
-    "minlstm, zoneout": {"kind": "minlstm", "zoneout": 0.3},
-    "minlstm, activations": {"kind": "minlstm", "gate_activations": {"f": "softplus", "g": "tanh"}},
-    "minlstm, learned start": {"kind": "minlstm", "learn_initial_state": True},
-    "lstm, joint layer norm": {"layer_norm": "joint"},
-    "ligru": {"kind": "ligru"},
-    "ligru, no bias": {"kind": "ligru", "use_bias": False},
-    "ligru, layer norm": {"kind": "ligru", "layer_norm": True},
-    "ligru, joint layer norm": {"kind": "ligru", "layer_norm": "joint"},
-    "ligru, clip": {"kind": "ligru", "clip": 0.3},
-    "ligru, zoneout": {"kind": "ligru", "zoneout": 0.3},
-    "ligru, activations": {"kind": "ligru", "gate_activations": {"z": "hard_sigmoid", "g": "tanh"}},
-    "ligru, learned start": {"kind": "ligru", "learn_initial_state": True},
-    "cfc": {"kind": "cfc"},
-    "cfc, no bias": {"kind": "cfc", "use_bias": False},
-    "cfc, timespans": {"kind": "cfc", "timespans": True},
-    "cfc, no gate": {"kind": "cfc", "mode": "no_gate"},
-    "cfc, layer norm": {"kind": "cfc", "layer_norm": True},
-    "cfc, joint layer norm": {"kind": "cfc", "layer_norm": "joint", "timespans": True},
-    "cfc, backbone": {"kind": "cfc", "backbone_units": 5, "timespans": True},
-    "cfc, clip": {"kind": "cfc", "clip": 0.3},
-    "cfc, zoneout": {"kind": "cfc", "zoneout": 0.3},
-    "cfc, activations": {"kind": "cfc", "gate_activations": {"g": "softsign", "t": "hard_sigmoid"}},
-    "cfc, learned start": {"kind": "cfc", "learn_initial_state": True},
-    "slstm": {"kind": "slstm"},
-    "slstm, no bias": {"kind": "slstm", "use_bias": False},
-    "slstm, exponential forget": {"kind": "slstm", "exponential_forget": True},
-    "slstm, zoneout": {"kind": "slstm", "zoneout": 0.3},
-    "slstm, activations": {"kind": "slstm", "gate_activations": {"g": "softsign", "o": "hard_sigmoid"}},
-}
+FLAGS = named("flags")
 
 
 def flagged(name, width=2, units=3):

@@ -20,24 +20,8 @@ class Description:
         units: int,
         output_size: int,
         activations: list[tuple[int, float, float]],
-        use_bias: bool,
-        peepholes: bool,
-        coupled: bool,
-        layer_norm: bool,
-        joint: bool,
-        reset_after: bool,
-        scalar: bool,
-        no_gate: bool,
-        exponential_forget: bool,
-        norm_epsilon: float,
-        clip: float,
-        cell_clip: float,
-        zoneout: float,
-        zoneout_cell: float,
+        flags: dict[str, float],
         rows: bool = False,
-        heads: int = 1,
-        use_kernel: bool = True,
-        backbone: int = 0,
     ) -> None: ...
 
 class WeightsSingle:
@@ -151,6 +135,7 @@ def weights(
     description: Description, element: str, arrays: tuple[_Array, ...], copy: bool = True, threads: int = 1
 ) -> Weights: ...
 
+ARRAYS: tuple[str, ...]
 THREAD_WORK: int
 SHORT_CHUNK: int
 

@@ -29,10 +29,9 @@ def stub(module):
     """Return the text of a module's stub."""
     of, found = MODULES[module], import_module(f"cellstack.{module}")
     imports, classes, names = {"from typing import Any"}, [], []
-    for cls in vars(found).values():
-        if getattr(cls, "__module__", "") != found.__name__:
-            continue
-        names.append(cls.__name__)
+    for name in found.__all__:
+        cls = getattr(found, name)
+        names.append(name)
         base, kind = cls.__base__, KINDS[cls.kind]
         imports.add(f"from {base.__module__} import {base.__name__}")
         body = [f"{constructor(kind, of)}: ..."]

@@ -2,12 +2,17 @@
 
 import ast
 import re
+import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kinds import TESTED
 
 import cellstack
 from cellstack.cells import KINDS
+from cellstack.cells.spec import ARRAYS
+from cellstack.reference.steps import CELLS
 
 SOURCE = Path(cellstack.__file__).parent
 OWN = {SOURCE / "reference" / "steps.py", *(SOURCE / "cells").rglob("*.py")}
@@ -103,3 +108,52 @@ def test_a_name_in_a_script_is_found(source):
 
 def test_the_word_in_a_comment_of_a_script_is_allowed():
     assert not list(in_script("// as in an 'lstm'\nrun(cell.kind, other); // of a 'gru'"))
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def lacking(kind):
+    """Yield what a kind of cell still lacks outside its declaration."""
+    tested = TESTED.get(kind.name)
+    if kind.name not in CELLS:
+        yield "its step in NumPy, in CELLS of src/cellstack/reference/steps.py"
+    if not (DOCS.parent / "kernel" / f"{kind.name}.h").exists():
+        yield f"its routines in the kernel, kernel/{kind.name}.h"
+    if "::" not in kind.doc or "Ref: " not in kind.doc:
+        yield "its equations and papers, in `doc` of its declaration"
+    if tested is None:
+        yield "an entry in TESTED of tests/kinds.py"
+    else:
+        used = {name for flags in tested.flags.values() for name in flags}
+        own = [one.name for one in kind.flags if "spec" in one.of and one.name not in used]
+        yield from (f"a cell with {name} in `flags` of tests/kinds.py" for name in own)
+    for page, text in (
+        ("family.md", kind.title),
+        ("format.md", f"| `{kind.name}` |"),
+        ("architecture.md", f"`{kind.name}.h`"),
+        ("architecture.md", f"`{kind.name}.py`"),
+        ("reference/layers.md", kind.title),
+    ):
+        if text not in (DOCS / page).read_text(encoding="utf-8"):
+            yield f"{text} in docs/{page}"
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_nothing_of_a_kind_is_missing(kind):
+    assert list(lacking(kind)) == [], "see CONTRIBUTING.md, How to add a kind of cell"
+
+
+def test_a_kind_that_is_only_declared_lacks_the_rest():
+    new = replace(KINDS["lstm"], name="new", title="New", doc="")
+    assert len(list(lacking(new))) == 9
+
+
+def test_the_generated_files_are_those_of_the_declarations():
+    written = runpy.run_path(str(DOCS.parent / "kernel" / "declared.py"))["written"]()
+    assert [path.name for path, text in written.items() if path.read_text(encoding="utf-8") != text] == [], "make stubs"
+
+
+def test_the_kernel_was_compiled_from_these_declarations():
+    kernel = pytest.importorskip("cellstack._kernel")
+    assert tuple(name for name in ARRAYS if not name.startswith("initial_")) == kernel.ARRAYS

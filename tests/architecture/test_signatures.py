@@ -4,7 +4,6 @@ import inspect
 import typing
 from dataclasses import fields, replace
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import stubs
@@ -12,7 +11,6 @@ import stubs
 from cellstack import layers
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, REQUIRED, signature
-from cellstack.cells.base import usual_shapes
 from cellstack.cells.spec import CellSpec
 
 CLASSES = {
@@ -95,17 +93,11 @@ def test_names_that_a_kind_lacks_or_places_are_arguments():
             assert len(names) == len(set(names))
 
 
-def test_a_kind_without_a_recurrent_product_has_no_arguments_or_arrays_for_it():
-    kind = replace(KINDS["gru"], recurrent=False, without=("layer_norm", "norm_epsilon"))
+def test_a_kind_without_a_recurrent_product_has_no_arguments_or_arrays_for_it(monkeypatch):
+    kind = replace(KINDS["gru"], arrays=KINDS["mingru"].arrays, without=("layer_norm", "norm_epsilon"))
     for of in ("cell", "layer", "keras"):
         both = [{one.name for some in signature(k, of) for one in some} for k in (KINDS["gru"], kind)]
         assert both[0] - both[1] == {*RECURRENT, "layer_norm", "norm_epsilon"}
     assert "layer_norm" not in kind.settings
-    spec = SimpleNamespace(
-        **vars(CellSpec(3, 4, kind="gru", layer_norm=True)), of_kind=kind, output_size=4, features=3, joint=False
-    )
-    spec.gates, spec.state_sizes, spec.columns = ("z", "g"), {"h": 4}, 8
-    shapes = usual_shapes(spec)
-    assert (shapes["kernel"], shapes["kernel_gain"]) == ((3, 8), (8,))
-    assert shapes["recurrent_kernel"] is None
-    assert shapes["recurrent_gain"] is None
+    monkeypatch.setitem(KINDS, "gru", kind)
+    assert CellSpec(3, 4, kind="gru").shapes == {"kernel": (3, 12), "bias": (2, 12)}

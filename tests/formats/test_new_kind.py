@@ -28,7 +28,7 @@ def network(monkeypatch):
         state=HiddenState,
         trace=RNNTrace,
         step=step,
-        recurrent=False,
+        arrays=KINDS["mingru"].arrays,
     )
     monkeypatch.setitem(KINDS, "toy", kind)
     for table, value in ((spec.GATES, ("z", "g")), (spec.STATES, HiddenState), (spec.TRACES, RNNTrace)):

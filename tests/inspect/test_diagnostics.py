@@ -333,7 +333,7 @@ def test_patched_states_have_no_contributions_and_no_exponent(kind):
     assert any("patched" in sentence for sentence in report.findings)
 
 
-@pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values() if not kind.recurrent])
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values() if not kind.has_recurrent_kernel])
 def test_a_kind_without_recurrent_weights(kind):
     """The report has no spectral radius, and a masked step is no division by zero."""
     rng = rng_of(4)

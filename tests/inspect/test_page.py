@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kinds import named
 from serving import wait_until
 
 from cellstack import CellSpec, Network, Patch
+from cellstack.cells import KINDS
 from cellstack.cells.base import MatrixState
 from cellstack.inspect import contents, html, load
 from cellstack.nodes import (
@@ -520,36 +522,11 @@ def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
     assert "upper" in screen.text("#panel-cell h3")
 
 
-FLAGS = {
-    "lstm": {},
-    "peepholes and coupled": {"peepholes": True, "coupled": True},
-    "projected": {"proj_size": 2},
-    "normalised": {"layer_norm": True, "cell_clip": 0.4},
-    "clipped": {"clip": 0.3, "use_bias": False, "recurrent_activation": "hard_sigmoid"},
-    "zoneout": {"zoneout": 0.2, "zoneout_cell": 0.3, "learn_initial_state": True},
-    "gru": {"kind": "gru"},
-    "gru, reset before": {"kind": "gru", "reset_after": False},
-    "gru, normalised": {"kind": "gru", "layer_norm": True, "zoneout": 0.1},
-    "rnn": {"kind": "rnn", "activation": "softsign"},
-    "rnn, zoneout": {"kind": "rnn", "zoneout": 0.5},
-    "mingru": {"kind": "mingru"},
-    "mingru, normalised": {"kind": "mingru", "layer_norm": True, "zoneout": 0.1, "clip": 0.7},
-    "minlstm": {"kind": "minlstm"},
-    "minlstm, normalised": {"kind": "minlstm", "layer_norm": True, "zoneout": 0.1, "activation": "tanh"},
-    "normalised jointly": {"layer_norm": "joint"},
-    "gru, attention": {"kind": "gru", "attention": True},
-    "ligru": {"kind": "ligru"},
-    "cfc": {"kind": "cfc"},
-    "cfc, timespans": {"kind": "cfc", "timespans": True, "mode": "no_gate", "clip": 0.7},
-    "cfc, backbone": {"kind": "cfc", "backbone_units": 4, "timespans": True},
-    "slstm": {"kind": "slstm"},
-    "slstm, exponential forget": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
-    "heads": {"heads": 3},
-    "gru, reset before, heads": {"kind": "gru", "reset_after": False, "heads": 3},
+FLAGS = named("flags") | {
+    "heads": {"heads": 4},
+    "gru, reset before, heads": {"kind": "gru", "reset_after": False, "heads": 4},
 }
-
-
-QUICK = ("lstm", "peepholes and coupled", "gru, normalised", "rnn", "mingru", "cfc", "slstm")
+QUICK = (*KINDS, "lstm, all", "gru, layer norm")
 
 
 @pytest.mark.parametrize(
@@ -557,7 +534,7 @@ QUICK = ("lstm", "peepholes and coupled", "gru, normalised", "rnn", "mingru", "c
     [pytest.param(flags, marks=() if name in QUICK else pytest.mark.slow, id=name) for name, flags in FLAGS.items()],
 )
 def test_formulas_end_in_the_numbers_that_they_explain(open_page, rng, flags):
-    t = Network([Recurrent((make_cell(rng, 3, 3, **flags),))]).trace(rng.normal(size=(1, 4, 3)))
+    t = Network([Recurrent((make_cell(rng, 3, 4, **flags),))]).trace(rng.normal(size=(1, 4, 3)))
     screen = open_page(t)
     for step in (0, 2):
         screen.keys("Home", *["ArrowRight"] * step)

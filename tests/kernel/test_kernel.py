@@ -15,6 +15,7 @@ import numpy as np
 import pairs
 import pytest
 import tolerances
+from kinds import TESTED, named
 
 from cellstack import _kernel, native, reference
 from cellstack.cells import KINDS as DECLARED
@@ -143,56 +144,7 @@ SHAPES = [
     (32, 3, 30, 20),
     (70, 2, 3, 7),
 ]
-MEMBERS = {
-    "lstm": {},
-    "coupled": {"coupled": True, "peepholes": True},
-    "flags": {"peepholes": True, "clip": 1.5, "cell_clip": 2.0, "zoneout": 0.2, "zoneout_cell": 0.1},
-    "projection": {"proj_size": 3},
-    "norm": {"layer_norm": True, "learn_initial_state": True},
-    "joint norm": {"layer_norm": "joint", "learn_initial_state": True},
-    "joint norm, flags": {
-        "layer_norm": "joint",
-        "coupled": True,
-        "peepholes": True,
-        "cell_clip": 2.0,
-        "zoneout_cell": 0.1,
-    },
-    "gru": {"kind": "gru"},
-    "gru, reset before": {"kind": "gru", "reset_after": False},
-    "gru, norm": {"kind": "gru", "layer_norm": True},
-    "gru, attention": {"kind": "gru", "attention": True},
-    "gru, attention, reset before": {"kind": "gru", "attention": True, "reset_after": False},
-    "rnn": {"kind": "rnn"},
-    "mingru": {"kind": "mingru"},
-    "mingru, flags": {"kind": "mingru", "layer_norm": True, "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
-    "minlstm": {"kind": "minlstm"},
-    "ligru": {"kind": "ligru"},
-    "cfc": {"kind": "cfc"},
-    "cfc, timespans": {"kind": "cfc", "timespans": True},
-    "cfc, flags": {
-        "kind": "cfc",
-        "timespans": True,
-        "mode": "no_gate",
-        "layer_norm": True,
-        "clip": 1.5,
-        "zoneout": 0.2,
-    },
-    "cfc, backbone": {"kind": "cfc", "backbone_units": 37},
-    "cfc, backbone, flags": {
-        "kind": "cfc",
-        "backbone_units": 70,
-        "backbone_activation": "tanh",
-        "timespans": True,
-        "mode": "no_gate",
-        "clip": 1.5,
-        "zoneout": 0.2,
-        "learn_initial_state": True,
-    },
-    "slstm": {"kind": "slstm"},
-    "slstm, flags": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.2},
-    "ligru, flags": {"kind": "ligru", "layer_norm": "joint", "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
-    "minlstm, flags": {"kind": "minlstm", "layer_norm": True, "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
-}
+MEMBERS = named("several")
 
 
 def test_few_combinations_have_every_pair_of_options():
@@ -286,7 +238,7 @@ DIVIDED = [name for name, flags in MEMBERS.items() if not {"layer_norm", "proj_s
 @over_isas_in_turn("member", list(DIVIDED))
 def test_threads_that_share_the_units_give_the_same_bits(isa, member):
     # enough for threads to save time, even where they exchange results slowly
-    units = {"rnn": 900, "minlstm": 8005, "mingru": 16000}.get(member, 450)
+    units = TESTED[MEMBERS[member]["kind"]].units
     spec, arrays, case, rng = make(5, 1, 30, 40, units, **MEMBERS[member])
     case["mask"] = rng.random((1, 30)) < 0.8
     weights = [native.weights(spec, arrays)]
@@ -515,7 +467,7 @@ def test_empty_batches_and_sequences(isa, member, shape):
     np.testing.assert_array_equal(grads.state[0], ones[0])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GATES if kind not in ("minlstm", "slstm")])  # which divide
+@pytest.mark.parametrize("kind", [kind for kind, tested in TESTED.items() if tested.finite])
 def test_linear_mode_is_exact(isa, kind):
     """With identity activations and small integers, float32 arithmetic is exact: the layout is compared bit for bit."""
     rng = np.random.default_rng(8)
@@ -547,7 +499,7 @@ def test_a_clip_has_no_slope_at_its_bounds(isa):
 
 
 @pytest.mark.parametrize(
-    "member", ["lstm", "coupled", "gru", "gru, reset before", "mingru", "minlstm", "ligru", "cfc, timespans"]
+    "member", ["lstm", "lstm, coupled", "gru", "gru, reset before", "mingru", "minlstm", "ligru", "cfc, timespans"]
 )
 def test_all_wrong_gate_orders_fail(isa, member):
     flags = {"timespans": True} if member == "cfc" else {}  # without them the two gates of its time are only added
@@ -567,12 +519,14 @@ def test_all_wrong_gate_orders_fail(isa, member):
 def long_sequence(member):
     """Return a case of 1,000 steps, and y of the reference."""
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
-    if spec.of_kind.recurrent:  # a GRU and a SimpleRNN with larger random weights are chaotic
+    if spec.of_kind.has_recurrent_kernel:  # a GRU and a SimpleRNN with larger random weights are chaotic
         arrays["recurrent_kernel"] *= np.float32(0.5)
     return spec, arrays, case, reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64)).y
 
 
-@over_isas_in_turn("member", ["lstm", "coupled", "projection", "joint norm", "gru", "rnn", "mingru", "minlstm"])
+@over_isas_in_turn(
+    "member", ["lstm", "lstm, coupled", "lstm, projection", "lstm, joint norm", "gru", "rnn", "mingru", "minlstm"]
+)
 def test_long_sequence_in_single_precision(isa, member):
     spec, arrays, case, expected = long_sequence(member)
     assert np.abs(calls.forward(spec, arrays, **case).y - expected).max() < tolerances.REFERENCE
@@ -805,7 +759,7 @@ def test_products_of_int8_weights_are_integer_sums(isa, units, batch):
 @over_isas_in_turn("member", list(MEMBERS), isas=ISAS)
 def test_weights_in_int8_are_close_to_float32(isa, member):
     spec, arrays, case, _ = make(24, 3, 30, 20, 40, **MEMBERS[member])
-    if spec.of_kind.recurrent:
+    if spec.of_kind.has_recurrent_kernel:
         arrays["recurrent_kernel"] *= np.float32(0.5)
     whole, narrow = (streamed(spec, arrays, case["x"], element) for element in (None, "int8"))
     assert 1e-5 < np.abs(narrow - whole).mean() < 0.02
@@ -906,8 +860,8 @@ def test_softplus_keeps_its_tail(isa):
 # Without a requested instruction set, layers with few units use narrower vectors.
 @pairs.parametrize("member, units, dtype", list(MEMBERS), [1, 4, 5, 8, 9], DTYPES)
 def test_the_default_instruction_set_gives_the_bits_of_the_best_one(member, units, dtype):
-    flags = {**MEMBERS[member], **({"proj_size": 1} if member == "projection" else {})}
-    spec, arrays, case, _ = make(18, 7, 9, 3, max(2, units) if member == "projection" else units, dtype, **flags)
+    flags = {**MEMBERS[member], **({"proj_size": 1} if member == "lstm, projection" else {})}
+    spec, arrays, case, _ = make(18, 7, 9, 3, max(2, units) if member == "lstm, projection" else units, dtype, **flags)
     runs = []
     for asked in (_kernel.isas()[0], ""):
         _kernel.set_isa(asked)

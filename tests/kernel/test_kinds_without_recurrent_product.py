@@ -38,8 +38,8 @@ def activation(code, v):
 
 def describe(kind, width, units, candidate=SIGMOID_LINEAR, layer_norm=False, clip=math.inf, zoneout=0.0, rows=False):
     codes = [(code, 0.0, 0.0) for code in (*[SIGMOID] * (GATES[kind] - 1), candidate)]
-    flags = (True, False, False, layer_norm, False, True, False, False, False, 1e-2, clip, math.inf, zoneout, 0.0)
-    return _kernel.Description(kind, width, units, units, codes, *flags, rows)
+    flags = {"layer_norm": float(layer_norm), "norm_epsilon": 1e-2, "clip": clip, "zoneout": zoneout}
+    return _kernel.Description(kind, width, units, units, codes, flags, rows)
 
 
 def make(kind, flags, batch=3, steps=6, width=4, units=5, dtype=np.float64):
@@ -174,4 +174,4 @@ def test_threads_formats_and_streams_agree(kind):
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="unknown kind nonsense"):
-        _kernel.Description("nonsense", 1, 1, 1, [], *[False] * 9, *[0.0] * 5)
+        _kernel.Description("nonsense", 1, 1, 1, [], {})

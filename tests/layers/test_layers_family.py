@@ -7,76 +7,20 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from kinds import TESTED
 
 from cellstack import layers, reference
-from cellstack.cells.cfc import CfCTrace
-from cellstack.cells.ligru import LiGRUTrace
-from cellstack.cells.mingru import MinGRUTrace
-from cellstack.cells.minlstm import MinLSTMTrace
-from cellstack.cells.slstm import SLSTMState, SLSTMTrace
-from cellstack.layers import GRUTrace, HiddenState, RNNTrace, State, Trace
+from cellstack.cells import KINDS as DECLARED
+from cellstack.layers import HiddenState, State
 
 KINDS = {
-    "LSTM": (layers.LSTM, layers.LSTMCell, State, Trace),
-    "GRU": (layers.GRU, layers.GRUCell, HiddenState, GRUTrace),
-    "SimpleRNN": (layers.SimpleRNN, layers.SimpleRNNCell, HiddenState, RNNTrace),
-    "MinGRU": (layers.MinGRU, layers.MinGRUCell, HiddenState, MinGRUTrace),
-    "MinLSTM": (layers.MinLSTM, layers.MinLSTMCell, HiddenState, MinLSTMTrace),
-    "LiGRU": (layers.LiGRU, layers.LiGRUCell, HiddenState, LiGRUTrace),
-    "CfC": (layers.CfC, layers.CfCCell, HiddenState, CfCTrace),
-    "SLSTM": (layers.SLSTM, layers.SLSTMCell, SLSTMState, SLSTMTrace),
-}
-SHARED = [
-    {},
-    {"use_bias": False},
-    {"layer_norm": True, "norm_epsilon": 1e-3},
-    {"clip": 0.4},
-    {"zoneout": 0.3},
-    {"learn_initial_state": True},
-    {"gate_activations": {"g": "scaled_tanh(1.7159, 0.6667)"}},
-    {"activation": "softsign", "layer_norm": True, "clip": 0.7, "zoneout": 0.2, "learn_initial_state": True},
-]
-BACKBONE = {"backbone_units": 7, "backbone_activation": "tanh", "timespans": True}
-FLAGS = {
-    "LSTM": [
-        {"peepholes": True},
-        {"coupled": True},
-        {"heads": 5},
-        {"peepholes": True, "coupled": True},
-        {"proj_size": 2},
-        {"cell_clip": 0.3},
-        {"layer_norm": "joint"},
-        {"zoneout_cell": 0.4},
-        {"gate_activations": {"o": "hard_sigmoid(0.2, 0.5)", "cell": "linear"}},
-        {
-            "peepholes": True,
-            "proj_size": 3,
-            "layer_norm": True,
-            "clip": 0.9,
-            "cell_clip": 0.8,
-            "zoneout": 0.2,
-            "zoneout_cell": 0.1,
-            "learn_initial_state": True,
-        },
-    ],
-    "GRU": [
-        {"attention": True},
-        {"reset_after": False},
-        {"reset_after": False, "heads": 5},
-        {"reset_after": False, "learn_initial_state": True, "clip": 0.4, "zoneout": 0.1},
-    ],
-    "SimpleRNN": [{"activation": "leaky_relu"}, {"heads": 5}],
-    "MinGRU": [{"activation": "tanh", "recurrent_activation": "hard_sigmoid"}, {"gate_activations": {"z": "softsign"}}],
-    "LiGRU": [{"activation": "tanh"}, {"layer_norm": "joint"}, {"heads": 5, "layer_norm": "joint"}],
-    "MinLSTM": [{"activation": "tanh", "recurrent_activation": "softplus"}, {"gate_activations": {"f": "softplus"}}],
-    "CfC": [{"timespans": True}, {"mode": "no_gate", "timespans": True, "layer_norm": "joint"}, {"heads": 5}, BACKBONE],
-    "SLSTM": [{"exponential_forget": True}, {"activation": "softsign", "recurrent_activation": "hard_sigmoid"}],
+    kind.title: (getattr(layers, kind.title), getattr(layers, f"{kind.title}Cell"), kind.state, kind.trace)
+    for kind in DECLARED.values()
 }
 CASES = [
-    (name, flags)
-    for name, (_, cell, _, _) in KINDS.items()
-    for flags in (*SHARED, *FLAGS[name])
-    if {*flags} <= {*cell.signature}
+    (DECLARED[kind].title, flags)
+    for kind, tested in TESTED.items()
+    for flags in (*tested.flags.values(), *([{"heads": 5}] if DECLARED[kind].has_recurrent_kernel else []))
 ]
 each_case = pytest.mark.parametrize(("kind", "flags"), CASES, ids=lambda v: v if isinstance(v, str) else ",".join(v))
 B, T, I, H = 3, 6, 3, 5  # noqa: E741

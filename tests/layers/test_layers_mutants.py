@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from kinds import named
 from op_calls import FLAGS, by_reference, flagged, furthest, fused, given, split
 
 from cellstack import layers, reference
@@ -137,45 +138,7 @@ def test_planted_faults_exceed_the_tolerances(cases, name, mutant):
 # ── Flags ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Faults of the reference in place of a flag; each must show in the results and the gradients.
-WITHOUT = {
-    "lstm, peepholes": {"peepholes": False},
-    "lstm, layer norm": {"layer_norm": False},
-    "lstm, clip": {"clip": 0.301},
-    "lstm, cell clip": {"cell_clip": 0.201},
-    "lstm, zoneout": {"zoneout": 0.301},
-    "lstm, zoneout of c": {"zoneout_cell": 0.301},
-    "lstm, activations": {"gate_activations": {"i": "tanh", "f": "softsign", "o": "hard_sigmoid", "cell": "elu"}},
-    "lstm, learned start": {"learn_initial_state": False},
-    "gru": {"reset_after": False},
-    "gru, layer norm": {"norm_epsilon": 1.1e-3},
-    "gru, clip": {"clip": 0.301},
-    "gru, zoneout": {"zoneout": 0.301},
-    "gru, activations": {"gate_activations": {"z": "tanh", "r": "hard_sigmoid", "g": "softplus"}},
-    "rnn, clip": {"clip": 0.301},
-    "rnn, zoneout": {"zoneout": 0.301},
-    "rnn, activation": {"activation": "leaky_relu(0.301)"},
-    "mingru, layer norm": {"norm_epsilon": 1.1e-3},
-    "mingru, clip": {"clip": 0.301},
-    "mingru, zoneout": {"zoneout": 0.301},
-    "mingru, activations": {"gate_activations": {"z": "sigmoid", "g": "tanh"}},
-    "ligru, layer norm": {"norm_epsilon": 1.1e-3},
-    "ligru, clip": {"clip": 0.301},
-    "ligru, zoneout": {"zoneout": 0.301},
-    "ligru, activations": {"gate_activations": {"z": "sigmoid", "g": "tanh"}},
-    "cfc": {"mode": "no_gate"},
-    "cfc, layer norm": {"norm_epsilon": 1.1e-3},
-    "cfc, backbone": {"backbone_activation": "tanh"},
-    "cfc, clip": {"clip": 0.301},
-    "cfc, zoneout": {"zoneout": 0.301},
-    "cfc, activations": {"gate_activations": {"g": "softsign", "t": "tanh"}},
-    "slstm": {"exponential_forget": True},
-    "slstm, zoneout": {"zoneout": 0.301},
-    "slstm, activations": {"gate_activations": {"g": "tanh", "o": "hard_sigmoid"}},
-    "minlstm, layer norm": {"norm_epsilon": 1.1e-3},
-    "minlstm, clip": {"clip": 0.301},
-    "minlstm, zoneout": {"zoneout": 0.301},
-    "minlstm, activations": {"gate_activations": {"i": "softplus", "g": "tanh"}},
-}
+WITHOUT = named("faults")
 
 
 def both(name, spec):

@@ -8,10 +8,12 @@ import pytest
 import tolerances
 import torch
 from family import POSITIVE
+from kinds import TESTED
 from op_calls import FLAGS, by_reference, differentiable, flagged, furthest, fused, given, loop, split, stack, tensor
 from torch import Tensor
 
 from cellstack import layers
+from cellstack.cells import KINDS
 from cellstack.cells.activations import ACTIVATIONS, PARAMETERS, activation
 from cellstack.cells.errors import ShapeError
 from cellstack.cells.spec import GATES, CellSpec
@@ -217,15 +219,15 @@ def test_gradients_of_every_flag_are_finite_differences(started, name):
 def test_every_activation_has_the_right_derivative(name, kind):
     parameters = tuple(0.9 * p + 0.03 for p in PARAMETERS.get(name, ()))
     text = f"{name}({', '.join(map(str, parameters))})" if parameters else name
-    gates = {"rnn": (), "minlstm": (text if name in POSITIVE else "sigmoid",)}
-    texts = (text, *gates.get(kind, (text,)))
+    gate = text if name in POSITIVE or not TESTED[kind].positive else "sigmoid"
+    texts = (text, *([gate] if KINDS[kind].gated else []))
     g = given([CellSpec(2, 3, *texts, kind=kind)], 1, batch=2, steps=2)
     assert torch.autograd.gradcheck(as_function(g), g.leaves, fast_mode=True)
 
 
 SECOND = ["lstm", "gru", "gru, reset before", "rnn", "lstm, all", "lstm, peepholes", "lstm, projection"]
 SECOND += ["lstm, layer norm", "gru, layer norm", "lstm, zoneout", "lstm, learned start"]
-SECOND += [name for name in FLAGS if name.startswith("min")]
+SECOND += [name for name, flags in FLAGS.items() if not KINDS[flags["kind"]].has_recurrent_kernel]
 
 
 @pytest.mark.usefixtures("path")

@@ -11,6 +11,7 @@ import pairs
 import pytest
 import tolerances
 from family import learned, random_spec
+from kinds import named, of_seed
 from networks import by_reference, fill, make_cell, make_network, make_stack, make_states
 
 from cellstack import CellSpec, HiddenState, Network, ShapeError, State, native, reference
@@ -55,48 +56,7 @@ def test_a_network_matches_the_reference(seed, dtype):
             np.testing.assert_allclose(one, other, atol=tolerance, rtol=0)
 
 
-FLAGS = {
-    "lstm": {},
-    "lstm without bias": {"use_bias": False},
-    "lstm of other activations": {"activation": "relu", "recurrent_activation": "hard_sigmoid(0.2, 0.5)"},
-    "an activation per gate": {"gate_activations": {"i": "scaled_tanh(0.5, 2.0)", "o": "softsign", "cell": "elu(0.5)"}},
-    "peepholes": {"peepholes": True},
-    "coupled": {"coupled": True},
-    "coupled with peepholes": {"coupled": True, "peepholes": True},
-    "projection": {"proj_size": 2},
-    "lstm with layer norm": {"layer_norm": True, "norm_epsilon": 1e-3},
-    "clip": {"clip": 0.4},
-    "cell clip": {"cell_clip": 0.2},
-    "zoneout": {"zoneout": 0.2, "zoneout_cell": 0.4},
-    "lstm with a learned initial state": {"learn_initial_state": True},
-    "gru": {"kind": "gru"},
-    "gru, reset before": {"kind": "gru", "reset_after": False},
-    "gru with layer norm": {"kind": "gru", "layer_norm": True},
-    "gru with clip and zoneout": {"kind": "gru", "clip": 0.5, "zoneout": 0.3},
-    "gru with a learned initial state": {"kind": "gru", "learn_initial_state": True},
-    "rnn": {"kind": "rnn"},
-    "rnn of relu": {"kind": "rnn", "activation": "leaky_relu(0.1)", "use_bias": False},
-    "rnn with layer norm": {"kind": "rnn", "layer_norm": True, "clip": 0.7},
-    "rnn with a learned initial state": {"kind": "rnn", "learn_initial_state": True, "zoneout": 0.1},
-    "mingru": {"kind": "mingru"},
-    "mingru of other activations": {"kind": "mingru", "activation": "tanh", "recurrent_activation": "hard_sigmoid"},
-    "mingru with layer norm": {"kind": "mingru", "layer_norm": True, "clip": 0.7},
-    "mingru with a learned initial state": {"kind": "mingru", "learn_initial_state": True, "zoneout": 0.1},
-    "minlstm": {"kind": "minlstm"},
-    "minlstm of other activations": {"kind": "minlstm", "activation": "tanh", "recurrent_activation": "softplus"},
-    "minlstm with layer norm": {"kind": "minlstm", "layer_norm": True, "clip": 0.7},
-    "minlstm with a learned initial state": {"kind": "minlstm", "learn_initial_state": True, "zoneout": 0.1},
-    "lstm with joint layer norm": {"layer_norm": "joint", "norm_epsilon": 1e-3},
-    "gru with attention": {"kind": "gru", "attention": True},
-    "ligru": {"kind": "ligru"},
-    "ligru with joint layer norm": {"kind": "ligru", "layer_norm": "joint", "clip": 0.7},
-    "ligru with a learned initial state": {"kind": "ligru", "learn_initial_state": True, "zoneout": 0.1},
-    "cfc": {"kind": "cfc"},
-    "cfc with timespans": {"kind": "cfc", "timespans": True, "mode": "no_gate", "layer_norm": True},
-    "cfc with a backbone": {"kind": "cfc", "backbone_units": 7, "timespans": True},
-    "slstm": {"kind": "slstm"},
-    "slstm with an exponential forget gate": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
-}
+FLAGS = named("flags")
 
 
 def test_the_signature_has_only_arguments_for_users():
@@ -668,7 +628,7 @@ def test_cells_in_separate_nodes_run_like_a_stack(seed, monkeypatch):
     width, ways = int(rng.integers(1, 9)), {"go_backwards": bool(rng.integers(2))}
     ends = {"return_sequences": bool(rng.integers(2)), "zero_output_for_mask": bool(rng.integers(2))}
     cells = make_stack(rng, width).cells
-    cells = (*cells, fill(rng, CellSpec(cells[-1].spec.output_size, 4, kind=tuple(GATES)[seed % len(GATES)])))
+    cells = (*cells, fill(rng, CellSpec(cells[-1].spec.output_size, 4, kind=of_seed(seed))))
     first, *middle, last = cells
     nodes = [Recurrent((first,), **ways), *(Recurrent((cell,)) for cell in middle), Recurrent((last,), **ends)]
     apart, stack = Network(nodes), Network([Recurrent(cells, **ways, **ends)])

@@ -3,35 +3,40 @@
 
 import { cellActivation, knowsNodeActivation } from "./engine/activations.js";
 import { FormatError } from "./description.js";
-import { ACTIVATIONS, ARRAYS, KINDS } from "./kinds.js";
+import { ACTIVATIONS, ARRAYS, FLAGS, KINDS, MATRICES } from "./kinds.js";
 
 // The kernel's number formats, in its order.
 export const ELEMENTS = ["float32", "float64", "bfloat16", "int8"];
-export const MATRICES = ["kernel", "recurrent_kernel", "gate_kernel", "projection"];
 
-// The shapes of a cell's arrays, by name, as lists of [count, letter]: count blocks of I, H, P, D, the units of a head, or U, those
-// of a backbone; or just a number.
-function symbolicShapes(kind, spec) {
-  const P = spec.proj_size ? "P" : "H";
+// The axes that the symbols in the shape of an array stand for, as in src/cellstack/cells/arrays.py: [count, letter],
+// count blocks of that width; null: the axis is left out.
+function symbolsOf(kind, spec) {
   const gates = kind.gates.length - (spec.coupled ? 1 : 0);
-  const wide = [gates, "H"];
-  const sums = spec.backbone_units ? [1, "U"] : wide; // of the products with x and h
-  const [normed, twice, cell] = [Boolean(spec.layer_norm), spec.reset_after, kind.states.includes("c")];
-  const shapes = {
-    kernel: spec.use_kernel && [[1, "I"], sums],
-    recurrent_kernel: kind.recurrent && (spec.heads > 1 ? [[spec.heads, ""], [1, "D"], [gates, "D"]] : [[1, P], sums]),
-    bias: spec.use_bias && (twice ? [[2, ""], wide] : [sums]),
-    gate_kernel: spec.backbone_units > 0 && [[1, "U"], wide],
-    gate_bias: spec.backbone_units > 0 && spec.use_bias && [wide],
-    peepholes: spec.peepholes && [[spec.coupled ? 2 : 3, ""], [1, "H"]],
-    projection: Boolean(spec.proj_size) && [[1, "H"], [1, "P"]],
-    kernel_gain: normed && [wide],
-    recurrent_gain: normed && kind.recurrent && spec.layer_norm !== "joint" && [wide],
-    cell_gain: normed && cell && [[1, "H"]],
-    cell_bias: normed && cell && [[1, "H"]],
+  const output = [1, spec.proj_size ? "P" : "H"];
+  const sums = spec.backbone_units ? [1, "U"] : [gates, "H"]; // of the products with x and h
+  const several = spec.heads > 1;
+  return {
+    I: [1, "I"],
+    H: [1, "H"],
+    P: output,
+    U: [1, "U"],
+    S: sums,
+    GH: [gates, "H"],
+    "G-1": [gates - 1, ""],
+    heads: several ? [spec.heads, ""] : null,
+    "P/heads": several ? [1, "D"] : output,
+    "S/heads": several ? [gates, "D"] : sums,
+    biases: spec.reset_after ? [2, ""] : null,
   };
-  for (const state of kind.states) shapes[`initial_${state}`] = spec.learn_initial_state && [[1, state === "h" ? P : "H"]];
-  return Object.fromEntries(Object.entries(shapes).filter(([, shape]) => shape));
+}
+
+// The axes of a cell's arrays, by name.
+function symbolicShapes(kind, spec) {
+  const settings = { ...spec, joint: spec.layer_norm === "joint" };
+  const symbols = symbolsOf(kind, spec);
+  const has = (need) => need === "" || Boolean(settings[need.replace("not ", "")]) !== need.startsWith("not ");
+  const own = kind.arrays.filter(([, , needs]) => needs.split(" and ").every(has));
+  return Object.fromEntries(own.map(([name, shape]) => [name, shape.split(" ").map((symbol) => symbols[symbol]).filter((axis) => axis !== null)]));
 }
 
 // The form of a cell, as far as the engine needs it where the kernel runs the cell; `where` is for messages.
@@ -70,29 +75,16 @@ export function formOf(where, given) {
   };
 }
 
-const codeOf = ({ name, alpha, beta }) => ({ code: ACTIVATIONS.indexOf(name), alpha, beta });
+const codeOf = ({ name, alpha, beta }) => [ACTIVATIONS.indexOf(name), alpha, beta];
 
-// The words of a description, in the order of kernel/wasm.cpp.
-function words(spec, activations) {
-  const slots = [0, 1, 2, 3, 4].map((n) => activations[n] ?? { code: 0, alpha: 0, beta: 0 });
-  const flags = ["use_bias", "peepholes", "coupled", "layer_norm", "joint", "reset_after", "scalar", "no_gate", "exponential_forget"];
-  return {
-    integers: [
-      ...[spec.input, spec.units, spec.output],
-      ...flags.map((flag) => (spec[flag] ? 1 : 0)),
-      spec.heads ?? 1,
-      spec.backbone_units ?? 0,
-      ...slots.map(({ code }) => code),
-    ],
-    numbers: [
-      spec.norm_epsilon ?? 0,
-      spec.clip ?? Infinity,
-      spec.cell_clip ?? Infinity,
-      spec.zoneout ?? 0,
-      spec.zoneout_cell ?? 0,
-      ...slots.flatMap(({ alpha, beta }) => [alpha, beta]),
-    ],
-  };
+// A setting as a number: an infinity for null, and the place in its options for a text.
+const numberOf = (value, options) => (value === null ? Infinity : typeof value === "string" ? options.indexOf(value) : Number(value));
+
+// The numbers of a description, in the order of kernel/wasm.cpp.
+function numbersOf(spec, activations) {
+  const flags = FLAGS.map(([name, usual, options]) => numberOf(spec[name] ?? usual, options));
+  const slots = [0, 1, 2, 3, 4].flatMap((n) => activations[n] ?? [0, 0, 0]);
+  return [spec.input, spec.units, spec.output, ...flags, ...slots];
 }
 
 // The weights of a cell { spec, form } on the kernel; `tensors`: its arrays by name, as read from the file; `format`:
@@ -102,19 +94,10 @@ export function cellWeights(kernel, where, { spec, form }, tensors, format) {
   if (dtypes.size > 1) throw new FormatError(`${where}: expected its matrices all in F32 or all in BF16`);
   const element = format ?? (dtypes.has("BF16") ? "bfloat16" : "float32");
   const activations = Object.values(form.activations).map((text) => codeOf(cellActivation(text)));
-  const { integers, numbers } = words(
-    {
-      ...spec,
-      scalar: Boolean(form.scalar),
-      no_gate: spec.mode === "no_gate",
-      input: spec.input_size - (form.scalar ? 1 : 0),
-      output: spec.proj_size || spec.units,
-      joint: spec.layer_norm === "joint",
-    },
-    activations,
-  );
+  const [scalar, output] = [Boolean(form.scalar), spec.proj_size || spec.units];
+  const numbers = numbersOf({ ...spec, scalar, input: spec.input_size - (scalar ? 1 : 0), output }, activations);
   const arrays = ARRAYS.map((name) => tensors[name]?.data ?? null);
-  return kernel.weights(spec.kind, integers, numbers, ELEMENTS.indexOf(element), arrays);
+  return kernel.weights(spec.kind, numbers, ELEMENTS.indexOf(element), arrays);
 }
 
 // The same of a dense layer, with its activation if the kernel has it.
@@ -122,9 +105,9 @@ export function denseWeights(kernel, node, tensors, format) {
   const { input_size: input, units, use_bias } = node.settings;
   const activation = onKernel(node) ? node.settings.activation : "linear";
   const element = format ?? (tensors.kernel.dtype === "BF16" ? "bfloat16" : "float32");
-  const { integers, numbers } = words({ input, units, output: units, use_bias }, [codeOf(cellActivation(activation))]);
+  const numbers = numbersOf({ input, units, output: units, use_bias }, [codeOf(cellActivation(activation))]);
   const arrays = ARRAYS.map((name) => tensors[name]?.data ?? null);
-  return kernel.weights("dense", integers, numbers, ELEMENTS.indexOf(element), arrays);
+  return kernel.weights("dense", numbers, ELEMENTS.indexOf(element), arrays);
 }
 
 // Whether the kernel has a dense layer's activation; the engine has further ones, such as softmax.

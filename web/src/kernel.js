@@ -89,14 +89,14 @@ export class Kernel {
     return at;
   }
 
-  // The weights of a cell. `kind`: its name; `integers` and `numbers`: its description, in the order of kernel/wasm.cpp;
-  // `element`: the format of its matrices, an index in ELEMENTS; `arrays`: in the kernel's order, null where absent.
-  weights(kind, integers, numbers, element, arrays) {
+  // The weights of a cell. `kind`: its name; `numbers`: its description, in the order of kernel/wasm.cpp; `element`: the
+  // format of its matrices, an index in ELEMENTS; `arrays`: in the kernel's order, null where absent.
+  weights(kind, numbers, element, arrays) {
     return this.within((take) => {
       const places = arrays.map((array) => this.put(take, array));
       const name = this.put(take, new TextEncoder().encode(`${kind}\0`), Uint8Array);
-      const [first, second] = [this.put(take, integers, Int32Array), this.put(take, numbers, Float64Array)];
-      return this.exports.weights(name, first, second, element, this.put(take, places, Uint32Array), places.length);
+      const description = this.put(take, numbers, Float64Array);
+      return this.exports.weights(name, description, element, this.put(take, places, Uint32Array), places.length);
     });
   }
 

@@ -1,15 +1,16 @@
 // The kinds of cell, written by web/write_kinds.py from their declarations in Python: change those instead.
 
 // Of each kind: the gates in the order of their blocks; its states; the names in a trace; for each slot of
-// an activation, in the kernel's order, the setting that names it; whether h is multiplied by a matrix; the
-// setting with which the last column of x is a number of the step; and the settings with their defaults.
+// an activation, in the kernel's order, the setting that names it; its arrays, each with the symbols of its
+// axes and the settings that it needs; the setting with which the last column of x is a number of the step;
+// and the settings with their defaults.
 export const KINDS = {
   lstm: {
     gates: ["i", "f", "g", "o"],
     states: ["h", "c"],
     trace: ["i", "f", "g", "o", "c", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation", "cell": "activation"},
-    recurrent: true,
+    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"], ["peepholes", "G-1 H", "peepholes"], ["projection", "H P", "proj_size"], ["kernel_gain", "S", "layer_norm"], ["recurrent_gain", "S", "layer_norm and not joint"], ["cell_gain", "H", "layer_norm"], ["cell_bias", "H", "layer_norm"], ["initial_h", "P", "learn_initial_state"], ["initial_c", "H", "learn_initial_state"]],
     scalar: "",
     settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "peepholes": false, "coupled": false, "proj_size": 0, "cell_clip": null, "zoneout_cell": 0.0, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
@@ -18,7 +19,7 @@ export const KINDS = {
     states: ["h"],
     trace: ["z", "r", "g", "h"],
     slots: {"z": "recurrent_activation", "r": "recurrent_activation", "g": "activation"},
-    recurrent: true,
+    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["recurrent_gain", "S", "layer_norm and not joint"], ["initial_h", "P", "learn_initial_state"]],
     scalar: "attention",
     settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "reset_after": true, "attention": false, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
@@ -27,7 +28,7 @@ export const KINDS = {
     states: ["h"],
     trace: ["g", "h"],
     slots: {"g": "activation"},
-    recurrent: true,
+    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["recurrent_gain", "S", "layer_norm and not joint"], ["initial_h", "P", "learn_initial_state"]],
     scalar: "",
     settings: {"activation": "tanh", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
@@ -36,7 +37,7 @@ export const KINDS = {
     states: ["h"],
     trace: ["z", "g", "h"],
     slots: {"z": "recurrent_activation", "g": "activation"},
-    recurrent: false,
+    arrays: [["kernel", "I S", "use_kernel"], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["initial_h", "P", "learn_initial_state"]],
     scalar: "",
     settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
@@ -45,7 +46,7 @@ export const KINDS = {
     states: ["h"],
     trace: ["i", "f", "g", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation"},
-    recurrent: false,
+    arrays: [["kernel", "I S", "use_kernel"], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["initial_h", "P", "learn_initial_state"]],
     scalar: "",
     settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
@@ -54,7 +55,7 @@ export const KINDS = {
     states: ["h"],
     trace: ["z", "g", "h"],
     slots: {"z": "recurrent_activation", "g": "activation"},
-    recurrent: true,
+    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["recurrent_gain", "S", "layer_norm and not joint"], ["initial_h", "P", "learn_initial_state"]],
     scalar: "",
     settings: {"activation": "relu", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
@@ -63,7 +64,7 @@ export const KINDS = {
     states: ["h", "c", "n", "m"],
     trace: ["i", "f", "g", "o", "c", "n", "m", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation"},
-    recurrent: true,
+    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"]],
     scalar: "",
     settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "exponential_forget": false, "gate_activations": {}, "heads": 1, "use_kernel": true, "zoneout": 0.0},
   },
@@ -72,12 +73,16 @@ export const KINDS = {
     states: ["h"],
     trace: ["g", "k", "s", "t", "h"],
     slots: {"g": "activation", "k": "activation", "s": "recurrent_activation", "t": "recurrent_activation"},
-    recurrent: true,
+    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["recurrent_gain", "S", "layer_norm and not joint"], ["gate_kernel", "U GH", "backbone_units"], ["gate_bias", "GH", "backbone_units and use_bias"], ["initial_h", "P", "learn_initial_state"]],
     scalar: "timespans",
     settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "timespans": false, "mode": "default", "backbone_units": 0, "backbone_activation": "scaled_tanh(1.7159, 0.666)", "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
 };
 
-// The kernel's codes of activations, and its order of a cell's arrays.
+// The settings that the kernel takes as numbers, with their defaults, and the options of texts.
+export const FLAGS = [["use_bias", true, []], ["peepholes", false, []], ["coupled", false, []], ["proj_size", 0, []], ["cell_clip", null, []], ["zoneout_cell", 0.0, []], ["layer_norm", false, [true, false, "joint"]], ["heads", 1, []], ["use_kernel", true, []], ["norm_epsilon", 1e-05, []], ["clip", null, []], ["zoneout", 0.0, []], ["learn_initial_state", false, []], ["reset_after", true, []], ["exponential_forget", false, []], ["mode", "default", ["default", "no_gate"]], ["backbone_units", 0, []], ["scalar", false, []]];
+
+// The kernel's codes of activations, its order of a cell's arrays, and those that are matrices.
 export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive"];
-export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "gate_kernel", "gate_bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "initial_h", "initial_c"];
+export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "gate_kernel", "gate_bias", "initial_h", "initial_c"];
+export const MATRICES = ["kernel", "recurrent_kernel", "projection", "gate_kernel"];

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, Argument
+from cellstack.cells.arrays import BIAS, KERNEL, KERNEL_GAIN, RECURRENT_GAIN, RECURRENT_KERNEL, Array
 
 if TYPE_CHECKING:
     from cellstack.cells.spec import CellSpec
@@ -140,42 +141,6 @@ class Ops(Protocol[V]):
         ...
 
 
-Shapes = dict[str, "tuple[int, ...] | None"]  # of arrays by name; None for those that the cell doesn't have
-
-
-def usual_shapes(spec: CellSpec) -> Shapes:
-    """Return the shapes of the arrays that every kind may have."""
-    wide = spec.columns
-    recurrent = spec.of_kind.recurrent
-    learned = spec.state_sizes if "learn_initial_state" in spec.of_kind.settings else {}
-    return (
-        {
-            "kernel": (spec.features, wide) if spec.use_kernel else None,
-            "recurrent_kernel": recurrent_shape(spec) if recurrent else None,
-            "bias": (wide,) if spec.use_bias else None,
-            "kernel_gain": (wide,) if spec.layer_norm else None,
-            "recurrent_gain": (wide,) if spec.layer_norm and recurrent and not spec.joint else None,
-        }
-        | backbone_shapes(spec)
-        | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in learned.items()}
-    )
-
-
-def backbone_shapes(spec: CellSpec) -> Shapes:
-    """Return the shapes of the arrays that a backbone adds: those of the product from it to the gates."""
-    width, wide = spec.backbone_units, len(spec.gates) * spec.units
-    return {
-        "gate_kernel": (width, wide) if width else None,
-        "gate_bias": (wide,) if width and spec.use_bias else None,
-    }
-
-
-def recurrent_shape(spec: CellSpec) -> tuple[int, ...]:
-    """Return the shape of the recurrent kernel: a matrix, or one for each head."""
-    rows, columns, heads = spec.output_size, spec.columns, spec.heads
-    return (rows, columns) if heads == 1 else (heads, rows // heads, columns // heads)
-
-
 def product(ops: Ops[V], spec: CellSpec, v: V, name: str) -> V:
     """Return `v` times `kernel` or `recurrent_kernel`, normalised if layer normalisation applies to each product.
 
@@ -270,9 +235,8 @@ class Kind:
             from the operations, the description, the result of `prepared`, and the states before.
         inputs: returns the part of the pre-activations that depends on x only, `[…, G·H]`, from the operations, the
             description and the features of x; it is computed for all steps at once where the view has them.
-        shapes: returns the shapes of this kind's arrays in addition to `usual_shapes`, or instead of them.
-        recurrent: whether the gates depend on h, through a product with a matrix, `recurrent_kernel`; if not, they
-            depend on x only, and may be computed for all steps at once.
+        arrays: its arrays in the order in which they are listed, passed and saved, without initial states. Without
+            `RECURRENT_KERNEL` no sum has a product with h.
         drops: what recurrent dropout applies to: h in that product, `"h"`, or the `"candidate"`.
         scalar: the flag with which the last column of x is a number of the step, which isn't multiplied by the kernel;
             "": the kind has none.
@@ -294,6 +258,8 @@ class Kind:
         refuses: returns why a state from the caller can't be one, from its arrays or tensors by name; "" if it can.
         meanings: of states other than h, and of gates where `ROLES` isn't precise.
         ref: papers.
+        doc: what follows "One step of" in the documentation of torch's cell: its long name and equations, and after
+            `Ref:` papers for its flags too.
     """
 
     name: str
@@ -303,8 +269,7 @@ class Kind:
     trace: type[Any]
     step: Callable[..., tuple[Sequence[Any], Sequence[Any]]]
     inputs: Callable[..., Any] = inputs
-    shapes: Callable[[CellSpec], Shapes] = lambda spec: {}
-    recurrent: bool = True
+    arrays: tuple[Array, ...] = (KERNEL, RECURRENT_KERNEL, BIAS, KERNEL_GAIN, RECURRENT_GAIN)
     drops: str = "h"
     scalar: str = ""
     flags: tuple[Argument, ...] = ()
@@ -322,6 +287,7 @@ class Kind:
     refuses: Callable[[Mapping[str, Any]], str] = lambda state: ""
     meanings: dict[str, str] = field(default_factory=dict)
     ref: str = ""
+    doc: str = ""
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -336,7 +302,19 @@ class Kind:
     @property
     def joins(self) -> bool:
         """Whether every pre-activation is the sum of a product with x and one with h, which may be normalised."""
-        return self.recurrent and "reset" not in self.gates.values()
+        return self.has_recurrent_kernel and "reset" not in self.gates.values()
+
+    @property
+    def has_recurrent_kernel(self) -> bool:
+        """Whether h is multiplied by a matrix, `recurrent_kernel`."""
+        return RECURRENT_KERNEL in self.arrays
+
+    @cached_property
+    def every_array(self) -> tuple[Array, ...]:
+        """Its arrays, then the initial states."""
+        names = self.state._fields if "learn_initial_state" in self.settings else ()
+        initial = (Array(f"initial_{s}", "P" if s == "h" else "H", "zeros", "learn_initial_state") for s in names)
+        return (*self.arrays, *initial)
 
     @property
     def gated(self) -> bool:
@@ -347,7 +325,7 @@ class Kind:
     def lacks(self) -> frozenset[str]:
         """Names of the arguments that all kinds have except this one and kinds like it."""
         activation = () if self.gated else ("recurrent_activation",)
-        return frozenset((*self.without, *activation, *(() if self.recurrent else RECURRENT)))
+        return frozenset((*self.without, *activation, *(() if self.has_recurrent_kernel else RECURRENT)))
 
     @cached_property
     def settings(self) -> dict[str, Argument]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack.cells.arguments import Argument, Limit, among
+from cellstack.cells.arrays import BIAS, KERNEL, KERNEL_GAIN, RECURRENT_GAIN, RECURRENT_KERNEL, Array
 from cellstack.cells.base import HiddenState, Kind, Ops, V, sums
 
 if TYPE_CHECKING:
@@ -43,6 +44,15 @@ CFC = Kind(
     state=HiddenState,
     trace=CfCTrace,
     step=step,
+    arrays=(
+        KERNEL,
+        RECURRENT_KERNEL,
+        BIAS,
+        KERNEL_GAIN,
+        RECURRENT_GAIN,
+        Array("gate_kernel", "U GH", "kernel", "backbone_units", pack="matrix"),
+        Array("gate_bias", "GH", "zeros", "backbone_units and use_bias", pack="bias"),
+    ),
     scalar="timespans",
     flags=(
         Argument(
@@ -86,6 +96,18 @@ CFC = Kind(
         "k": "candidate for long times: the new h where the time gate is 1",
     },
     ref='Hasani et al. 2022, "Closed-form continuous-time neural networks"',
+    doc="""a closed-form continuous-time network: h depends on the time τ since the previous step::
+
+        z = x·kernel + h_prev·recurrent_kernel + bias        g, k = φ(z_g, z_k)    s = z_s
+        t = σ(z_t + s·τ)                                     h = (1 - t)·g + t·k
+
+    With `timespans` τ is the last column of x, else 1. With `backbone_units` the sums are computed from a dense layer::
+
+        b = φ_b(x·kernel + h_prev·recurrent_kernel + bias)   z = b·gate_kernel + gate_bias
+
+    Ref: Hasani et al. 2022, "Closed-form continuous-time neural networks". Without a backbone it is the cell of the
+    package ncps's networks with wirings; ncps's own default is a backbone of 128 units.
+    """,
 )
 
 NCPS_ACTIVATIONS = {"LeCun": "scaled_tanh(1.7159, 0.666)", "Tanh": "tanh", "ReLU": "relu"}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack.cells.arguments import COMPATIBLE, Argument
-from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, Shapes, V, biased, product
+from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, V, biased, product
 
 if TYPE_CHECKING:
     from cellstack.cells.spec import CellSpec
@@ -19,11 +19,6 @@ class GRUTrace(NamedTuple):
     r: Any
     g: Any
     h: Any
-
-
-def shapes(spec: CellSpec) -> Shapes:
-    """Return the shape of the biases: with `reset_after` one of x's product and one of h's."""
-    return {"bias": (2, 3 * spec.units)} if spec.use_bias and spec.reset_after else {}
 
 
 def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
@@ -60,7 +55,6 @@ GRU = Kind(
     trace=GRUTrace,
     step=step,
     inputs=inputs,
-    shapes=shapes,
     scalar="attention",
     flags=(
         Argument(
@@ -91,4 +85,15 @@ GRU = Kind(
     },
     meanings={"z": "update gate: how much of the state is kept"},
     ref='Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", eq. 5 to 8',
+    doc="""a gated recurrent unit::
+
+        a = x·kernel + bias[0]        q = h_prev·recurrent_kernel + bias[1]
+        z, r = σ(a_z + q_z, a_r + q_r)        g = φ(a_g + r·q_g)        h = z·h_prev + (1 - z)·g
+
+    With `reset_after=False` there is one bias `[3H]`, and `g = φ(a_g + (r·h_prev)·recurrent_kernel_g)`. With
+    `attention` the last column of x scales the update of h.
+
+    Ref: Cho et al. 2014, eq. 5 to 8, with z and 1 - z exchanged, as in all libraries; attention: Zhou et al. 2019,
+    "Deep Interest Evolution Network for Click-Through Rate Prediction", AUGRU.
+    """,
 )

@@ -37,4 +37,12 @@ LI_GRU = Kind(
     defaults={"activation": "relu"},
     meanings={"z": "update gate: how much of the state is kept"},
     ref='Ravanelli et al. 2018, "Light Gated Recurrent Units for Speech Recognition", sec. III',
+    doc="""a light gated recurrent unit, which has no reset gate::
+
+        a = x·kernel + h_prev·recurrent_kernel + bias        z = σ(a_z)    g = φ(a_g)        h = z·h_prev + (1 - z)·g
+
+    The default φ is ReLU. Recurrent dropout applies to g, not to h_prev.
+
+    Ref: Ravanelli et al. 2018, "Light Gated Recurrent Units for Speech Recognition", sec. III.
+    """,
 )

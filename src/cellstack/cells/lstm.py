@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack.cells.arguments import BELOW_ONE, COMPATIBLE, FORGET_BIAS, POSITIVE, Argument
-from cellstack.cells.base import Foreign, Kind, Ops, Shapes, State, V, sums
+from cellstack.cells.arrays import BIAS, KERNEL, KERNEL_GAIN, RECURRENT_GAIN, RECURRENT_KERNEL, Array
+from cellstack.cells.base import Foreign, Kind, Ops, State, V, sums
 
 if TYPE_CHECKING:
     from cellstack.cells.spec import CellSpec
@@ -24,17 +25,6 @@ class Trace(NamedTuple):
     o: Any
     c: Any
     h: Any
-
-
-def shapes(spec: CellSpec) -> Shapes:
-    """Return the shapes of peepholes, projection, and the normalisation of c."""
-    normed = (spec.units,) if spec.layer_norm else None
-    return {
-        "peepholes": (len(spec.gates) - 1, spec.units) if spec.peepholes else None,  # of all gates but g
-        "projection": (spec.units, spec.proj_size) if spec.proj_size else None,
-        "cell_gain": normed,
-        "cell_bias": normed,
-    }
 
 
 def step(ops: Ops[V], spec: CellSpec, a: V, h: V, c: V) -> tuple[Sequence[V], Sequence[V]]:
@@ -65,7 +55,17 @@ LSTM = Kind(
     state=State,
     trace=Trace,
     step=step,
-    shapes=shapes,
+    arrays=(
+        KERNEL,
+        RECURRENT_KERNEL,
+        BIAS,
+        Array("peepholes", "G-1 H", "zeros", "peepholes"),  # of all gates but g
+        Array("projection", "H P", "kernel", "proj_size", pack="matrix"),
+        KERNEL_GAIN,
+        RECURRENT_GAIN,
+        Array("cell_gain", "H", "ones", "layer_norm"),
+        Array("cell_bias", "H", "zeros", "layer_norm"),
+    ),
     flags=(
         Argument(
             "peepholes",
@@ -100,4 +100,14 @@ LSTM = Kind(
         "c": "cell state: the unit's memory",
     },
     ref='Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000, "Learning to Forget", sec. 2 and 3',
+    doc="""a long short-term memory::
+
+        z = x·kernel + h_prev·recurrent_kernel + bias        i, f, o = σ(z_i, z_f, z_o)    g = φ(z_g)
+        c = f·c_prev + i·g                                   h = o·φ(c)
+
+    Ref: Hochreiter and Schmidhuber 1997; the forget gate: Gers, Schmidhuber and Cummins 2000, sec. 3;
+    peepholes: Gers and Schmidhuber 2000; coupled gates: Greff et al. 2017; projection: Sak, Senior and Beaufays 2014;
+    layer normalisation: Ba, Kiros and Hinton 2016, eq. 20 to 22; zoneout: Krueger et al. 2017; dropout on the state:
+    Gal and Ghahramani 2016.
+    """,
 )

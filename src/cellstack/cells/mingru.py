@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cellstack.cells.arrays import BIAS, KERNEL, KERNEL_GAIN
 from cellstack.cells.base import HiddenState, Kind, Ops, V
 
 if TYPE_CHECKING:
@@ -33,11 +34,19 @@ MIN_GRU = Kind(
     state=HiddenState,
     trace=MinGRUTrace,
     step=step,
-    recurrent=False,
+    arrays=(KERNEL, BIAS, KERNEL_GAIN),
     defaults={"activation": "positive"},
     meanings={
         "z": "update gate: how much of the candidate replaces the state",
         "h": "output of the unit, and its memory",
     },
     ref='Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.1 and appendix B.3',
+    doc="""a minimal gated recurrent unit, whose gates depend on x alone::
+
+        z = σ(a_z)    g = φ(a_g)    with a = x·kernel + bias        h = (1 - z)·h_prev + z·g
+
+    The default φ is "positive", v + 1/2 where v >= 0, else sigmoid(v).
+
+    Ref: Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.1; φ: appendix B.3.
+    """,
 )

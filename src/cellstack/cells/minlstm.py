@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cellstack.cells.arrays import BIAS, KERNEL, KERNEL_GAIN
 from cellstack.cells.base import HiddenState, Kind, Ops, V
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ MIN_LSTM = Kind(
     state=HiddenState,
     trace=MinLSTMTrace,
     step=step,
-    recurrent=False,
+    arrays=(KERNEL, BIAS, KERNEL_GAIN),
     defaults={"activation": "positive"},
     update=update,
     meanings={
@@ -50,4 +51,12 @@ MIN_LSTM = Kind(
         "h": "output of the unit, and its memory",
     },
     ref='Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.2 and appendix B.3',
+    doc="""a minimal long short-term memory, whose gates depend on x alone, and whose only state is h::
+
+        i, f = σ(a_i, a_f)    g = φ(a_g)    with a = x·kernel + bias        h = (f·h_prev + i·g)/(f + i)
+
+    The default φ is "positive", v + 1/2 where v >= 0, else sigmoid(v).
+
+    Ref: Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.2; φ: appendix B.3.
+    """,
 )

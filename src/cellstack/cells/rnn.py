@@ -39,4 +39,10 @@ SIMPLE_RNN = Kind(
         "onnx": Foreign("RNN", "g"),
     },
     ref='Elman 1990, "Finding Structure in Time"',
+    doc="""a simple recurrent network::
+
+        h = φ(x·kernel + h_prev·recurrent_kernel + bias)
+
+    Ref: Elman 1990.
+    """,
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack.cells.arguments import FORGET_BIAS, Argument
+from cellstack.cells.arrays import BIAS, KERNEL, RECURRENT_KERNEL
 from cellstack.cells.base import Kind, Ops, V, sums
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ SLSTM = Kind(
     state=SLSTMState,
     trace=SLSTMTrace,
     step=step,
+    arrays=(KERNEL, RECURRENT_KERNEL, BIAS),
     flags=(
         Argument(
             "exponential_forget",
@@ -90,4 +92,14 @@ SLSTM = Kind(
         "m": "stabiliser: the logarithm of the scale of c and n",
     },
     ref='Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", sec. 2.2 and appendix A.2',
+    doc="""an sLSTM, the LSTM of the xLSTM whose input gate is exponential; n normalises c, m scales both::
+
+        z = x·kernel + h_prev·recurrent_kernel + bias        g = φ(z_g)    o = σ(z_o)
+        m = max(log σ(z_f) + m_prev, z_i)        i = exp(z_i - m)        f = exp(log σ(z_f) + m_prev - m)
+        c = f·c_prev + i·g        n = f·n_prev + i        h = o·c/n
+
+    Where n_prev is 0, as in the initial state, nothing is stored: m is z_i, and f is 0.
+
+    Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", sec. 2.2; stabilised: appendix A.2.
+    """,
 )

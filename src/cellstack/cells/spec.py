@@ -12,38 +12,21 @@ from typing import Any
 from cellstack.cells import KINDS, Kind
 from cellstack.cells.activations import Activation, activation
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, documented
-from cellstack.cells.base import usual_shapes
+from cellstack.cells.arrays import Axis, axes_of
 from cellstack.cells.errors import ShapeError, as_flag, as_integer, as_number
 
 GATES = {name: tuple(kind.gates) for name, kind in KINDS.items()}
 """The kinds of cell, and the order of their gate blocks in every array that has H columns per gate."""
 
-ARRAYS = (
-    "kernel",
-    "recurrent_kernel",
-    "bias",
-    "gate_kernel",
-    "gate_bias",
-    "peepholes",
-    "projection",
-    "kernel_gain",
-    "recurrent_gain",
-    "cell_gain",
-    "cell_bias",
-    *dict.fromkeys(
-        f"initial_{name}"
-        for kind in KINDS.values()
-        if "learn_initial_state" in kind.settings
-        for name in kind.state._fields
-    ),
-)
-"""Every array that a cell may have, in the order used for listing, passing and saving; see `CellSpec.shapes`."""
+_DECLARED = {array.name: array for kind in KINDS.values() for array in kind.arrays}
+_DECLARED |= {array.name: array for kind in KINDS.values() for array in kind.every_array}
 
-MATRICES = ("kernel", "recurrent_kernel", "gate_kernel", "projection")
+ARRAYS = tuple(_DECLARED)
+"""Every array that a cell may have, in the order in which the kernel takes them; see `CellSpec.shapes`."""
+
+MATRICES = tuple(name for name, array in _DECLARED.items() if array.pack == "matrix")
 """The arrays that are matrices multiplied by x, h, a backbone or m: nearly all of a cell's numbers."""
 
-ZEROS = ("gate_bias", "peepholes", "cell_bias")
-"""The arrays that are zeros at first, as are initial states; gains are ones, and all others need an initializer."""
 
 DTYPES = ("float32", "float64")
 
@@ -273,7 +256,7 @@ class CellSpec:
     @cached_property
     def two_biases(self) -> bool:
         """Whether the products with x and with h have a bias each, `[2, G·H]`."""
-        return len(self.shapes.get("bias", ())) == 2
+        return self.use_bias and self.reset_after and "reset_after" in self.of_kind.settings
 
     @property
     def plain(self) -> bool:
@@ -282,10 +265,19 @@ class CellSpec:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the cell's arrays by name, in the order of `ARRAYS`."""
-        found = usual_shapes(self) | self.of_kind.shapes(self)
-        shapes = {name: found.get(name) for name in ARRAYS}
-        return {name: shape for name, shape in shapes.items() if shape}
+        """The shapes of the cell's arrays by name, in the order of `Kind.arrays`."""
+        widths = {"": 1, "I": self.features, "H": self.units, "P": self.proj_size}
+        widths |= {"U": self.backbone_units, "D": self.units // self.heads}
+        return {name: tuple(n * widths[letter] for n, letter in axes) for name, axes in self.axes.items()}
+
+    @cached_property
+    def axes(self) -> dict[str, tuple[Axis, ...]]:
+        """The axes of the cell's arrays by name, each as a number of blocks and the letter of their width.
+
+        >>> CellSpec(3, 4, kind="gru").axes["bias"]
+        ((2, ''), (3, 'H'))
+        """
+        return axes_of(self)
 
     @property
     def parameters(self) -> int:
@@ -303,6 +295,17 @@ class CellSpec:
         return changed
 
     @property
+    def numbers(self) -> dict[str, float]:
+        """The settings of `FLAGS` as numbers: an infinity for None, and the place in its options for a text."""
+        found = {}
+        for name, one in FLAGS.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and one.limit is not None:
+                value = one.limit.options.index(value)
+            found[name] = math.inf if value is None else float(value)
+        return found
+
+    @property
     def text(self) -> str:
         """The description as one line of JSON, which `described` parses."""
         return json.dumps(self.settings)
@@ -316,6 +319,15 @@ def _flags() -> Iterator[Argument]:
         flag = kinds[0].settings[name]
         only = "" if len(kinds) == len(KINDS) else f"{' and '.join(kind.title for kind in kinds)} only: "
         yield flag._replace(text=only + flag.text)
+
+
+FLAGS: dict[str, Argument] = {
+    name: one
+    for kind in KINDS.values()
+    for name, one in kind.settings.items()
+    if name not in (*ACTIVATION_ARGUMENTS, "units", "gate_activations", kind.scalar)
+} | {"scalar": Argument("scalar", "bool", False, "`CellSpec.scalar`")}
+"""The settings that the kernel takes as numbers, by name."""
 
 
 CellSpec.__doc__ = documented(CellSpec.__doc__, _flags())

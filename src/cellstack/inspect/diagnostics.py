@@ -139,7 +139,7 @@ def spectral_radii(cell: Cell) -> dict[str, float]:
     """
     cell = cell.one_head
     spec = cell.spec
-    if not spec.of_kind.recurrent:
+    if not spec.of_kind.has_recurrent_kernel:
         return {}
     recurrent = cell.recurrent_kernel.astype(np.float64)
     if cell.gate_kernel is not None:

@@ -32,28 +32,14 @@ except ModuleNotFoundError as error:  # without a setting, Keras imports TensorF
 if _keras.backend.backend() != "torch":
     raise ImportError(f"{_NEEDS}; it is set to {_keras.backend.backend()}", name="keras")
 
+from cellstack.keras import layers
 from cellstack.keras.calls import Calls, calls
-from cellstack.keras.layers import GRU, LSTM, SLSTM, CfC, LiGRU, MinGRU, MinLSTM, SimpleRNN
+from cellstack.keras.layers import *  # noqa: F403
 from cellstack.keras.patching import accelerate, patch, restore, unpatch
 from cellstack.keras.plan import plan
 
-__all__ = [
-    "GRU",
-    "LSTM",
-    "SLSTM",
-    "Calls",
-    "CfC",
-    "LiGRU",
-    "MinGRU",
-    "MinLSTM",
-    "SimpleRNN",
-    "accelerate",
-    "calls",
-    "patch",
-    "plan",
-    "restore",
-    "unpatch",
-]
+__all__ = ["Calls", "accelerate", "calls", "patch", "plan", "restore", "unpatch"]
+__all__ += layers.__all__
 
 
 def __dir__() -> list[str]:

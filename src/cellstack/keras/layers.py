@@ -1,4 +1,4 @@
-"""All kinds of cell as Keras layers, with all flags of our cells.
+"""All kinds of cell as Keras layers, with all flags of our cells, some of which Keras's own layers lack.
 
 They work with functional models, `fit`, `summary`, masks, `Bidirectional`, and files, which need `import
 cellstack.keras` before they are loaded. They need the torch backend.
@@ -6,100 +6,25 @@ cellstack.keras` before they are loaded. They need the torch backend.
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+from cellstack.cells import KINDS, Kind
 from cellstack.keras.recurrent import Recurrent
 
 
-class LSTM(Recurrent):
-    """A long short-term memory for Keras, with flags that Keras's LSTM lacks.
+def _layer(kind: Kind) -> Any:
+    first = re.split(r"[,:]", kind.doc, maxsplit=1)[0]
+    doc = f"""{first[0].upper()}{first[1:]} for Keras.
 
-    >>> import keras
-    >>> y, h, c = LSTM(4, peepholes=True, proj_size=3, return_state=True)(keras.ops.zeros((2, 5, 6)))
-    >>> tuple(y.shape), tuple(h.shape), tuple(c.shape)
-    ((2, 3), (2, 3), (2, 4))
-    """
-
-    kind = "lstm"
-
-
-class GRU(Recurrent):
-    """Gated recurrent units for Keras, with flags that Keras's GRU lacks.
-
-    >>> import keras
-    >>> y = GRU(4, layer_norm=True, zoneout=0.1, return_sequences=True)(keras.ops.zeros((2, 5, 6)))
-    >>> tuple(y.shape)
-    (2, 5, 4)
-    """
-
-    kind = "gru"
+>>> import keras
+>>> y = {kind.title}(4, return_sequences=True)(keras.ops.ones((2, 5, 6)))
+>>> tuple(y.shape)
+(2, 5, 4)
+"""
+    return type(kind.title, (Recurrent,), {"__module__": __name__, "__doc__": doc, "kind": kind.name})
 
 
-class SimpleRNN(Recurrent):
-    """A fully connected recurrence for Keras, with flags that Keras's SimpleRNN lacks.
-
-    >>> import keras
-    >>> y = SimpleRNN(4, clip=3.0)(keras.ops.zeros((2, 5, 6)))
-    >>> tuple(y.shape)
-    (2, 4)
-    """
-
-    kind = "rnn"
-
-
-class MinGRU(Recurrent):
-    """Minimal gated recurrent units for Keras, without a product with h.
-
-    >>> import keras
-    >>> y = MinGRU(4)(keras.ops.zeros((2, 5, 6)))
-    >>> tuple(y.shape)
-    (2, 4)
-    """
-
-    kind = "mingru"
-
-
-class MinLSTM(Recurrent):
-    """A minimal long short-term memory for Keras, without a product with h.
-
-    >>> import keras
-    >>> y = MinLSTM(4)(keras.ops.zeros((2, 5, 6)))
-    >>> tuple(y.shape)
-    (2, 4)
-    """
-
-    kind = "minlstm"
-
-
-class LiGRU(Recurrent):
-    """Light gated recurrent units for Keras.
-
-    >>> import keras
-    >>> y = LiGRU(4, return_sequences=True)(keras.ops.zeros((2, 5, 6)))
-    >>> tuple(y.shape)
-    (2, 5, 4)
-    """
-
-    kind = "ligru"
-
-
-class SLSTM(Recurrent):
-    """The sLSTM of the xLSTM for Keras.
-
-    >>> import keras
-    >>> y = SLSTM(4, heads=2)(keras.ops.zeros((2, 5, 6)))
-    >>> tuple(y.shape)
-    (2, 4)
-    """
-
-    kind = "slstm"
-
-
-class CfC(Recurrent):
-    """A closed-form continuous-time network for Keras; with `timespans` the last column of x is a time.
-
-    >>> import keras
-    >>> y = CfC(4, timespans=True)(keras.ops.ones((2, 5, 6)))
-    >>> tuple(y.shape)
-    (2, 4)
-    """
-
-    kind = "cfc"
+_MADE = {kind.title: _layer(kind) for kind in KINDS.values()}
+globals().update(_MADE)
+__all__ = list(_MADE)  # pyright: ignore[reportUnsupportedDunderAll]

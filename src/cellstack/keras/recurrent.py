@@ -11,7 +11,7 @@ import keras
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, sign
 from cellstack.cells.errors import as_flag, as_integer, check_state
-from cellstack.cells.spec import MATRICES, CellSpec
+from cellstack.cells.spec import CellSpec
 from cellstack.keras import keras_cells, torch_backend
 from cellstack.layers.cell_base import ROLES, usual_forget_bias
 
@@ -67,14 +67,13 @@ class Recurrent(keras.layers.Layer):
         """Create the weights, those of `CellSpec.shapes`."""
         width = int(input_shape[-1])
         self._spec = replace(self._spec, input_size=width)
-        self._arrays = [self._added(name, shape) for name, shape in self._spec.shapes.items()]
+        shapes, declared = self._spec.shapes, self._spec.of_kind.every_array
+        self._arrays = [self._added(one.name, shapes[one.name], one.first) for one in declared if one.name in shapes]
 
-    def _added(self, name: str, shape: tuple[int, ...]) -> Any:
+    def _added(self, name: str, shape: tuple[int, ...], first: str) -> Any:
         role = ROLES.get(name)
         if role is None:
-            first = (
-                self._made["kernel_initializer"] if name in MATRICES else "ones" if name.endswith("_gain") else "zeros"
-            )
+            first = self._made.get(f"{first}_initializer", first)
             return self.add_weight(shape=shape, name=name, initializer=first)
         made = {kind: self._made[f"{role}_{kind}"] for kind in _TABLES}
         if name == "bias" and self._given.get("unit_forget_bias") and "f" in self._spec.gates:

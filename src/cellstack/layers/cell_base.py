@@ -14,7 +14,7 @@ from cellstack.cells import KINDS
 from cellstack.cells.activations import ACTIVATIONS
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, sign
 from cellstack.cells.errors import ShapeError, as_integer, check_state, check_state_numbers, check_step
-from cellstack.cells.spec import ARRAYS, MATRICES, ZEROS, CellSpec, described
+from cellstack.cells.spec import ARRAYS, CellSpec, described
 from cellstack.layers import eager, op, weights
 from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
 
@@ -249,15 +249,15 @@ class Cell(Layer):
             return
         self._describe(replace(self._spec, input_size=width))
         with training_tensors():
-            for name, shape in self._spec.shapes.items():
-                values = self._like.new_zeros(shape)
-                if name.endswith("_gain"):
+            shapes, initializers = self._spec.shapes, {ROLES[name]: parts[0] for name, parts in self._parts.items()}
+            for name, _, first, *_ in self._spec.of_kind.every_array:
+                if name not in shapes:
+                    continue
+                values = self._like.new_zeros(shapes[name])
+                if first == "ones":
                     values.fill_(1.0)
-                elif name in (*self._parts, *MATRICES):
-                    self._fill(name, values, self._parts[name if name in self._parts else "kernel"][0])
-                elif name not in ZEROS and not name.startswith("initial_"):
-                    where = "MATRICES or ZEROS in spec.py"
-                    raise ValueError(f"{self._owner}: {name} has no initializer: add it to {where}")
+                elif first != "zeros":
+                    self._fill(name, values, initializers[first])
                 setattr(self, name, nn.Parameter(values))
 
     def _fill(self, name: str, values: Tensor, initializer: Any) -> None:

@@ -15,7 +15,6 @@ here take any strides and any alignment.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -99,24 +98,8 @@ def description(spec: CellSpec, rows: bool = False) -> Any:
         spec.units,
         spec.output_size,
         [(ACTIVATIONS.index(name), alpha, beta) for name, alpha, beta in spec.activations],
-        spec.use_bias,
-        spec.peepholes,
-        spec.coupled,
-        bool(spec.layer_norm),
-        spec.joint,
-        spec.reset_after,
-        spec.scalar,
-        spec.mode == "no_gate",
-        spec.exponential_forget,
-        spec.norm_epsilon,
-        math.inf if spec.clip is None else spec.clip,
-        math.inf if spec.cell_clip is None else spec.cell_clip,
-        spec.zoneout,
-        spec.zoneout_cell,
+        spec.numbers,
         rows,
-        spec.heads,
-        spec.use_kernel,
-        spec.backbone_units,
     )
 
 
@@ -193,8 +176,7 @@ def dense(
         element: the number format of the kernel, one of `ELEMENTS`; None: its dtype.
     """
     width, units = kernel.shape
-    flags = (bias is not None, False, False, False, False, False, False, False, False)
-    what = _kernel.Description("dense", width, units, units, [activation], *flags, 0.0, math.inf, math.inf, 0.0, 0.0)
+    what = _kernel.Description("dense", width, units, units, [activation], {"use_bias": float(bias is not None)})
     arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
     return weights_at(what, element or kernel.dtype.name, in_order(arrays))
 

@@ -94,16 +94,6 @@ class Cell:
     kernel: Array
     recurrent_kernel: Array
     bias: Array | None
-    gate_kernel: Array | None
-    gate_bias: Array | None
-    peepholes: Array | None
-    projection: Array | None
-    kernel_gain: Array | None
-    recurrent_gain: Array | None
-    cell_gain: Array | None
-    cell_bias: Array | None
-    initial_h: Array | None
-    initial_c: Array | None
     _bfloat16: dict[str, BFloat16Array] = field(init=False, repr=False, compare=False)
 
     def __init__(self, spec: CellSpec, *arrays: Any, **named: Any) -> None:
@@ -143,7 +133,7 @@ class Cell:
         one_dtype("Cell", whole)
 
     def __getattr__(self, name: str) -> Array:
-        """Return a matrix that is stored as bfloat16, converted to float32."""
+        """Return one of its arrays: here, a matrix that is stored as bfloat16, converted to float32."""
         bfloat16 = self.__dict__.get("_bfloat16", {})
         if name not in bfloat16:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cellstack.cells.spec import CellSpec
 
-# Widths: units, projected units, features, x, units of a head, units of a backbone.
-H, P, I, X, D, U = "H", "P", "I", "X", "D", "U"  # noqa: E741
-PRIMES = {H: 30011, P: 20011, I: 10007, U: 40009}
+# Widths: units, projected units, features, x.
+H, P, I, X = "H", "P", "I", "X"  # noqa: E741
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +97,7 @@ class Recorded(RecordedMath):
 
     def __post_init__(self) -> None:
         spec, kind = self.spec, self.spec.of_kind
-        self.shapes = symbolic_shapes(spec)
+        self.shapes = spec.axes
         self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
         a = kind.prepared(self, spec, self._new("x", width=(1, X if spec.scalar else I)))
         self.gates, self.states = kind.step(self, spec, a, *self.before)
@@ -168,32 +167,6 @@ class Recorded(RecordedMath):
         return self._new("scalar", x, width=(1, H), name=self.spec.of_kind.scalar)
 
 
-def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
-    """Return the shapes of a cell's arrays, each axis as a number of blocks and the letter of their width.
-
-    The letter is empty where an axis doesn't depend on the widths.
-
-    >>> symbolic_shapes(CellSpec(3, 4, kind="gru"))["bias"]
-    ((2, ''), (3, 'H'))
-    """
-
-    primes = {H: PRIMES[H] * spec.heads, P: PRIMES[P], I: PRIMES[I], D: PRIMES[H], U: PRIMES[U]}
-
-    def axis(length: int) -> tuple[int, str]:
-        found = ((length // prime, letter) for letter, prime in primes.items() if length % prime == 0)
-        return next(found, (length, ""))
-
-    features = primes[I] if spec.use_kernel else len(spec.gates) * primes[H]
-    large = replace(
-        spec,
-        input_size=features + spec.scalar,
-        units=primes[H],
-        proj_size=primes[P] if spec.proj_size else 0,
-        backbone_units=primes[U] if spec.backbone_units else 0,
-    )
-    return {name: tuple(map(axis, shape)) for name, shape in large.shapes.items()}
-
-
 def form_of(spec: CellSpec) -> dict[str, Any]:
     """Return a form of cell, which is a cell regardless of its widths, as JSON-compatible values.
 
@@ -220,7 +193,7 @@ def form_of(spec: CellSpec) -> dict[str, Any]:
             for value, rate in zip(recorded.before, recorded.kept, strict=True)
         },
         "activations": {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)},
-        "shapes": {name: [list(axis) for axis in axes] for name, axes in symbolic_shapes(spec).items()},
+        "shapes": {name: [list(axis) for axis in axes] for name, axes in spec.axes.items()},
         "values": listed(recorded.values),
         "before": [place[id(value)] for value in recorded.before],
         "after": [place[id(value)] for value in recorded.states],

@@ -401,7 +401,7 @@ def make_cell(spec):
     settings = {name: value for name, value in spec.settings.items() if name != "kind"}
     if not kind.gated:
         settings.pop("recurrent_activation", None)
-    dropout = {"dropout": 0.2} | ({"recurrent_dropout": 0.2} if kind.recurrent else {})
+    dropout = {"dropout": 0.2} | ({"recurrent_dropout": 0.2} if kind.has_recurrent_kernel else {})
     return randomise(getattr(layers, f"{kind.title}Cell")(**settings, **dropout))
 
 

@@ -15,7 +15,6 @@ from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.c.narrow import Narrow
 from cellstack.formats.c.step import Matrix, Step, times
 from cellstack.nodes.base import Array
-from cellstack.views.recorded import symbolic_shapes
 
 HELPERS = {
     "accumulate": """
@@ -307,7 +306,7 @@ def by_gate(matrices: Array, spec: CellSpec, gates: tuple[int, int] | None) -> A
 
 def shape_text(spec: CellSpec, matrix: Matrix) -> str:
     """Return the shape of one of a cell's arrays in terms of its widths, such as `[I, 4H]`."""
-    *rows, (count, letter) = symbolic_shapes(spec)[matrix.array]
+    *rows, (count, letter) = spec.axes[matrix.array]
     if len(rows) == 2:
         first, end = matrix.gates or (0, len(spec.gates))
         return f"[{end - first}, {spec.heads}, D, D]"

@@ -209,7 +209,7 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
 
 def _alike(gates: int, recurrent: bool) -> list[Kind]:
     """Return the kinds with so many gates, in the order of `KINDS`: their usual arrays have the same shapes."""
-    return [kind for kind in KINDS.values() if (len(kind.gates), kind.recurrent) == (gates, recurrent)]
+    return [kind for kind in KINDS.values() if (len(kind.gates), kind.has_recurrent_kernel) == (gates, recurrent)]
 
 
 def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
@@ -217,7 +217,7 @@ def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
     said = {}
     for spec in specs:
         flags = spec.settings.keys() - {"input_size", "kind"}
-        alike = _alike(len(spec.gates), spec.of_kind.recurrent)
+        alike = _alike(len(spec.gates), spec.of_kind.has_recurrent_kernel)
         others = [kind.title for kind in alike if kind is not spec.of_kind and flags <= kind.settings.keys()]
         if others:
             said[f"{spec.of_kind.title} and not {either(others)}, "] = None
@@ -227,7 +227,7 @@ def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
 def _described(spec: CellSpec) -> str:
     flags = [f"{name}={value}" for name, value in HIDDEN.items() if name in spec.settings]
     how = f" with {flags[0]}" if flags else " without a bias" if not spec.use_bias else ""
-    how += "" if spec.of_kind.recurrent else f" of {spec.units} units"
+    how += "" if spec.of_kind.has_recurrent_kernel else f" of {spec.units} units"
     return f"{'an' if spec.of_kind.title[0] in 'LR' else 'a'} {spec.of_kind.title}{how}"
 
 
