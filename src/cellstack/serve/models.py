@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from cellstack.formats.files import digest_of
 from cellstack.formats.state import state_from, state_to_bytes
 from cellstack.serve.rows import Records, Rows
-from cellstack.serve.session import Session
 from cellstack.serve.worker import Answers, Done, Frames, StoppingError, Worker, call_all
 
 if TYPE_CHECKING:
-    from cellstack.network import Network
+    from cellstack import Network
 
 
 NOT_OPEN = "no session with this token is open"
@@ -64,6 +63,67 @@ class Limits:
     message: int = 16 << 20
     rate: float | None = None
     kept: int = 16
+
+
+class Owner(Protocol):
+    """A connection that sends the frames of sessions."""
+
+    def lost(self, session: Session, why: str) -> None:
+        """Stop using a session, which was closed or belongs to another connection now."""
+
+
+@dataclass(eq=False)
+class Session:
+    """One client's sequence.
+
+    Attributes:
+        token: the secret that identifies it in requests.
+        model: its model.
+        number: its number in the model's pool.
+        owner: the connection that currently sends its frames, None for HTTP; only this connection receives answers.
+        due: `time.monotonic()` until which its frames without a connection were sent at the limit's rate.
+    """
+
+    token: str
+    model: Model
+    number: int
+    owner: Owner | None = None
+    due: float = 0.0
+
+    @property
+    def slot(self) -> int:
+        """Its place in the pool."""
+        return self.number % self.model.capacity
+
+    @property
+    def processed(self) -> int:
+        """The number of the last frame that was processed."""
+        return int(self.model.worker.count[self.slot])
+
+    @property
+    def accepted(self) -> int:
+        """The number of the last frame that was queued."""
+        return int(self.model.accepted[self.slot])
+
+    @accepted.setter
+    def accepted(self, number: int) -> None:
+        self.model.accepted[self.slot] = number
+
+    @property
+    def used(self) -> float:
+        """`time.monotonic()` of the last use."""
+        return float(self.model.used[self.slot])
+
+    def touch(self) -> None:
+        """Note that it is in use now."""
+        self.model.used[self.slot] = time.monotonic()
+
+    def take(self, owner: Owner | None) -> None:
+        """Give the session to a connection, or to requests over HTTP; a connection that has it loses it."""
+        before, self.owner = self.owner, owner
+        self.touch()
+        if before is not None and before is not owner:
+            before.lost(self, "another connection has resumed the session")
 
 
 class _Opening(NamedTuple):
@@ -210,7 +270,7 @@ class Model:
         return session
 
     def _open(self) -> None:
-        """Open the sessions that were requested in this iteration of the event loop; they are stored together."""
+        """Open the sessions that were requested in this iteration of the event loop."""
         opening, self._opening = self._opening, []
 
         def opened() -> list[int]:
@@ -220,7 +280,7 @@ class Model:
                     for one in opening:
                         numbers.append(self.pool.open(one.state))  # noqa: PERF401  (kept if a later one fails)
                 some = opening[: len(numbers)]
-                self.worker.opened(numbers, [one.token for one in some], [one.frames for one in some])
+                self.worker.opened(numbers, [one.frames for one in some])
             except BaseException:
                 for number in numbers:
                     self.pool.close(number)
@@ -233,12 +293,9 @@ class Model:
                 if one.number.cancelled():  # its client is gone
                     if number is not None:
                         with suppress(StoppingError):
-                            self.worker.call(partial(self._closed, number), lambda _: None)
+                            self.worker.call(partial(self.pool.close, number), lambda _: None)
                 elif number is not None:
                     one.number.set_result(number)
-                elif isinstance(result, OSError):
-                    why = f"the session can't be stored: {result.strerror or result}"
-                    one.number.set_exception(ServeError(503, why))
                 elif isinstance(result, Exception):
                     one.number.set_exception(result)
                 else:
@@ -250,10 +307,6 @@ class Model:
         except StoppingError as error:
             done(error)
 
-    def _closed(self, number: int) -> None:
-        self.worker.closed(number)
-        self.pool.close(number)
-
     async def close(self, session: Session, why: str = "the session was closed") -> None:
         """Close a session, after its queued frames; `why` is for the connection that has it."""
         if self.sessions.pop(session.token, None) is None:
@@ -263,7 +316,7 @@ class Model:
         if owner is not None:
             owner.lost(session, why)
 
-        await self.call(partial(self._closed, session.number))
+        await self.call(partial(self.pool.close, session.number))
 
     async def state(self, session: Session) -> bytes:
         """Return a session's state after its queued frames, as the bytes of a file of `cellstack stream --state`."""
