@@ -16,8 +16,8 @@ def _cell(kind: Kind) -> Any:
 >>> import torch
 >>> cell = {name}(6)
 >>> h, state = cell(torch.zeros(2, 6), cell.get_initial_state(2))
->>> tuple(h.shape), tuple(cell.kernel.shape), state._fields
-((2, 6), (6, {columns}), {kind.state._fields})
+>>> tuple(h.shape), tuple(cell.kernel.shape), len(state)
+((2, 6), (6, {columns}), {len(kind.state._fields)})
 """
     doc = f"One step of {text}\n{example}\nRef: {ref}"
     return type(name, (Cell,), {"__module__": __name__, "__doc__": doc, "kind": kind.name})
