@@ -22,7 +22,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.serve import generations, journal
 from cellstack.serve.durable import Store
 from cellstack.serve.models import Limits, Model, Models, ServeError
-from cellstack.serve.server import Server, Settings
+from cellstack.serve.server import Server, ServerSettings
 
 SERVER = Path(__file__).with_name("durable_server.py")
 
@@ -417,7 +417,7 @@ def test_other_options_of_a_model_are_another_version(tmp_path, monkeypatch):
     file = tmp_path / "lstm.safetensors"
     network().save(file)
     monkeypatch.setattr("cellstack.formats.load", lambda path, order=(): network(len(order)))
-    settings = Settings(durable=tmp_path / "durable", limits=Limits(sessions=8))
+    settings = ServerSettings(durable=tmp_path / "durable", limits=Limits(sessions=8))
     x = steps(4)
 
     async def serve(options, begin, length):

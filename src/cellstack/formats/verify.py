@@ -258,7 +258,7 @@ def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
     weights = runtimes.c.weights_of(path) if path.lower().endswith(".c") else None
     y, states = net.run(inputs, weights=weights)
     try:
-        theirs = runtimes.run(net, path, inputs)
+        theirs = runtimes.run_file(net, path, inputs)
     except OtherSizesError:
         raise
     except CannotRunError as error:

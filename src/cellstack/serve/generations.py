@@ -51,7 +51,7 @@ class Record(NamedTuple):
     data: bytes | NDArray[Any]
 
 
-class Part(NamedTuple):
+class SnapshotPart(NamedTuple):
     """Some sessions of a snapshot.
 
     Attributes:
@@ -254,7 +254,7 @@ def _rows(database: sqlite3.Connection, path: Path) -> Iterator[tuple[Any, ...]]
         raise DamageError(f"{path}: {error} after record {expected - 1}") from None
 
 
-def write_snapshot(folder: Path, number: int, about: dict[str, Any], parts: Iterable[Part]) -> None:
+def write_snapshot(folder: Path, number: int, about: dict[str, Any], parts: Iterable[SnapshotPart]) -> None:
     """Write a snapshot to disk; it appears in the folder when it is complete.
 
     Raises:
@@ -283,7 +283,7 @@ def write_snapshot(folder: Path, number: int, about: dict[str, Any], parts: Iter
         raise
 
 
-def read_snapshot(folder: Path, number: int, about: dict[str, Any]) -> tuple[dict[str, Any], list[Part]]:
+def read_snapshot(folder: Path, number: int, about: dict[str, Any]) -> tuple[dict[str, Any], list[SnapshotPart]]:
     """Read a snapshot: what it was described as, and its parts. For the arguments see `Log`.
 
     Raises:
@@ -295,7 +295,7 @@ def read_snapshot(folder: Path, number: int, about: dict[str, Any]) -> tuple[dic
         return described, [_part(database, path, place) for place in range(described["parts"])]
 
 
-def _part(database: sqlite3.Connection, path: Path, place: int) -> Part:
+def _part(database: sqlite3.Connection, path: Path, place: int) -> SnapshotPart:
     """Read a part of a snapshot."""
     try:
         row = database.execute("SELECT sessions, crc, states, answers, data_crc FROM part WHERE id = ?", (place,))
@@ -308,4 +308,4 @@ def _part(database: sqlite3.Connection, path: Path, place: int) -> Part:
         raise DamageError(f"{path}: the states in part {place} are missing")
     if _check(place, 0, states, answers) != data_crc:
         raise DamageError(f"{path}: the states in part {place} don't match their checksum")
-    return Part(json.loads(text), states, answers)
+    return SnapshotPart(json.loads(text), states, answers)

@@ -22,8 +22,8 @@ from cellstack.serve.generations import (
     DamageError,
     Log,
     Numbers,
-    Part,
     Record,
+    SnapshotPart,
     as_bytes,
     files_before,
     numbers_of,
@@ -271,7 +271,7 @@ class Journal:
         states = [array for entry in self.model.pool.state(numbers) for array in entry]
         return _Moment(numbers, tokens, worker.count[slots], worker.all_stored_from(slots), states)
 
-    def _part(self, moment: _Moment, start: int) -> Part:
+    def _part(self, moment: _Moment, start: int) -> SnapshotPart:
         """Return some sessions of a snapshot, while the worker may already step them further.
 
         Answers that this overwrites in the meantime are those that the frames of the next log write again.
@@ -290,7 +290,7 @@ class Journal:
             "stored_from": stored_from.tolist(),
         }
         states = b"".join(array[some].tobytes() for array in moment.states)
-        return Part(about, states, as_bytes(answers))  # `tobytes` takes 20 times as long for records
+        return SnapshotPart(about, states, as_bytes(answers))  # `tobytes` takes 20 times as long for records
 
     def states_from(self, data: bytes, count: int) -> list[list[np.ndarray[Any, Any]]]:
         """Return the states of `count` sessions from bytes, as lists of the arrays of each entry of a state."""
