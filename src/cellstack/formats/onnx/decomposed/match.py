@@ -13,8 +13,8 @@ For example, the form of a minGRU is, with its differences multiplied out,
 
 and a file computes y = (1 - a)·s + a·b, with a = Sigmoid(A·x + p) and b = Tanh(B·x + q). This is s - a·s + a·b: terms
 with as many factors and the same signs. The term with the most operators comes first: z·g is a·b. Its factor z can be
-a: slot z is "sigmoid", the kernel's block of z is A, its bias p, and the input is x. So g is b: slot g is "tanh", with B
-and q. (z as b and g as a match too, but fail at the next term.) Then z·h₋ is a·s, as z is a: h₋ is s, and the term h₋
+a: slot z is "sigmoid", the kernel's block of z is A, its bias p, and the input is x. So g is b: slot g is "tanh", with
+B and q. (z as b and g as a match too, but fail at the next term.) Then z·h₋ is a·s, as z is a: h₋ is s, and the term h₋
 is s as well. `cell_of` joins A and B to the kernel, and p and q to the bias.
 """
 
