@@ -18,16 +18,16 @@ from cellstack.cells.errors import FormatError
 from cellstack.network import Network
 from cellstack.train.checks import UsageError, collected
 from cellstack.train.data.frames import is_frame, is_polars
+from cellstack.train.data.lazy import is_iterable
 from cellstack.train.data.reading import TABLES, TABLES_ONLY, merged, read_sequences
 from cellstack.train.data.samples import read_sample
 from cellstack.train.data.sequences import Sequences, as_sequences
-from cellstack.train.data.stream import is_stream
 from cellstack.train.data.ts import read_ts
 from cellstack.train.examples import Examples, Inputs, Labelled, batches
 from cellstack.train.forecasting.predict import forecasts_after
 from cellstack.train.measures import errors
 from cellstack.train.predictions import Predictions
-from cellstack.train.tables.table import read_table, reading_of
+from cellstack.train.tables.table import READING
 from cellstack.train.text.data import alphabet_of, content
 from cellstack.train.text.sampling import generate
 from cellstack.train.trained import Task, trained
@@ -56,8 +56,9 @@ def predict(
     task = net.metadata.get("task")  # `as_trained` refuses an unknown one
     if task == "forecast":
         _refuse({"y": y}, "a network that forecasts: later rows of the table are compared: see .scores")
-        _check_options(options, ("origin", *signature(read_table).parameters))
-        found, notes = forecasts_after(net, data, name, threads=threads, **reading_of(id, time, options))
+        _check_options(options, ("origin", *READING))
+        how = {option: value for option, value in {"id": id, "time": time, **options}.items() if value is not None}
+        found, notes = forecasts_after(net, data, name, threads=threads, **how)
         for note in notes:
             warnings.warn(note, stacklevel=3)
         return found
@@ -135,7 +136,7 @@ def as_trained(
         if y is None and label not in [str(column) for column in data.columns]:
             label = known["per_step"] = None
         return as_sequences(data, label, **named, **known)
-    if is_stream(data):
+    if is_iterable(data):
         items: Any = data() if callable(data) else data
         data = UserList(items)  # a dataset, whose items may have their true values
     frames = isinstance(data, (list, tuple)) and any(map(is_frame, data))

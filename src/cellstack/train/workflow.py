@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,21 +12,20 @@ from numpy.typing import NDArray
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
-from cellstack.train.data.stream import Stream
 from cellstack.train.data.understood import understood
 from cellstack.train.examples import GAP, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.model import Model
+from cellstack.train.options import Architecture, FitOptions
 from cellstack.train.parts import check, parts_of, per_step
 from cellstack.train.processes import uses_gpu
-from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import check_memory
 from cellstack.train.trained import metadata
 from cellstack.train.warm import Start
 
 
 def train_sequences(
-    training: Sequences | Stream,
+    training: Sequences,
     test: Sequences | None,
     architecture: Architecture,
     options: FitOptions = FitOptions(),
@@ -38,7 +36,7 @@ def train_sequences(
     """Train on sequences, and measure the scores on test sequences if there are any.
 
     Args:
-        training: the training data, with the validation part; a `Stream` has chosen its validation part itself.
+        training: the training data, with the validation part.
         test: test data, read with the labels of `training`; None for none.
         architecture: how the model is built.
         options: how it is fitted.
@@ -69,15 +67,13 @@ def train_sequences(
     inputs = parts.measure() if known is None else known
     targets = None if classify else target_scaling(parts.y, parts.weight)
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1
-    head = {"outputs": outputs, "task": task, "targets": targets}
     if options.metrics:
         metrics = {name: _of_labels(metric, training.labels) for name, metric in options.metrics.items()}
         options = replace(options, metrics=metrics)
     check_memory(architecture, len(inputs.standardise[0]), outputs)
 
     def make() -> Model:
-        built = {name: value for name, value in vars(architecture).items() if name != "init"}
-        model = Model(inputs.standardise, **head, **built | {"head": copy.deepcopy(architecture.head)})
+        model = Model(inputs.standardise, outputs, architecture, task, targets)
         if start is not None:
             start.into(model, architecture.head is not None)
         return model
