@@ -4,7 +4,16 @@
 from typing import Any
 from cellstack.keras.recurrent import Recurrent
 
-__all__ = ["GRU", "LSTM", "SLSTM", "CfC", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "SLSTM",
+    "CfC",
+    "LiGRU",
+    "MinGRU",
+    "MinLSTM",
+    "SimpleRNN"
+]
 
 class LSTM(Recurrent):
     def __init__(

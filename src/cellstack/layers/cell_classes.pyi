@@ -6,7 +6,16 @@ import torch
 from cellstack.layers import weights
 from cellstack.layers.cell_base import Cell
 
-__all__ = ["CfCCell", "GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
+__all__ = [
+    "CfCCell",
+    "GRUCell",
+    "LSTMCell",
+    "LiGRUCell",
+    "MinGRUCell",
+    "MinLSTMCell",
+    "SLSTMCell",
+    "SimpleRNNCell"
+]
 
 class LSTMCell(Cell):
     def __init__(

@@ -14,7 +14,16 @@ from cellstack.layers.cell_classes import SLSTMCell
 from cellstack.layers.cell_classes import SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "SLSTM", "CfC", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "SLSTM",
+    "CfC",
+    "LiGRU",
+    "MinGRU",
+    "MinLSTM",
+    "SimpleRNN"
+]
 
 class LSTM(SingleCellRNN):
     cell: LSTMCell
