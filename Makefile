@@ -67,7 +67,7 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp tests/guard/*.cpp
 
-stubs: $(VENV)/tested  ## write what follows from the declarations of cells: the stubs of constructors, the kernel's and JavaScript's tables
+stubs: $(VENV)/tested  ## write what follows from declarations: stubs, the table of options, the kernel's and JavaScript's tables
 	$(BIN)/python tests/architecture/stubs.py
 	$(BIN)/python web/write_kinds.py
 	$(BIN)/python kernel/declared.py

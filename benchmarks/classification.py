@@ -82,7 +82,7 @@ class LSTM(nn.Module):
 def fit_torch(x, y, classes, seed, *, units, lr, bidirectional, mean):
     """Return a model and its lowest validation loss."""
     torch.manual_seed(seed)
-    kept, validation = train.split(y, 0.2, np.random.default_rng(seed))
+    kept, validation = train.custom.split(y, 0.2, np.random.default_rng(seed))
     if not len(validation):
         kept = validation = np.arange(len(y))
     model = LSTM(x[0].shape[1], classes, units, bidirectional, mean)

@@ -12,8 +12,7 @@ import argparse
 import numpy as np
 import peers
 
-from cellstack import native, reference
-from cellstack.cells.spec import CellSpec
+from cellstack import CellSpec, native, reference
 from cellstack_bench.turns import alternate
 
 

@@ -13,7 +13,7 @@ from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autogra
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple as parallel
 
 import cellstack as cs
-from cellstack import _kernel, layers, native
+from cellstack import layers, native
 from cellstack.nodes.mlstm import MLSTM
 
 HEADS, CHUNK = 4, 64
@@ -130,7 +130,7 @@ def sequences():
 if __name__ == "__main__":
     argparse.ArgumentParser(description=str(__doc__).partition("\n\n")[0]).parse_args()
     torch.set_num_threads(1)
-    print(f"{_kernel.isa()}, torch {torch.__version__}, one thread, float32, {HEADS} heads\n")
+    print(f"{native.isa()}, torch {torch.__version__}, one thread, float32, {HEADS} heads\n")
     steps()
     streams()
     sequences()

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from cellstack import native
-from cellstack.cells.spec import CellSpec
+from cellstack import CellSpec, native
 
 
 def kernel_layer(spec, arrays, x, saved=False, y=True, **drops):

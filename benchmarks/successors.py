@@ -32,8 +32,8 @@ import torch
 from cellstack import load, native, train
 from cellstack.train.cell_names import MLSTM
 from cellstack.train.data.ts import read_ts
+from cellstack.train.options import Architecture
 from cellstack.train.recurrent import recurrent_layers
-from cellstack.train.settings import Architecture
 from cellstack.train.sizes import size_of
 from cellstack.train.workflow import train_sequences
 from cellstack_bench.turns import alternate
@@ -69,7 +69,7 @@ def speaker(both: bool, cell: str, heads: int | None, seed: int, quick: bool) ->
     with as_file(files("cellstack_demo") / "data") as data:
         training = read_ts(data / "JapaneseVowels_TRAIN.ts")
         test = read_ts(data / "JapaneseVowels_TEST.ts", training.labels)
-    built = Architecture(UNITS, both, DROPOUT, "mean", every_step=not both, cell=cell, heads=heads)
+    built = Architecture(UNITS, cell, heads, both, dropout=DROPOUT, every_step=not both)
     epochs = 1 if quick else 20
     return train_sequences(training, test, built, replace(OPTIONS, seed=seed, epochs=epochs, threads=1))
 

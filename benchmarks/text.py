@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn import functional
 
 from cellstack.train.loop import learn
-from cellstack.train.settings import Settings
-from cellstack.train.text.data import Architecture, Parts, Text, content, measured
+from cellstack.train.options import Architecture, FitOptions
+from cellstack.train.text.data import Parts, Text, content, measured
 from cellstack.train.text.model import Chunks, TextModel
 from cellstack.train.text.workflow import adam
 
@@ -132,9 +132,9 @@ def main():
         x = torch.from_numpy(chunks.streams.chunk(0)[0])
         torch.testing.assert_close(ours(x), plain(x)[0], atol=2e-5, rtol=1e-4)
         took = {}
-        settings = Settings(epochs=1, lr=LR, clip=CLIP, seed=seed)
+        options = FitOptions(epochs=1, lr=LR, clip=CLIP, seed=seed, threads=args.threads, optimizer=adam(LR))
         runs = {
-            "cellstack": partial(learn, ours, chunks, settings, threads=args.threads, optimizer=adam(LR)),
+            "cellstack": partial(learn, ours, chunks, options),
             "torch": partial(train_plain, plain, chunks),
         }
         for name, run in sorted(runs.items(), reverse=bool(seed % 2)):

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import reference
-from cellstack.cells.spec import CellSpec
-from cellstack.network import Network, processors
-from cellstack.nodes import Bidirectional, Cell, Recurrent
+from cellstack import Bidirectional, Cell, CellSpec, Network, Recurrent, reference
+from cellstack.network import processors
 
 Array = NDArray[Any]
 Arrays = tuple[Array, Array, Array]  # kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]; gates i f g o

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack import load
-from cellstack.network import Network
+from cellstack import Network, load
 from cellstack.train import predict
 from cellstack.train.data.ts import read_ts
 

@@ -237,7 +237,7 @@ def test_it_is_pickled_cloned_and_evaluated(days, fitted):
     assert scores["test_MeanAbsolutePercentageError"].between(0, 0.1).all()
 
 
-@pytest.mark.parametrize(("name", "value"), [("target", "sales"), ("id", "shop"), ("date", "day")])
+@pytest.mark.parametrize(("name", "value"), [("target", "sales"), ("id", "shop"), ("time", "day")])
 def test_parameters_determined_by_sktime_are_refused(days, name, value):
     with pytest.raises(ValueError, match=f"expected an estimator without {name}, .* got '{value}'"):
         forecaster(**{name: value}).fit(days, fh=[1])

@@ -23,9 +23,13 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("module", stubs.MODULES)
+@pytest.mark.parametrize("module", [*stubs.MODULES, *stubs.TRAINING])
 def test_stubs_are_those_of_the_declarations(module):
     assert stubs.path(module).read_text(encoding="utf-8") == stubs.stub(module), "run `make stubs`"
+
+
+def test_the_table_of_options_is_that_of_the_declarations():
+    assert stubs.PAGE.read_text(encoding="utf-8") == stubs.options_page(), "run `make stubs`"
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -172,7 +172,7 @@ def test_a_forecast_warns_of_missing_inputs(capsys, tmp_path):
         ("new", [line.replace(",a", ",c") for line in lines]),
     ):
         (tmp_path / f"{name}.csv").write_text("\n".join(["t,y,plan,kind", *rows]))
-    words = ["--target", "y", "--known", "plan", "--horizon", "4", "--season", "6", "--members", "1"]
+    words = ["--target", "y", "--known", "plan", "--horizon", "4", "--seasons", "6", "--members", "1"]
     assert run(capsys, "train", str(tmp_path / "all.csv"), *words, "-o", str(tmp_path / "net"), *SMALL)[0] == 0
     said = {name: run(capsys, "run", str(tmp_path / "net"), str(tmp_path / f"{name}.csv")) for name in ("ahead", "new")}
     assert said["ahead"][2] == ""
@@ -187,7 +187,7 @@ def test_a_forecast_warns_of_missing_inputs(capsys, tmp_path):
 def test_unused_columns_are_named(capsys, tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("y,place,note\n" + "".join(f"{n % 7},north,n{n}\n" for n in range(120)), encoding="utf-8")
-    words = ["train", str(file), "--season", "7", "--window", "8", "-o", str(tmp_path / "net"), *SMALL]
+    words = ["train", str(file), "--seasons", "7", "--window", "8", "-o", str(tmp_path / "net"), *SMALL]
     said = run(capsys, *words)[1]
     assert "constant or empty, not used: `place` (always 'north')\n" in said
     assert "ignored: `note` (text with 120 distinct values in 120 rows)\n" in said
@@ -199,7 +199,7 @@ def test_a_column_without_values_is_named(capsys, tmp_path):
     file.write_text("y,z\n" + "5,\n" * 200, encoding="utf-8")
     status, _, err = run(capsys, "train", str(file), "--target", "z", "-o", str(tmp_path / "net"), *SMALL)
     assert (status, err) == (2, f"cellstack train: error: {file}: column 'z' has no values\n")
-    words = ["--target", "y", "--season", "1", "--horizon", "3", "-o", str(tmp_path / "net"), *SMALL]
+    words = ["--target", "y", "--seasons", "1", "--horizon", "3", "-o", str(tmp_path / "net"), *SMALL]
     status, out, _ = run(capsys, "train", str(file), *words)
     assert (status, "constant or empty, not used: `z` (no value)\n" in out) == (0, True)
     assert "the target `y` is always 5, and so is its forecast\n" in out
@@ -216,10 +216,10 @@ def test_info(capsys, vowels):
     assert report["parameters"] == sum(layer["parameters"] for layer in report["layers"])
 
 
-def help_of(capsys, monkeypatch, *words, columns=80):
+def help_of(capsys, monkeypatch, *words, columns=80, flag="--help"):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as end:
-        cli.main([*words, "--help"])
+        cli.main([*words, flag])
     assert end.value.code == 0
     return capsys.readouterr().out
 
@@ -240,14 +240,32 @@ def test_help_has_the_main_options_first_and_an_example_last(capsys, monkeypatch
 
 def test_the_help_of_train_begins_with_the_main_options(capsys, monkeypatch):
     out = help_of(capsys, monkeypatch, "train")
-    first = out.split("\nsequences:\n")[0]
+    first = out.split("\ndata:\n")[0]
     found = re.findall(r"^  ([A-Z]+|-o|--[\w-]+)\b", first, re.MULTILINE)
-    main = ["--task", "--label", "--target", "--horizon", "--units", "--epochs", "--dry-run", "--quiet"]
-    assert found == ["FILE", "TEST", "-o", *main]
-    assert "--decimal {point,comma}" in out
+    assert found == ["FILE", "TEST", "-o", "--task", "--dry-run", "--quiet"]
     headings = re.findall(r"^(\w+):$", out, re.MULTILINE)
-    groups = ["sequences", "forecasts", "texts", "tables", "model", "training", "reports"]
-    assert headings == ["options", *groups, "general", "examples"]
+    assert headings == ["options", "data", "model", "training", "reports", "general", "examples"]
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "hidden"),
+    [
+        ([], ["--units", "--help"], ["--label", "--target", "--pooling", "--steps", "--decimal"]),
+        (["a.ts"], ["--label", "--pooling", "--time"], ["--target", "--steps", "--forecasts", "--noise"]),
+        (["a.csv"], ["--target", "--seasons", "--forecasts", "--time"], ["--label", "--pooling", "--zone"]),
+        (["a.csv", "--task", "classify"], ["--label", "--pooling"], ["--target"]),
+        (["a.txt"], ["--steps", "--embedding"], ["--label", "--id", "--seasons", "--bytes"]),
+    ],
+    ids=str,
+)
+def test_the_help_of_train_shows_the_main_options_for_the_data(capsys, monkeypatch, words, shown, hidden):
+    out, everything = (help_of(capsys, monkeypatch, "train", *words, flag=flag) for flag in ("--help", "--help-all"))
+    flags, more = (set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE)) for text in (out, everything))
+    assert len(flags) <= 32
+    assert flags < more
+    assert flags.issuperset(shown)
+    assert not flags.intersection(hidden)
+    assert {"--clip", "--device"} <= more - flags
 
 
 def test_cellstack_alone_shows_the_help_as_help_does(capsys, monkeypatch):
@@ -299,13 +317,13 @@ def test_the_decimal_separator_by_name_and_as_the_character(capsys, tmp_path):
         (["train", "nowhere.ts", "-o", "x"], r"nowhere.ts: No such file"),
         (["train", "series.doc", "-o", "x"], r"expected a file with one of the suffixes .ts, .npz, .csv"),
         (["train", VOWELS, "-o", "no/such/folder/x"], r"the folder no/such/folder doesn't exist"),
-        (["train", VOWELS, "-o", "x", "--lr", "0"], r"expected lr > 0 and finite, got 0.0"),
-        (["train", VOWELS, "-o", "x", "--noise", "nan"], r"expected noise >= 0 and finite, got nan"),
-        (["train", VOWELS, "-o", "x", "--lr", "inf"], r"expected lr > 0 and finite, got inf"),
+        (["train", VOWELS, "-o", "x", "--lr", "0"], r"expected --lr > 0 and finite, got 0.0"),
+        (["train", VOWELS, "-o", "x", "--noise", "nan"], r"expected --noise >= 0 and finite, got nan"),
+        (["train", VOWELS, "-o", "x", "--lr", "inf"], r"expected --lr > 0 and finite, got inf"),
         (["train", VOWELS, "-o", ""], r"expected a file name, got ''"),
         (["train", VOWELS, "-o", "x", "--threads", "1000000000000"], r"expected --threads from 1 to 1024"),
-        (["train", VOWELS, "-o", "x", "--dropout", "1"], r"expected dropout in \[0, 1\), got 1.0"),
-        (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation to be a share in \[0, 1\)"),
+        (["train", VOWELS, "-o", "x", "--dropout", "1"], r"expected --dropout in \[0, 1\), got 1.0"),
+        (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected --validation to be a share in \[0, 1\)"),
         (
             ["train", VOWELS, "-o", "x", "--units", "1000000"],
             r"units 1000000 don't fit into memory: .* GB",
@@ -316,19 +334,18 @@ def test_the_decimal_separator_by_name_and_as_the_character(capsys, tmp_path):
         ),
         (["train", CO2, "-o", "x", "--target", "co2", "--units", "1000000"], r"units 1000000 don't fit into memory"),
         (["train", VOWELS, "-o", "x", "--checkpoint", "no/such/c"], r"no/such/c: there is no folder "),
-        (["train", VOWELS, "-o", "x", "--resume"], r"--resume requires --checkpoint FILE"),
+        (["train", VOWELS, "-o", "x", "--resume"], r"--resume needs --checkpoint"),
         (["train", VOWELS, "-o", "x", "--threads", "0"], r"expected --threads from 1 to 1024, got 0"),
         (
             ["train", VOWELS, "-o", "x", "--target", "a"],
             r"JapaneseVowels_TRAIN.ts: --target doesn't apply to sequences, only to forecasts",
         ),
-        (["train", VOWELS, "-o", "x", "--season", "7"], r"--season doesn't apply to sequences"),
-        (["train", VOWELS, "-o", "x", "--test-share", "0.2"], r"--test-share doesn't apply to sequences"),
+        (["train", VOWELS, "-o", "x", "--seasons", "7"], r"--seasons doesn't apply to sequences"),
         (["train", VOWELS, "-o", "x", "--label", "a"], r"y applies only to tables, not to .ts, got 'a'"),
-        (["train", CO2, "-o", "x", "--class-weights", "balanced"], r"--class-weights doesn't apply to forecasts"),
+        (["train", CO2, "-o", "x", "--class-weight", "balanced"], r"--class-weight doesn't apply to forecasts"),
         (["train", CO2, "-o", "x", "--task", "classify"], r"expected --label COLUMN"),
         (["train", VOWELS], r"expected -o MODEL, the file to write, or --dry-run"),
-        (["train", VOWELS, "-o", "x", "--overwrite"], r"--overwrite requires --checkpoint FILE"),
+        (["train", VOWELS, "-o", "x", "--overwrite"], r"--overwrite needs --checkpoint"),
         (["train", VOWELS, "-o", "x", "--history", "x.txt"], r"expected --history to end in one of .csv, .json"),
         (["train", VOWELS, "-o", "x", "--picture", "no/x.png"], r"no/x.png: there is no folder"),
         (["train", VOWELS, "-o", "x", "--init", "none"], r"none: no such file"),
@@ -343,13 +360,13 @@ def test_the_decimal_separator_by_name_and_as_the_character(capsys, tmp_path):
             r"expected horizon to be an integer from 1 to 2147483647, got -1",
         ),
         (
-            ["train", CO2, "-o", "x", "--test-share", "0.9"],
+            ["train", CO2, "-o", "x", "--test", "0.9"],
             r"leave no rows to train on",
         ),
         (["run", "nothing", CO2], r"nothing: no such file"),
         (["info", VOWELS], r"expected one of .* found a file that begins with"),
         (["demo", "-o", ""], r"expected --output to name a folder, got ''"),
-        (["demo", "-o", "new", "--epochs", "0"], r"expected epochs >= 1, got 0"),
+        (["demo", "-o", "new", "--epochs", "0"], r"expected --epochs >= 1, got 0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, co2_table, words, message):
@@ -373,7 +390,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, co2_t
         ["train", "a.ts", "-o", "x", "--units", "4,x"],
         ["run", "m"],
         ["train", "a.ts", "-o", "x", "--cell", "mlp"],
-        ["train", "a.csv", "-o", "x", "--season", "0"],
+        ["train", "a.csv", "-o", "x", "--seasons", "0"],
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(capsys, words):
@@ -482,7 +499,7 @@ def test_invalid_reading_options_are_one_line(capsys, co2, co2_table, tmp_path):
     for reading in ({"pace": 3}, ["co2"]):
         status, out, err = run(capsys, "run", rewritten(co2, tmp_path, reading=reading), co2_table)
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert "other.safetensors: expected reading to have only keys of categories, date, " in err
+        assert "other.safetensors: expected reading to have only keys of categories, date_format, " in err
 
 
 def test_a_network_without_pooling_is_not_a_trained_classifier(capsys, vowels, tmp_path):
@@ -544,7 +561,7 @@ def test_memory_that_torch_can_t_allocate_is_one_line(capsys, monkeypatch, tmp_p
     def huge(*args, **options):
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(fitting, "fit", huge)
+    monkeypatch.setattr(fitting, "learn", huge)
     status, _, err = run(capsys, "train", VOWELS, "-o", str(tmp_path / "x"), *SMALL)
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("cellstack train: error: not enough memory: you tried to allocate 1152921504606846976 bytes")

@@ -49,9 +49,9 @@ def test_every_argument_that_a_message_names_has_an_option():
     ("words", "text", "expected"),
     [
         (["train", "a.csv"], "use `id='shop'`, or `id=['shop', 'item']`", "use --id shop, or --id shop,item"),
-        (["train", "a.csv"], "name it with `date=…`, or `date=''`", "name it with --date, or --date ''"),
+        (["train", "a.csv"], "name it with `time=…`, or `time=''`", "name it with --time, or --time ''"),
         (["train", "a.csv"], "use `day_first=True` or `day_first=False`", "use --day-first or --month-first"),
-        (["train", "a.csv"], "`resume=True`; `y=…`; `sample_weight=…`", "--resume; --label; --weight"),
+        (["train", "a.csv"], "`resume=True`; `y=…`; `sample_weight=…`", "--resume; --label; --sample-weight"),
         (["train", "a.csv"], "use `decimal=','` or `id='a shop'`", "use --decimal ',' or --id 'a shop'"),
         (["train", "a.csv"], "select columns with `features=…`", "select columns with --features"),
         (["score", "a", "b", "-o", "c"], "select columns with `features=…`", "select columns with --columns"),

@@ -263,7 +263,7 @@ def test_a_checkpoint_is_overwritten_or_resumed_only_on_request(capsys, tmp_path
         in out
     )
     status, _, err = run(capsys, *words, "--resume", "--overwrite")
-    assert (status, "and --overwrite (start again) exclude each other" in err) == (2, True)
+    assert (status, "--overwrite, to start again, exclude each other" in err) == (2, True)
 
 
 def test_the_ts_format_is_described(capsys):
@@ -275,7 +275,7 @@ def test_the_ts_format_is_described(capsys):
 
 def test_class_weights(capsys, machines):
     words = ["train", machines / "machines.npz", "-o", machines / "net", *SMALL, "--validation", "0", "--json"]
-    plain, even = (json.loads(run(capsys, *words, *more)[1]) for more in ([], ["--class-weights", "balanced"]))
+    plain, even = (json.loads(run(capsys, *words, *more)[1]) for more in ([], ["--class-weight", "balanced"]))
     assert plain["history"] != even["history"]
 
 
@@ -293,7 +293,7 @@ def test_a_full_disk_is_one_line(capsys, tmp_path):
         (["machines.csv", "--task", "classify"], "expected --label COLUMN"),
         (["machines.csv", "--label", "state"], "expected --id, the column"),
         (["machines.csv", "--label", "mood", "--id", "machine"], "expected --label to be a column, one of machine"),
-        (["machines.csv", *COLUMNS, "--season", "7"], "--season doesn't apply to sequences, only to forecasts"),
+        (["machines.csv", *COLUMNS, "--seasons", "7"], "--seasons doesn't apply to sequences, only to forecasts"),
         (["machines.csv", *COLUMNS, "--task", "regress"], "y: expected numbers with task regress, got text"),
         (["machines.npz", "--label", "state"], "y applies only to tables, not to .npz"),
         (["empty.csv", *COLUMNS], "empty.csv: line 1: expected column names, found ''"),

@@ -163,7 +163,7 @@ def test_a_checkpoint_is_resumed(run, book):
         (["--noise", "1"], "--noise doesn't apply to texts"),
         (["--bidirectional"], "--bidirectional doesn't apply to texts"),
         (["--steps", "0"], "expected steps >= 1, got 0"),
-        (["--embedding", "-1"], "expected embedding of at least 0"),
+        (["--embedding", "-1"], "expected --embedding >= 0"),
         (["--validation", "0.9"], "together at most 0.5"),
     ],
 )

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cellstack.train import Recipe, history, read_table
+from cellstack.train import history, read_table
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.backtest import Backtest
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.predict import times
+from cellstack.train.forecasting.recipe import Recipe
 from cellstack.train.forecasting.training import Trained
 from cellstack.train.forecasting.windows import Windows
 
@@ -25,7 +26,7 @@ def forecasts(origins, horizon=4, targets=("y",), shops=("a", "b"), dates=True, 
         frame = pd.DataFrame({"day": pd.date_range("2024-01-01", periods=60), "shop": shop})
         parts.append(frame.assign(**{name: 2.0 * np.arange(60) for name in targets}))
     frame = pd.concat(parts).drop(columns=[] if dates else ["day"])
-    table = read_table(frame, id="shop", date=None if dates else "")
+    table = read_table(frame, id="shop", time=None if dates else "")
     recipe = Recipe(targets, horizon, 16, quantiles=quantiles)
     windows = Windows(recipe, table, np.array(origins))
     ahead = windows.origins[:, None] + np.arange(1, horizon + 1)

@@ -20,17 +20,17 @@ from cellstack.train.examples import Inputs
 from cellstack.train.forecasting import predict, prepare, training
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
-from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, planned, understood
+from cellstack.train.forecasting.plan import MOST_WORK, defaults, plan, planned, understood
 from cellstack.train.forecasting.recipe import SMOOTHED
 from cellstack.train.forecasting.smoothing import Smoothing
-from cellstack.train.forecasting.training import Build, calibrated, train_forecast
+from cellstack.train.forecasting.training import calibrated, train_forecast
 from cellstack.train.forecasting.windows import Windows
-from cellstack.train.settings import FitOptions
+from cellstack.train.options import Architecture, FitOptions, ForecastOptions
 from cellstack.train.tables.table import date_unit, read_table
 
 TWO_EPOCHS = FitOptions(epochs=2, batch=64, lr=1e-2, patience=0, threads=1)
-QUICK = {"build": Build((8,), members=1, dropout=0.0), "options": TWO_EPOCHS}
-YEARLY = Request(seasons=(12,))
+QUICK = {"build": Architecture((8,), members=1, dropout=0.0), "options": TWO_EPOCHS}
+YEARLY = ForecastOptions(seasons=(12,))
 
 
 def waves(rows=500, seed=0, noise=0.1, period=12):
@@ -47,7 +47,7 @@ def trained(frame, request=YEARLY, ids=(), **over):
 
 @pytest.fixture(scope="module")
 def found():
-    return trained(waves(), build=Build((16,), members=2, dropout=0.0), options=replace(TWO_EPOCHS, epochs=6))
+    return trained(waves(), build=Architecture((16,), members=2, dropout=0.0), options=replace(TWO_EPOCHS, epochs=6))
 
 
 def test_it_beats_every_rule_where_there_is_more_to_learn(found):
@@ -86,12 +86,12 @@ def test_a_calibration_is_part_of_the_weights(found):
 
 def test_a_useless_network_gets_no_weight():
     table = read_table(waves())
-    recipe = replace(plan(table, Request(seasons=(12,)), 0.35), floors=(0.01,))
+    recipe = replace(plan(table, ForecastOptions(seasons=(12,)), 0.35), floors=(0.01,))
     cut = parts(table, recipe, 0.15, 0.2)
     windows = Windows(recipe, table, cut.validation, typical_errors(table, recipe, cut.ends))
     every = np.arange(len(cut.validation))
     inputs = Inputs.measure(windows, every)
-    model = Forecaster(inputs.standardise, np.ones(1), recipe.horizon, recipe.quantiles, (4,))
+    model = Forecaster(inputs.standardise, np.ones(1), recipe.horizon, recipe.quantiles, Architecture((4,)))
     torch.nn.init.normal_(model.head.weight, std=30.0)
     assert calibrated([model], windows, inputs, every).followed[0] <= 0.1
 
@@ -140,8 +140,8 @@ def test_inputs_known_in_advance_are_used():
     frame["promotion"] = (rng.random(500) < 0.3).astype(float)
     frame["y"] += 5 * frame["promotion"]
     options = replace(TWO_EPOCHS, epochs=12)
-    with_known = trained(frame, Request(("y",), seasons=(12,), known=("promotion",)), options=options)
-    without_known = trained(frame, Request(("y",), seasons=(12,)), options=options)
+    with_known = trained(frame, ForecastOptions(("y",), seasons=(12,), known=("promotion",)), options=options)
+    without_known = trained(frame, ForecastOptions(("y",), seasons=(12,)), options=options)
     errors = [one.result.scores["targets"]["y"]["model"]["mae"] for one in (with_known, without_known)]
     assert errors[0] < 0.7 * errors[1]
     ahead = frame.copy()
@@ -156,7 +156,7 @@ def test_two_targets_and_a_category():
     frame = waves()
     frame["z"] = -2.0 * frame["y"].shift(1).bfill()
     frame["sky"] = np.where(np.arange(500) % 12 < 6, "sun", "rain")
-    done = trained(frame, Request(("y", "z"), seasons=(12,)))
+    done = trained(frame, ForecastOptions(("y", "z"), seasons=(12,)))
     assert set(done.result.scores["targets"]) == {"y", "z"}
     assert done.recipe.categories[0].labels == ("rain", "sun")
     forecasts = predict.forecast(done.result.network, read_table(frame), "model")
@@ -180,7 +180,7 @@ def test_exponential_growth_is_scaled_by_the_level():
     assert windows.recipe.scale == "level"
     assert windows.recipe.smoothing[0].log
     assert windows.recipe.rule == SMOOTHED
-    assert prepared(growing(), Request(seasons=(12,), scale="spread"))[0].recipe.scale == "spread"
+    assert prepared(growing(), ForecastOptions(seasons=(12,), scale="spread"))[0].recipe.scale == "spread"
     below_zero = growing().assign(y=growing()["y"] - 5)
     assert prepared(below_zero)[0].recipe.scale == "spread"  # its level can't be the unit
 
@@ -190,7 +190,7 @@ def test_a_season_that_makes_forecasts_worse_is_dropped(monkeypatch, error, aske
     how = Smoothing(False, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0)
     errors = {(12,): 1.0, (): error}
     monkeypatch.setattr(prepare, "smoothings", lambda table, recipe, *_: ((how,), errors[recipe.seasons]))
-    windows, cut = prepared(waves(), Request(seasons=asked))
+    windows, cut = prepared(waves(), ForecastOptions(seasons=asked))
     assert windows.recipe.seasons == seasons
     assert len(cut.training) == 325 - 12 - (11 if seasons else 0)  # the first season can be used for training again
 
@@ -230,9 +230,9 @@ def test_networks_without_weight_are_not_trained_further(monkeypatch):
 
 
 def test_seasons_are_found_and_none_where_there_is_none():
-    assert plan(read_table(waves()), Request(), 0.35).seasons == (12,)
+    assert plan(read_table(waves()), ForecastOptions(), 0.35).seasons == (12,)
     noise = pd.DataFrame({"y": np.random.default_rng(0).normal(size=300)})
-    recipe = plan(read_table(noise), Request(), 0.35)
+    recipe = plan(read_table(noise), ForecastOptions(), 0.35)
     assert (recipe.seasons, recipe.horizon) == ((), 12)
 
 
@@ -245,7 +245,7 @@ def test_the_table_is_described():
     )
     frame.loc[::2, "sky"] = "rain"
     table = read_table(frame.drop(index=[100, 101, 102]))
-    request = Request(("y",), known=("promotion",))
+    request = ForecastOptions(("y",), known=("promotion",))
     recipe = plan(table, request, 0.35)
     said = "\n".join(understood(table, recipe, request, parts(table, recipe, 0.15, 0.2)))
     for part in (
@@ -263,15 +263,20 @@ def test_the_table_is_described():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
-        (Request(("note",)), r"got 'note', which is ignored: text"),
-        (Request(("sky",)), r"expected a numeric target, found text in column 'sky'"),
-        (Request(), r"expected `target=…`, one or more of y, z"),
-        (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
-        (Request(("y",), horizon=450), r"too few rows for the training part, .*: choose a horizon of at most 75, or"),
-        (Request(("y",), horizon=100), r"too few rows for the validation part, .*: choose a horizon of at most 75, or"),
-        (Request(("y",), holidays="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
-        (Request(("y",), scale="log"), r"expected scale to be one of spread, level"),
+        (ForecastOptions(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
+        (ForecastOptions(("note",)), r"got 'note', which is ignored: text"),
+        (ForecastOptions(("sky",)), r"expected a numeric target, found text in column 'sky'"),
+        (ForecastOptions(), r"expected `target=…`, one or more of y, z"),
+        (ForecastOptions(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
+        (
+            ForecastOptions(("y",), horizon=450),
+            r"too few rows for the training part, .*: choose a horizon of at most 75, or",
+        ),
+        (
+            ForecastOptions(("y",), horizon=100),
+            r"too few rows for the validation part, .*: choose a horizon of at most 75, or",
+        ),
+        (ForecastOptions(("y",), holidays="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
     ],
 )
 def test_invalid_requests(request_, message):
@@ -285,7 +290,7 @@ def test_the_longest_horizon_that_a_message_names_is_the_longest():
     table = read_table(pd.concat([waves(60).assign(shop="a"), waves(200).assign(shop="b")]), id="shop")
 
     def origins(horizon, validation=0.15, test=0.2):
-        return planned(table, Request(("y",), horizon=horizon, seasons=(12,)), validation, test).parts
+        return planned(table, ForecastOptions(("y",), horizon=horizon, seasons=(12,)), validation, test).parts
 
     with pytest.raises(UsageError, match=r"horizon of 99 don't fit: choose a horizon of at most 30,"):
         origins(99)
@@ -298,7 +303,7 @@ def test_the_longest_horizon_that_a_message_names_is_the_longest():
 
 def test_a_target_without_values_is_refused():
     with pytest.raises(UsageError, match="column 'z' has no values"):
-        trained(waves().assign(z=np.nan), Request(("z",)))
+        trained(waves().assign(z=np.nan), ForecastOptions(("z",)))
 
 
 def test_a_constant_series_has_a_constant_forecast():
@@ -315,7 +320,7 @@ def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatc
     def options(**more):
         return replace(TWO_EPOCHS, checkpoint=tmp_path / "checkpoint", **more)
 
-    build, frame = Build((4,), members=2, dropout=0.3), waves(200)
+    build, frame = Architecture((4,), members=2, dropout=0.3), waves(200)
     learned, batches, last = cellstack.train.loop._Run.train, [], None
 
     def train(run, batch):
@@ -345,7 +350,7 @@ def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_slow_trainings_are_continued_and_others_start_again(monkeypatch, capsys):
-    build, options = Build((8,), members=2, dropout=0.0), replace(TWO_EPOCHS, epochs=6, progress=True)
+    build, options = Architecture((8,), members=2, dropout=0.0), replace(TWO_EPOCHS, epochs=6, progress=True)
     monkeypatch.setattr(training, "takes_long", lambda *_: True)
     done = trained(waves(), build=build, options=options).result
     whole = [entry for entry in done.history if entry["whole"]]
@@ -423,7 +428,7 @@ def hourly(tmp_path_factory):
         for n, shop in enumerate(['=HYPERLINK("http://a.example","b")', "-5"])
     ]
     pd.concat(shops).to_csv(folder / "y.csv", index=False)
-    words = ["--id", "shop", "--horizon", "30", "--season", "24", "--window", "24", "--members", "1", "--units", "4"]
+    words = ["--id", "shop", "--horizon", "30", "--seasons", "24", "--window", "24", "--members", "1", "--units", "4"]
     words += ["--epochs", "1", "--threads", "1", "--quiet", "--forecasts", str(folder / "test.csv")]
     assert main(["train", str(folder / "y.csv"), *words, "-o", str(folder / "y")]) == 0
     return folder
@@ -528,10 +533,10 @@ def test_options_of_forecasts_are_refused_for_other_networks(capsys, tmp_path):
     [
         ("--horizon", "0", "expected horizon to be an integer from 1 to"),
         ("--window", "0", "expected window to be an integer from 1 to"),
-        ("--season", "0", "--season: expected numbers of steps such as 24,168, or 1 for no season, got '0'"),
-        ("--season", "day", "--season: expected numbers of steps such as 24,168, or 1 for no season, got 'day'"),
-        ("--quantiles", "2", "--quantiles: expected numbers between 0 and 1 such as 0.1,0.9, got '2'"),
-        ("--quantiles", "low", "--quantiles: expected numbers between 0 and 1 such as 0.1,0.9, got 'low'"),
+        ("--seasons", "0", "--seasons: expected positive integers separated by commas, got '0'"),
+        ("--seasons", "day", "--seasons: expected positive integers separated by commas, got 'day'"),
+        ("--quantiles", "2", "expected --quantiles to be numbers between 0 and 1, such as 0.1,0.9, got (2.0,)"),
+        ("--quantiles", "low", "--quantiles: expected a number, got 'low'"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(command, capsys, option, value, message):

@@ -400,7 +400,7 @@ def test_options_of_reading_are_passed_on(shops, tmp_path):
     options = {"id": ["shop"], "time": "when", "zone": "UTC", "decimal": ","}
     done = train.fit_forecast(tmp_path / "shops.csv", "sales", seasons=24, **options, **QUICK)
     reading = done.network.metadata["reading"]
-    assert (reading["id"], reading["date"], reading["zone"], reading["decimal"]) == (["shop"], "when", "UTC", ",")
+    assert (reading["id"], reading["time"], reading["zone"], reading["decimal"]) == (["shop"], "when", "UTC", ",")
     with pytest.raises(UsageError, match="fit_forecast: id has no effect for a Table"):
         train.fit_forecast(train.read_table(shops, id="shop"), "sales", id="shop", **QUICK)
     with pytest.raises(FormatError, match=r"use `id='shop'`, if"):
@@ -408,12 +408,14 @@ def test_options_of_reading_are_passed_on(shops, tmp_path):
 
 
 def test_an_unknown_option_is_refused_with_the_closest_one(shops):
-    with pytest.raises(TypeError, match=r"^fit_forecast: there is no option 'season': did you mean 'seasons'\?$"):
+    with pytest.raises(TypeError, match=r"^fit_forecast\(\) got an unexpected .* 'season': did you mean 'seasons'\?$"):
         train.fit_forecast(shops, "sales", season=7)
-    with pytest.raises(TypeError, match=r"no option 'holiday': did you mean 'holidays'\?"):
+    with pytest.raises(TypeError, match=r"unexpected .* 'holiday': did you mean 'holidays'\?"):
         train.fit_forecast(shops, "sales", holiday="DE")
-    with pytest.raises(TypeError, match=r"no option 'qqq': expected one of target, horizon, id, .*window.*, zone"):
+    with pytest.raises(TypeError, match=r"fit_forecast\(\) got an unexpected keyword argument 'qqq'$"):
         train.fit_forecast(shops, "sales", qqq=7)
+    with pytest.raises(TypeError, match=r"^fit_forecast: `pooling=…` doesn't apply to forecasts, only to sequences$"):
+        train.fit_forecast(shops, "sales", pooling="max")
 
 
 # ── text ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -497,7 +499,7 @@ def test_what_a_task_doesn_t_take_is_refused_by_name(ragged, classifier, forecas
         (classifier.network, ragged[0][0], {}, UsageError, r"x\[None\] for one sequence"),
         (classifier.network, ragged[0], {"y": ["loud"] * 40}, UsageError, "expected the classes 'busy', 'calm'"),
         (forecaster.network, shops, {"y": "sales"}, UsageError, r"later rows of the table are compared: see \.scores"),
-        (forecaster.network, shops, {"length": 3}, TypeError, "expected options among origin, date"),
+        (forecaster.network, shops, {"length": 3}, TypeError, "expected options among origin, time"),
         (forecaster.network, table, {"freq": "h"}, UsageError, "freq has no effect for a Table"),
         (forecaster.network, ragged[0], {}, UsageError, "expected a path, or a pandas or polars frame"),
         (writer.network, "a", {"threads": 2}, UsageError, "threads has no effect for a network that continues a text"),

@@ -346,7 +346,7 @@ def test_ctrl_c_leaves_a_fitted_estimator_and_stops_what_called(table, monkeypat
     X, y = table
     model = SequenceClassifier(**QUICK | {"epochs": 1000})
     fetched = []
-    fetch = train.Labelled.fetch
+    fetch = train.custom.Labelled.fetch
 
     def interrupting(self, indices):
         fetched.append(len(indices))
@@ -354,7 +354,7 @@ def test_ctrl_c_leaves_a_fitted_estimator_and_stops_what_called(table, monkeypat
             os.kill(os.getpid(), signal.SIGINT)
         return fetch(self, indices)
 
-    monkeypatch.setattr(train.Labelled, "fetch", interrupting)
+    monkeypatch.setattr(train.custom.Labelled, "fetch", interrupting)
     with pytest.raises(KeyboardInterrupt):
         model.fit(X, y)
     monkeypatch.undo()

@@ -12,10 +12,11 @@ import polars as pl
 import pytest
 
 from cellstack import FormatError
-from cellstack.cli.tables import TABLE, add_table_options, given, table_from
-from cellstack.train import CategoryColumn, Spacing, read_table
+from cellstack.cli.tables import add_table_options, given
+from cellstack.train import read_table
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import merged
+from cellstack.train.tables.table import READING, CategoryColumn, Spacing
 
 
 def write(tmp_path, text, encoding="utf-8", name="a.csv"):
@@ -277,7 +278,7 @@ def test_indices_and_names_of_frames():
 def test_kinds_of_columns_that_aren_t_numeric():
     frame = pd.DataFrame({"y": range(4), "wait": pd.to_timedelta(range(4), "s"), "z": [1j] * 4, "l": [[1]] * 4})
     frame["since"] = frame["until"] = days(4)
-    table = read_table(frame, date="")
+    table = read_table(frame, time="")
     assert list(table.columns) == ["y"]
     assert table.ignored["wait"] == "durations: convert them to numbers, for example with .dt.total_seconds()"
     assert table.ignored["z"] == "complex numbers"
@@ -347,7 +348,7 @@ def test_times_that_stand_twice(tmp_path):
     assert "2 duplicate rows dropped" in table.notes
     with pytest.raises(FormatError, match=r"line 6: .* again, as in line 3: .*keep one row, or their mean"):
         read_table(write(tmp_path, "t,y\n" + same.replace("02,2\n", "02,9\n", 1)))
-    with pytest.raises(FormatError, match=r"use `id=…` for the column that identifies series, or `date=…`"):
+    with pytest.raises(FormatError, match=r"use `id=…` for the column that identifies series, or `time=…`"):
         read_table(pd.DataFrame({"t": [*days(9), *days(9)], "y": range(18)}))
     with pytest.raises(FormatError, match=r"line 7: expected a number in column 'y', found 'x'"):  # lines stay right
         read_table(write(tmp_path, "t,y\n" + same + "2023-01-04,x\n2023-01-05,2\n"))
@@ -448,14 +449,14 @@ def test_the_options_of_the_command_line(tmp_path):
     file = write(
         tmp_path, "a;b;c;kind;y\n" + "".join(f"01.{month:02}.2022;7;1;{month};1,250\n" for month in range(1, 13))
     )
-    words = ["--date", "a", "--day-first", "--id", "b,c", "--decimal", ",", "--category", "kind", "--zone", "UTC"]
-    table = table_from(parser.parse_args(words), str(file))
+    words = ["--time", "a", "--day-first", "--id", "b,c", "--decimal", ",", "--categories", "kind", "--zone", "UTC"]
+    table = read_table(str(file), **given(parser.parse_args(words), READING))
     assert (table.ids, str(table.spacing), table.columns["y"][0], table.zone) == (("7/1",), "monthly", 1.25, "UTC")
     assert isinstance(table.categories["kind"], CategoryColumn)
-    again = read_table(str(file), **merged(table.reading, given(parser.parse_args([]), TABLE)))
+    again = read_table(str(file), **merged(table.reading, given(parser.parse_args([]), READING)))
     np.testing.assert_array_equal(again.times, table.times)
     words = ["--month-first", "--freq", "D"]
-    other = read_table(str(file), **merged(table.reading, given(parser.parse_args(words), TABLE)))
+    other = read_table(str(file), **merged(table.reading, given(parser.parse_args(words), READING)))
     assert str(other.times[-1]) == "2022-01-12T00:00:00"
     with pytest.raises(SystemExit):
         parser.parse_args(["--day-first", "--month-first"])

@@ -102,7 +102,7 @@ def test_numbers_that_aren_t_times_stay_numbers(tmp_path):
     assert (table.date, list(table.columns)) == (None, ["total", "y"])
     assert table.understood()[0] == "6 rows, in row order: no column of dates"
     table = read_table(series(tmp_path, range(6), "time,y"))
-    assert "`time` read as numbers, not dates: use `date=…` and `date_format=…` if it has dates" in table.notes
+    assert "`time` read as numbers, not dates: use `time=…` and `date_format=…` if it has dates" in table.notes
 
 
 def test_excel_s_numbers_are_dates_where_asked(tmp_path):
@@ -112,7 +112,7 @@ def test_excel_s_numbers_are_dates_where_asked(tmp_path):
         FormatError, match=r"line 2: expected dates .*found '44956.83.*`date_format=…` to their format \(excel"
     ):
         read_table(file)
-    np.testing.assert_array_equal(read_table(file, date="date", date_format="excel").times, HOURS.to_numpy())
+    np.testing.assert_array_equal(read_table(file, time="date", date_format="excel").times, HOURS.to_numpy())
 
 
 # ── day or month first ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -153,7 +153,7 @@ def test_an_order_that_the_dates_contradict(tmp_path):
 def test_a_column_with_a_name_for_dates_that_has_none(tmp_path):
     with pytest.raises(FormatError, match=r"line 2: expected dates such as 2020-01-31 in column date, found 'soon'"):
         read_table(series(tmp_path, ["soon", "later", "never"], "date,y"))
-    table = read_table(series(tmp_path, ["soon", "later", "never"], "date,y"), date="")
+    table = read_table(series(tmp_path, ["soon", "later", "never"], "date,y"), time="")
     assert table.ignored == {"date": "text with 3 distinct values in 3 rows"}
 
 
@@ -170,17 +170,17 @@ def test_a_format_that_the_dates_don_t_have(tmp_path):
         read_table(file, date_format="%d/%m/%Y")
     with pytest.raises(UsageError, match=r"expected a date format such as .*, got '%J'"):
         read_table(file, date_format="%J")
-    whole = read_table(series(tmp_path, [f"{time:%j %Y}" for time in DAYS]), date_format="%j %Y", date="time")
+    whole = read_table(series(tmp_path, [f"{time:%j %Y}" for time in DAYS]), date_format="%j %Y", time="time")
     np.testing.assert_array_equal(whole.times, DAYS.to_numpy())
 
 
 def test_any_column_can_be_named(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("a,b,y\n2020-01-01,2021-01-01,1\n2020-01-02,2021-01-08,2\n2020-01-03,2021-01-15,3\n")
-    assert (read_table(file).date, read_table(file, date="b").date) == ("a", "b")
-    assert str(read_table(file, date="b").spacing) == "weekly"
+    assert (read_table(file).date, read_table(file, time="b").date) == ("a", "b")
+    assert str(read_table(file, time="b").spacing) == "weekly"
     with pytest.raises(UsageError, match="expected a column of dates 'c', found a, b, y"):
-        read_table(file, date="c")
+        read_table(file, time="c")
     file.write_text("a,y\n1.5,2\n2.5,3\n")
     with pytest.raises(UsageError, match="`zone=…` needs a column of dates, found none in a, y"):
         read_table(file, zone="UTC")
@@ -197,7 +197,7 @@ def test_any_column_can_be_named(tmp_path):
 )
 def test_a_day_and_its_hour_in_separate_columns(tmp_path, header, form, date):
     file = series(tmp_path, [time.strftime(form) for time in HOURS], header)
-    for table in (read_table(file), read_table(file, date=date), read_table(file, date=date.split(","))):
+    for table in (read_table(file), read_table(file, time=date), read_table(file, time=date.split(","))):
         np.testing.assert_array_equal(table.times, HOURS.to_numpy())
         assert (table.date, list(table.columns)) == (date, ["y"])
     assert read_table(file).notes[0] == "dates from " + ", ".join(f"`{name}`" for name in date.split(",")) + " together"
@@ -205,10 +205,10 @@ def test_a_day_and_its_hour_in_separate_columns(tmp_path, header, form, date):
 
 def test_hours_from_1_to_24(tmp_path):
     file = series(tmp_path, [f"{day:%Y-%m-%d},{hour}" for day in DAYS for hour in range(1, 25)], "day,hour,y")
-    with pytest.raises(FormatError, match=r"line 3: .* use `id=…` for the column that identifies series, or `date=…`"):
+    with pytest.raises(FormatError, match=r"line 3: .* use `id=…` for the column that identifies series, or `time=…`"):
         read_table(file)
     with pytest.raises(FormatError, match=r"line 25: expected a date such as .*, found '2023-01-01 24:00'"):
-        read_table(file, date="day,hour")
+        read_table(file, time="day,hour")
 
 
 def test_a_year_and_its_quarter_or_month(tmp_path):

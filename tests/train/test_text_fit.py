@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from cellstack import Network, load
-from cellstack.train import Settings, fit_text, generate, learn
 from cellstack.train import checkpoint as checkpoints
+from cellstack.train import fit_text, generate
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import FitOptions
-from cellstack.train.text.data import Architecture, Text, bits_per_character
+from cellstack.train.custom import Architecture, FitOptions, learn
+from cellstack.train.text.data import Text, bits_per_character
 from cellstack.train.text.model import Chunks, TextModel
 from cellstack.train.text.workflow import adam, train_text
 
 ALICE = (files("cellstack_demo") / "data" / "alice.txt").read_text(encoding="utf-8")[:2400]
 SMALL = {"units": (10, 8), "embedding": 6, "steps": 16, "batch": 4, "threads": 1}
-SETTINGS = Settings(epochs=3, batch=4, lr=5e-3, seed=3, patience=0)
+SETTINGS = FitOptions(epochs=3, batch=4, lr=5e-3, seed=3, patience=0)
 
 
 def chunks(kind=Chunks, text=ALICE, batch=4, steps=16):
@@ -75,7 +75,7 @@ def test_the_state_is_carried_without_its_graph_and_reset_in_each_epoch():
                 yield batch
 
     data = chunks(Watched)
-    learn(model, data, replace(SETTINGS, epochs=2), threads=1)
+    learn(model, data, replace(SETTINGS, epochs=2, threads=1))
     assert [n for n, state in enumerate(seen) if state is None] == [0, data.steps]
     assert not any(part.requires_grad for state in seen[1] for part in state)
 
@@ -87,7 +87,7 @@ def test_the_state_is_carried_without_its_graph_and_reset_in_each_epoch():
         ({"units": (4, 0)}, "units to be integers of at least 1"),
         ({"dropout": 1.0}, r"dropout in \[0, 1\)"),
         ({"cell": "elman"}, "cell to be one of lstm, gru, rnn"),
-        ({"embedding": -1}, "embedding of at least 0"),
+        ({"embedding": -1}, "expected embedding >= 0"),
         ({"steps": 0}, "steps >= 1"),
         ({"text": "short"}, "at least 200 characters"),
         ({"text": 5}, "a text as str or bytes, got int"),
@@ -164,25 +164,25 @@ class Stopping(Chunks):
 def test_resume_after_ctrl_c_equals_an_uninterrupted_run(tmp_path, at):
     how = {"threads": 1, "optimizer": adam(SETTINGS.lr)}
     whole = made()
-    unbroken = learn(whole, chunks(), SETTINGS, **how)
+    unbroken = learn(whole, chunks(), replace(SETTINGS, **how))
     stopping, path = chunks(Stopping), tmp_path / "book.checkpoint"
     stopping.at = at
     assert stopping.steps == 34
-    first = learn(made(), stopping, SETTINGS, checkpoint=path, **how)
+    first = learn(made(), stopping, replace(SETTINGS, checkpoint=path, **how))
     assert first.interrupted
     state = checkpoints.load(path)
     assert state["position"][:2] == [(at + 1) // 34, (at + 1) % 34]
     assert [tuple(part.shape for part in layer) for layer in state["carried"]] == [((4, 7),) * 2, ((4, 6),) * 2]
     resumed = made(seed=99)
-    second = learn(resumed, chunks(), SETTINGS, checkpoint=path, resume=True, **how)
+    second = learn(resumed, chunks(), replace(SETTINGS, checkpoint=path, resume=True, **how))
     assert second.history == unbroken.history
     assert_same(weights(resumed), weights(whole))
     with pytest.raises(UsageError, match="expected a checkpoint with truncated 8, as in this training, found 16"):
-        learn(made(), chunks(steps=8), SETTINGS, checkpoint=path, resume=True)
+        learn(made(), chunks(steps=8), replace(SETTINGS, checkpoint=path, resume=True))
     with pytest.raises(UsageError, match="expected a checkpoint with characters 55, as in this training, found"):
-        learn(TextModel(55, Architecture((7, 6))), chunks(), SETTINGS, checkpoint=path, resume=True)
+        learn(TextModel(55, Architecture((7, 6))), chunks(), replace(SETTINGS, checkpoint=path, resume=True))
     with pytest.raises(UsageError, match=r"expected a checkpoint with text .*, as in this training"):
-        learn(made(), chunks(text=ALICE[::-1]), SETTINGS, checkpoint=path, resume=True)
+        learn(made(), chunks(text=ALICE[::-1]), replace(SETTINGS, checkpoint=path, resume=True))
 
 
 def test_inspecting_and_progress_change_nothing(tmp_path):
@@ -190,8 +190,8 @@ def test_inspecting_and_progress_change_nothing(tmp_path):
     built = Architecture((6,), embedding=4)
     runs = []
     for say, more in ((None, {}), (said.append, {"inspect": True})):
-        options = FitOptions(**vars(SETTINGS), threads=1, **more)
-        runs.append(train_text(text, text.parts(), built, 16, options, say=say))
+        options = replace(SETTINGS, steps=16, threads=1, **more)
+        runs.append(train_text(text, text.parts(), built, options, say=say))
     assert_same(*(run.model.state_dict() for run in runs))
     assert len(runs[1].fit.records) == 3
     assert [line.split("  ")[0] for line in said] == ["epoch 1", "epoch 2", "epoch 3"]

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from cellstack import FormatError, load, train
-from cellstack.train import UsageError, as_sequences
+from cellstack.train import UsageError
+from cellstack.train.custom import Inputs, Labelled, as_sequences
 from cellstack.train.data.frames import grouped
 from cellstack.train.data.stream import Stream
 
@@ -129,7 +130,7 @@ def test_an_iterable(toy):
         return zip(x, y, strict=True)
 
     stream = Stream(source, 0.0, 0)
-    inputs = train.Inputs.measure(train.Labelled(as_sequences(x, y)), np.arange(40))
+    inputs = Inputs.measure(Labelled(as_sequences(x, y)), np.arange(40))
     np.testing.assert_allclose(stream.inputs.mean, inputs.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stream.inputs.scale, inputs.scale, rtol=1e-5)
     runs = [train.fit(source, test=(x, y), buffer=buffer, **{**SMALL, "epochs": 3}) for buffer in (10, 10, 100)]
@@ -485,7 +486,7 @@ def test_a_lazy_frame_of_polars_is_collected(toy):
     found = result.predict(lazy)
     assert isinstance(found.to_frame(), pl.DataFrame)
     assert list(found) == list(expected.predict(frame))
-    assert train.read_table(lazy, id="id", date="").ids == train.read_table(frame, id="id", date="").ids
+    assert train.read_table(lazy, id="id", time="").ids == train.read_table(frame, id="id", time="").ids
 
 
 def test_a_result_says_how_the_data_was_understood(toy):

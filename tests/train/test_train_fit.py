@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import FormatError, Network, layers, train
+from cellstack import FormatError, Network, layers
 from cellstack.nodes import GlobalPool
-from cellstack.train import Indexed, Inputs, Labelled, Model, Sequences, Settings, learn
+from cellstack.train import Sequences, custom
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.cell_names import CELLS
 from cellstack.train.checks import UsageError
+from cellstack.train.custom import Architecture, FitOptions, Indexed, Inputs, Labelled, Model, learn
 
 CLASSES = ("a", "b", "c")
 
@@ -38,16 +39,17 @@ def prepare(sequences, seed=0, **options):
     inputs = Inputs.measure(examples, kept)
     torch.manual_seed(seed)
     outputs = len(CLASSES) if options.get("task", "classify") == "classify" else examples.y.shape[1]
-    model = Model(inputs.standardise, outputs, (5, 4), **{"dropout": 0.3, **options})
+    more = {name: options.pop(name) for name in ("task", "targets") if name in options}
+    model = Model(inputs.standardise, outputs, Architecture((5, 4), **options), **more)
     return model, inputs, examples, kept, held
 
 
 def fit(model, inputs, examples, kept, held, settings, **how):
     data = Indexed(examples, inputs, kept, held, settings.batch, settings.seed, settings.noise, settings.offset)
-    return learn(model, data, settings, **how)
+    return learn(model, data, replace(settings, **how))
 
 
-SETTINGS = Settings(epochs=4, batch=4, noise=0.1, offset=0.1, seed=3)
+SETTINGS = FitOptions(epochs=4, batch=4, noise=0.1, offset=0.1, seed=3)
 
 
 def weights(model):
@@ -78,7 +80,7 @@ def test_a_run_repeats_bit_for_bit(sequences):
     for seed in (0, 0, 1):
         model, *rest = prepare(sequences)
         torch.manual_seed(123 + len(ends))  # the previous state of the generator must not matter
-        result = fit(model, *rest, Settings(epochs=3, batch=4, noise=0.1, seed=seed))
+        result = fit(model, *rest, FitOptions(epochs=3, batch=4, noise=0.1, seed=seed))
         ends.append((weights(model), result.history))
     assert_same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
@@ -96,7 +98,7 @@ def test_the_fit_leaves_the_global_generator_alone(sequences):
 
 def test_it_learns_and_keeps_the_best(sequences):
     model, *rest = prepare(sequences)
-    result = fit(model, *rest, Settings(epochs=25, batch=4, lr=2e-2, patience=0))
+    result = fit(model, *rest, FitOptions(epochs=25, batch=4, lr=2e-2, patience=0))
     assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
     assert result.best["accuracy"] >= 2 / 3  # a third by chance
     assert result.best["validation_loss"] == min(entry["validation_loss"] for entry in result.history)
@@ -135,7 +137,9 @@ def test_padding_changes_no_loss_and_no_gradient(sequences, rng, options):
     examples, chosen = Labelled(sequences), np.arange(12)
     inputs = Inputs.measure(examples, chosen)
     torch.manual_seed(0)
-    model = Model(inputs.standardise, len(CLASSES) if classes else 1, (5, 4), **options)
+    more = {name: options.pop(name) for name in ("task", "targets") if name in options}
+    architecture = Architecture((5, 4), **{"dropout": 0.0, **options})
+    model = Model(inputs.standardise, len(CLASSES) if classes else 1, architecture, **more)
     data = Indexed(examples, inputs, chosen, chosen, 12, 0, noise=0.0)
     (batch,) = data.epoch(0)
     assert len(np.unique(examples.lengths[chosen])) > 2
@@ -158,15 +162,15 @@ def test_padding_changes_no_loss_and_no_gradient(sequences, rng, options):
 def test_a_checkpoint_of_batches_of_one_length_each_is_refused_for_sequences_of_many(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
-    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    fit(model, *rest, FitOptions(epochs=1), checkpoint=path)
     state = torch.load(path, weights_only=True)
     del state["fingerprint"]["batches"]
     torch.save(state, path)
     with pytest.raises(UsageError, match=r"expected a checkpoint with batches of similar lengths.*, found None"):
-        fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+        fit(model, *rest, FitOptions(epochs=1), checkpoint=path, resume=True)
     alike = replace(sequences, x=[x[:3] for x in sequences.x])
     model, *rest = prepare(alike)
-    fit(model, *rest, Settings(epochs=1), checkpoint=path, overwrite=True)
+    fit(model, *rest, FitOptions(epochs=1), checkpoint=path, overwrite=True)
     assert "batches" not in torch.load(path, weights_only=True)["fingerprint"]  # earlier checkpoints can be resumed
 
 
@@ -176,7 +180,7 @@ SLOW_CELLS = [pytest.param(cell, marks=pytest.mark.slow) for cell in ("rnn", "mi
 @pytest.mark.parametrize("cell", ["gru", "mingru", *SLOW_CELLS])
 def test_other_cells_learn_too(sequences, cell):
     model, *rest = prepare(sequences, cell=cell)
-    result = fit(model, *rest, Settings(epochs=25, batch=4, lr=2e-2, patience=0))
+    result = fit(model, *rest, FitOptions(epochs=25, batch=4, lr=2e-2, patience=0))
     assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
     assert result.best["accuracy"] >= 2 / 3
     with pytest.raises(UsageError, match=f"expected cell to be one of {', '.join(CELLS)}, got 'mlp'"):
@@ -185,7 +189,7 @@ def test_other_cells_learn_too(sequences, cell):
 
 def test_early_stopping(sequences):
     model, *rest = prepare(sequences)
-    result = fit(model, *rest, Settings(epochs=50, batch=4, lr=1e-9, patience=3))
+    result = fit(model, *rest, FitOptions(epochs=50, batch=4, lr=1e-9, patience=3))
     assert len(result.history) == result.best["epoch"] + 3
 
 
@@ -268,9 +272,9 @@ def test_resume_after_a_crash_equals_an_uninterrupted_run(sequences, tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
-    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    fit(model, *rest, FitOptions(epochs=1), checkpoint=path)
     with pytest.raises(ValueError, match=r"expected a checkpoint with lr 0.1, as in this training, found 0.005"):
-        fit(model, *rest, Settings(epochs=1, lr=0.1), checkpoint=path, resume=True)
+        fit(model, *rest, FitOptions(epochs=1, lr=0.1), checkpoint=path, resume=True)
 
 
 def changed(examples, at, **values):
@@ -284,7 +288,7 @@ def changed(examples, at, **values):
 def test_a_checkpoint_of_another_model_or_other_data_is_refused(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
-    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    fit(model, *rest, FitOptions(epochs=1), checkpoint=path)
     inputs, examples, kept, held = rest
     relabelled = copy.deepcopy(examples)
     relabelled.y[0] = (relabelled.y[0] + 1) % 3
@@ -295,10 +299,10 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(sequences, tmp_p
         ("pooling", prepare(sequences, pooling="max")),
         ("every_step", prepare(sequences, every_step=True)),
         ("cell", prepare(sequences, cell="gru")),
-        ("task", (Model(inputs.standardise, 3, (5, 4), "regress", dropout=0.3), *rest)),
+        ("task", (Model(inputs.standardise, 3, Architecture((5, 4)), "regress"), *rest)),
         ("inputs", (model, replace(inputs, mean=inputs.mean + 1), *rest[1:])),
         ("inputs", (model, replace(inputs, scale=inputs.scale * 2), *rest[1:])),
-        ("targets", (Model(inputs.standardise, 3, (5, 4), dropout=0.3, targets=(np.ones(3), np.ones(3))), *rest)),
+        ("targets", (Model(inputs.standardise, 3, Architecture((5, 4)), targets=(np.ones(3), np.ones(3))), *rest)),
         ("training", (model, inputs, changed(examples, kept[0], x=0.5), kept, held)),
         ("training", (model, inputs, relabelled, kept, held)),
         ("training", (model, inputs, heavier, kept, held)),
@@ -309,9 +313,9 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(sequences, tmp_p
         with pytest.raises(
             UsageError, match=rf"run\.ckpt: expected a checkpoint with {name} .*, as in this training"
         ) as error:
-            fit(*other, Settings(epochs=1), checkpoint=path, resume=True)
+            fit(*other, FitOptions(epochs=1), checkpoint=path, resume=True)
         assert "\n" not in str(error.value)
-    fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+    fit(model, *rest, FitOptions(epochs=1), checkpoint=path, resume=True)
 
 
 def test_missing_values_don_t_change_the_digest_of_the_data(sequences, tmp_path):
@@ -320,7 +324,7 @@ def test_missing_values_don_t_change_the_digest_of_the_data(sequences, tmp_path)
     for bits in (0x7FC00000, 0xFFC00001):
         sequences.x[3][1, 2] = np.array(bits, np.uint32).view(np.float32)
         model, *rest = prepare(sequences)
-        fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+        fit(model, *rest, FitOptions(epochs=1), checkpoint=path, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -331,13 +335,13 @@ def test_missing_values_don_t_change_the_digest_of_the_data(sequences, tmp_path)
 def test_a_checkpoint_that_lacks_a_part_is_a_format_error(sequences, tmp_path, parts):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
-    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    fit(model, *rest, FitOptions(epochs=1), checkpoint=path)
     state = torch.load(path, weights_only=True) if parts else {"cellstack_checkpoint": checkpoints.VERSION}
     torch.save({**state, **parts}, path)
     with pytest.raises(
         FormatError, match=r"run\.ckpt: the checkpoint (is damaged: its entry|doesn't fit this training)"
     ) as error:
-        fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+        fit(model, *rest, FitOptions(epochs=1), checkpoint=path, resume=True)
     assert "\n" not in str(error.value)
 
 
@@ -409,7 +413,7 @@ def test_an_ignored_sigint_stays_ignored(sequences):
     try:
         model, inputs, examples, *parts = prepare(sequences)
         sends = Raising(examples, 3, lambda: signal.raise_signal(signal.SIGINT))
-        assert not fit(model, inputs, sends, *parts, Settings(epochs=1, batch=4)).interrupted
+        assert not fit(model, inputs, sends, *parts, FitOptions(epochs=1, batch=4)).interrupted
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -452,7 +456,7 @@ def test_constraints_and_penalties_are_applied(sequences):
     model, *rest = prepare(sequences)
     layer = layers.LSTM(5, return_sequences=True, input_size=4, kernel_constraint="non_neg", kernel_regularizer="l2")
     model.recurrent[0] = layer
-    fit(model, *rest, Settings(epochs=1, batch=4))
+    fit(model, *rest, FitOptions(epochs=1, batch=4))
     assert (torch.from_numpy(layer.get_weights()[0]) >= 0).all()
     strong = []
     for factor in (None, "l2"):
@@ -460,7 +464,7 @@ def test_constraints_and_penalties_are_applied(sequences):
         torch.manual_seed(0)
         layer = layers.LSTM(5, return_sequences=True, input_size=4, kernel_regularizer=factor)
         model.recurrent[0] = layer
-        fit(model, *rest, Settings(epochs=1, batch=4))
+        fit(model, *rest, FitOptions(epochs=1, batch=4))
         strong.append(layer.get_weights()[0])
     assert not np.array_equal(*strong)
 
@@ -474,11 +478,13 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
     mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
     targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
     inputs = (mean, np.abs(scale) + 1)
+    how = {"bidirectional": bidirectional, "pooling": pooling, "every_step": every_step}
+    architecture = Architecture((5, 4), cell, **how)
     if bidirectional and every_step and pooling == "last":
         with pytest.raises(UsageError, match="every_step with pooling last isn't supported for bidirectional layers"):
-            Model(inputs, 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets, cell)
+            Model(inputs, 3, architecture, task, targets)
         return
-    model = Model(inputs, 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets, cell).eval()
+    model = Model(inputs, 3, architecture, task, targets).eval()
     net = Network(tuple(model.to_nodes()))
     assert {held.spec.kind for held in net.cells} == {cell}
     x = rng.normal(size=(6, 7, 4)).astype(np.float32)
@@ -495,7 +501,8 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "MinLSTM"])
 def test_last_of_both_directions_takes_the_final_states(rng, cell):
     """As in torch's h[-2] and h[-1], not the last step, at which the backward direction has read one step."""
-    model = Model((np.zeros(3), np.ones(3)), 2, (4, 5), bidirectional=True, pooling="last", cell=cell.lower()).eval()
+    architecture = Architecture((4, 5), cell.lower(), bidirectional=True, pooling="last")
+    model = Model((np.zeros(3), np.ones(3)), 2, architecture).eval()
     net = Network(tuple(model.to_nodes()))
     assert not any(isinstance(node, GlobalPool) for node in net.nodes)
     x = rng.normal(size=(1, 6, 3)).astype(np.float32)
@@ -515,8 +522,8 @@ def test_missing_targets_don_t_count(sequences):
         examples.y, examples.weight = y, np.stack([np.ones(36), np.zeros(36)], axis=1).astype(np.float32)
         inputs = Inputs.measure(examples, np.arange(27))
         torch.manual_seed(0)
-        model = Model(inputs.standardise, 2, (4,), "regress")
-        fit(model, inputs, examples, np.arange(27), np.arange(27, 36), Settings(epochs=1))
+        model = Model(inputs.standardise, 2, Architecture((4,), dropout=0.0), "regress")
+        fit(model, inputs, examples, np.arange(27), np.arange(27, 36), FitOptions(epochs=1))
         ends.append(weights(model))
     assert_same(*ends)
 
@@ -543,7 +550,7 @@ def test_the_bar_shows_epoch_loss_metric_and_time_left(sequences, capsys):
 )
 def test_settings_out_of_range(name, value):
     with pytest.raises(UsageError, match=f"expected {name} .*got {value}"):
-        Settings(**{name: value})
+        FitOptions(**{name: value})
 
 
 def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
@@ -580,13 +587,13 @@ def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
 def test_an_existing_checkpoint_is_not_overwritten_by_default(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
-    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    fit(model, *rest, FitOptions(epochs=1), checkpoint=path)
     whole = path.read_bytes()
     with pytest.raises(UsageError, match=r"run\.ckpt: the checkpoint already exists: `resume=True` continues"):
-        fit(model, *rest, Settings(epochs=1), checkpoint=path)
+        fit(model, *rest, FitOptions(epochs=1), checkpoint=path)
     assert path.read_bytes() == whole
     path.write_bytes(b"something else")
-    fit(prepare(sequences)[0], *rest, Settings(epochs=2), checkpoint=path, overwrite=True)
+    fit(prepare(sequences)[0], *rest, FitOptions(epochs=2), checkpoint=path, overwrite=True)
     assert len(checkpoints.load(path)["history"]) == 2
 
 
@@ -594,9 +601,9 @@ def test_more_epochs_after_a_resume(sequences, tmp_path):
     """The learning rate is that of a run of as many epochs; with fewer than were done there is nothing to do."""
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
-    fit(model, *rest, Settings(epochs=3, batch=4), checkpoint=path)
-    result = fit(model, *rest, Settings(epochs=8, batch=4), checkpoint=path, resume=True)
-    straight = fit(prepare(sequences)[0], *rest, Settings(epochs=8, batch=4))
+    fit(model, *rest, FitOptions(epochs=3, batch=4), checkpoint=path)
+    result = fit(model, *rest, FitOptions(epochs=8, batch=4), checkpoint=path, resume=True)
+    straight = fit(prepare(sequences)[0], *rest, FitOptions(epochs=8, batch=4))
     rates, expected = ([entry["lr"] for entry in one.history] for one in (result, straight))
     assert len(rates) == 8
     assert rates[3:] == pytest.approx(expected[3:], rel=1e-12)
@@ -606,7 +613,7 @@ def test_more_epochs_after_a_resume(sequences, tmp_path):
         "the checkpoint is of a training of 3 epochs: from epoch 4 on, the learning rate is that of a training of 8 "
         "epochs, now 0.00347"
     ]
-    again = fit(model, *rest, Settings(epochs=2, batch=4), checkpoint=path, resume=True)
+    again = fit(model, *rest, FitOptions(epochs=2, batch=4), checkpoint=path, resume=True)
     assert again.history == result.history
     assert again.stopped == "epochs"
 
@@ -635,7 +642,7 @@ def test_a_run_that_a_callback_stopped_stays_stopped(sequences, tmp_path):
     def train(epochs, *callbacks):
         model, *rest = prepare(sequences)
         how = {"checkpoint": tmp_path / "run.ckpt", "resume": True, "callbacks": callbacks}
-        return weights(model), fit(model, *rest, Settings(epochs=epochs, batch=4), **how)
+        return weights(model), fit(model, *rest, FitOptions(epochs=epochs, batch=4), **how)
 
     (_, once), (_, again) = train(4, ends), train(4, ends)
     assert (again.stopped, again.history, again.steps) == ("callback", once.history, once.steps)
@@ -651,7 +658,7 @@ def test_what_a_callback_adds_is_in_the_history_and_the_checkpoint(sequences, tm
         assert not epoch.model.training
         epoch.entry["said"] = f"epoch {epoch.entry['epoch']} of {len(epoch.fit.history)}"
 
-    result = fit(model, *rest, Settings(epochs=2), checkpoint=path, callbacks=[add])
+    result = fit(model, *rest, FitOptions(epochs=2), checkpoint=path, callbacks=[add])
     assert [entry["said"] for entry in result.history] == ["epoch 1 of 1", "epoch 2 of 2"]
     assert checkpoints.load(path)["history"] == result.history
 
@@ -735,7 +742,7 @@ class Stripes:
 
     def batch(self, part):
         x = self.x[:, 4 * part : 4 * part + 4]
-        return train.Batch({"values": x}, x.sum(1), np.ones((2, 1), np.float32))
+        return custom.Batch({"values": x}, x.sum(1), np.ones((2, 1), np.float32))
 
     def epoch(self, number, first=0):
         for part in range(first, 5):
@@ -752,24 +759,24 @@ class Stripes:
 
 @pytest.mark.parametrize("stop_at", [(0, 2), (1, 0), (2, 4)])
 def test_a_carried_state_is_part_of_the_checkpoint(tmp_path, stop_at):
-    path, settings = tmp_path / "run.ckpt", Settings(epochs=4, lr=1e-2)
+    path, settings = tmp_path / "run.ckpt", FitOptions(epochs=4, lr=1e-2, threads=1)
 
     def made():
         torch.manual_seed(0)
         return Carrying()
 
     whole = made()
-    expected = learn(whole, Stripes(), settings, threads=1)
+    expected = learn(whole, Stripes(), settings)
     began = [fresh for training, fresh in whole.seen if training]
     assert began == [True, False, False, False, False] * 4  # reset at the start of an epoch
     assert all(fresh for training, fresh in whole.seen if not training)
     broken = made()
-    first = learn(broken, Stripes(stop_at), settings, checkpoint=path, threads=1)
+    first = learn(broken, Stripes(stop_at), replace(settings, checkpoint=path))
     assert first.stopped == "ctrl-c"
     resumed = made()
     with torch.no_grad():
         resumed.head.weight.zero_()
-    second = learn(resumed, Stripes(), settings, checkpoint=path, resume=True, threads=1)
+    second = learn(resumed, Stripes(), replace(settings, checkpoint=path, resume=True))
     assert second.history == expected.history
     assert_same(weights(resumed), weights(whole))
 
@@ -779,7 +786,7 @@ def test_data_that_ends_early_is_an_error():
         steps = 6
 
     with pytest.raises(UsageError, match="expected 6 batches in every epoch, got 5 in epoch 1"):
-        learn(Carrying(), Short(), Settings(epochs=1), threads=1)
+        learn(Carrying(), Short(), FitOptions(epochs=1, threads=1))
 
 
 # ── threads ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -837,7 +844,7 @@ def test_a_resumed_run_takes_the_threads_of_its_checkpoint(sequences, tmp_path, 
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
     for asked, used in ((1, 1), (None, 1), (2, 2), (None, 2)):
-        result = fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True, threads=asked)
+        result = fit(model, *rest, FitOptions(epochs=1), checkpoint=path, resume=True, threads=asked)
         assert result.threads == used
         if asked == 2:
             state = torch.load(path, weights_only=True)

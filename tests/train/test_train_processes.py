@@ -10,7 +10,7 @@ import torch
 
 from cellstack import load, train
 from cellstack.cli import main as cli
-from cellstack.train import workflow
+from cellstack.train import custom, workflow
 
 # 13 sequences of 5 lengths in batches of up to 3, one of them alone: shards of 2 + 1 and of 1 + 0 rows
 MAKE = textwrap.dedent(
@@ -82,9 +82,9 @@ LEFT_OVER = """
 import os
 import sys
 from cellstack.train import read_ts
-from cellstack.train.settings import Architecture, FitOptions
+from cellstack.train.options import Architecture, FitOptions
 from cellstack.train.workflow import train_sequences
-data, shape = read_ts(sys.argv[1]), Architecture((4,))
+data, shape = read_ts(sys.argv[1]), Architecture((4,), dropout=0.0)
 outcome = train_sequences(data, None, shape, FitOptions(epochs=1, validation=0.3, device="cpu"))
 names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
 sys.exit(sum("gloo" in name for name in names))
@@ -112,9 +112,9 @@ def test_batches_are_padded_on_the_cpu_only(monkeypatch):
     assert gaps == [2.0, 2.0, 2.0, 1.0, 2.0, 1.0]
     lengths = np.repeat([9, 10], 4)
     sequences = train.Sequences([np.ones((length, 1), np.float32) for length in lengths], lengths - 9, ("a", "b"), "x")
-    examples, chosen = train.Labelled(sequences), np.arange(8)
+    examples, chosen = custom.Labelled(sequences), np.arange(8)
     for gap, steps in ((1.0, 2), (2.0, 1)):
-        data = train.Indexed(examples, train.Inputs.measure(examples, chosen), chosen, chosen, 8, 0, gap=gap)
+        data = custom.Indexed(examples, custom.Inputs.measure(examples, chosen), chosen, chosen, 8, 0, gap=gap)
         assert [len(batch.x) for batch in data.epoch(0)] == [8 // steps] * steps
         assert all((batch.mask is None) == (gap == 1) for batch in data.epoch(0))
         assert ("batches" in data.describe()) == (gap > 1)

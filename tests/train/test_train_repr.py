@@ -47,7 +47,7 @@ def test_a_fit_says_which_part_each_metric_is_of(data):
     assert "training loss 0." in best
     assert ", validation loss 0." in best
     assert ", validation accuracy " in best
-    assert repr(train.Fit()) == "Fit: 0 epochs, not finished; 0 steps in 0.0 s on 0 threads"
+    assert repr(train.custom.Fit()) == "Fit: 0 epochs, not finished; 0 steps in 0.0 s on 0 threads"
 
 
 def test_no_metric_is_measured_on_the_training_part(data):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cellstack import FormatError
-from cellstack.train import Labelled, batches, read_ts, split
+from cellstack.train import read_ts
+from cellstack.train.custom import Labelled, batches, split
 from cellstack.train.examples import Inputs
 
 HEADER = "@problemName Toy\n@timeStamps false\n@missing false\n@univariate false\n@dimensions 2\n@equalLength false\n"

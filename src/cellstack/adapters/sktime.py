@@ -131,7 +131,7 @@ class SequenceForecaster(BaseForecaster):
 
     Args:
         estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters and
-            quantiles from 0.05 to 0.95. Its `target`, `id` and `date` are taken from y and its index; its `horizon` is
+            quantiles from 0.05 to 0.95. Its `target`, `id` and `time` are taken from y and its index; its `horizon` is
             the minimum number of steps, even if the `fh` of `fit` is shorter.
 
     Raises:
@@ -238,7 +238,7 @@ class SequenceForecaster(BaseForecaster):
     def _learn(self, fh: Any, least: int) -> None:
         """Fit the estimator for the steps of `fh`, and at least for `least` steps and its own horizon."""
         estimator: Any = clone(self.estimator or sklearn.SequenceForecaster(quantiles=QUANTILES))
-        for name in ("target", "id", "date"):
+        for name in ("target", "id", "time"):
             if getattr(estimator, name):
                 got = getattr(estimator, name)
                 raise ValueError(f"expected an estimator without {name}, as y and its index determine it, got {got!r}")
@@ -302,7 +302,7 @@ class SequenceForecaster(BaseForecaster):
     def _reading(self) -> dict[str, Any]:
         """Return the estimator's parameters for reading the rows."""
         *series, time = self._index_names()
-        return {"id": series, "date": "" if _counts(self._rows) else time}
+        return {"id": series, "time": "" if _counts(self._rows) else time}
 
     def _index_names(self) -> list[str]:
         """Return the names of the columns that hold the index."""

@@ -101,6 +101,16 @@ def sizes(text: str) -> tuple[int, ...]:
     return found
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse numbers, separated by commas."""
+    return tuple(map(number, text.split(",")))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse names, separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def integer(text: str) -> int:
     """Parse an integer."""
     return _parsed(int, "an integer", text)

@@ -15,9 +15,8 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from cellstack import Network
-from cellstack.cells.errors import FormatError
-from cellstack.cli.tables import names
+from cellstack import FormatError, Network
+from cellstack.cli.arguments import names
 from cellstack.formats import extract, listed, load, writers
 from cellstack.formats.files import NATIVE, found
 from cellstack.nodes.cell_arrays import STORED_WEIGHTS

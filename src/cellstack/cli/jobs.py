@@ -6,20 +6,20 @@ from typing import Any
 
 from cellstack.train.confusion import confusion_panels
 from cellstack.train.history import Panel
-from cellstack.train.settings import Architecture, FitOptions, epochs_of
+from cellstack.train.options import Architecture, FitOptions
 
 
 class Job:
     """Data that was read, and how to train on it.
 
     `understood` describes how the data was read, in lines; `described` is the same in plain values, for --json;
-    `defaults` has the defaults of `units`, `lr`, `pooling` and so on; `others` is the time in seconds that a training
-    takes in addition to its fits, as far as `plan` measured it.
+    `given` has all options by name, with the defaults that depend on the data; `others` is the time in seconds that a
+    training takes in addition to its fits, as far as `plan` measured it.
     """
 
     understood: list[str]
     described: dict[str, Any]
-    defaults: dict[str, Any]
+    given: dict[str, Any]
     others: float = 0.0
 
     @property
@@ -33,7 +33,8 @@ class Job:
 
     def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
         """Return the fewest and the most epochs of each fit to come, and whether they include a validation."""
-        return [epochs_of(options, self.validates)]
+        early = options.patience + 1 if self.validates and options.patience else options.epochs
+        return [(min(early, options.epochs), options.epochs, self.validates)]
 
     def checkpoints(self, path: str) -> list[str]:
         """Return the files of the checkpoints that `--checkpoint` names."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cellstack
-from cellstack.cells.errors import FormatError, ShapeError
-from cellstack.cli.arguments import Parser, as_flags
+from cellstack import FormatError, ShapeError
+from cellstack.cli.arguments import Parser, as_flags, names
 from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info
 from cellstack.cli.inspect import inspect
@@ -20,12 +20,12 @@ from cellstack.cli.run import run
 from cellstack.cli.score import add_score_arguments, score
 from cellstack.cli.serve import add_serve_arguments, serve
 from cellstack.cli.stream import stream
-from cellstack.cli.tables import add_table_options, names
+from cellstack.cli.tables import add_table_options
 from cellstack.cli.text import add_generate_arguments, generate
-from cellstack.cli.train import add_arguments, train
+from cellstack.cli.train import add_arguments, add_help, train
 from cellstack.formats.lines import FORMS
 from cellstack.nodes.cell_arrays import STORED_WEIGHTS, WEIGHTS
-from cellstack.train.checks import TooFewRowsError, UsageError
+from cellstack.train.checks import OptionError, TooFewRowsError, UsageError
 from cellstack_bench.command import add_bench_arguments, bench
 from cellstack_demo.command import add_demo_arguments, demo
 
@@ -198,7 +198,10 @@ def parser() -> Parser:
         if verb.threads is not None:
             text = f"number of processor threads (default: {verb.threads})"
             general.add_argument("--threads", type=int, metavar="N", help=text)
-        general.add_argument("-h", "--help", action="help", help="show this help and exit")
+        if name == "train":
+            add_help(general)
+        else:
+            general.add_argument("-h", "--help", action="help", help="show this help and exit")
     return top
 
 
@@ -214,14 +217,12 @@ def _add_run(runs: Parser) -> None:
     runs.add_argument("--columns", type=names, metavar="A,B", help=text)
     text = "table column of the true values (default: as in training, if the table has it)"
     runs.add_argument("--label", dest="y", metavar="COLUMN", help=text)
-    text = "table column that orders a sequence's rows (default: as in training)"
-    runs.add_argument("--time", metavar="COLUMN", help=text)
     runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (default: the last row)")
     runs.add_argument("--picture", metavar="FILE", help="plot the forecast: to .png, .svg or .pdf")
     text = "round the matrices to this dtype (default: as in the file)"
     runs.add_argument("--weights", choices=STORED_WEIGHTS, help=text)
     add_load_options(runs)
-    add_table_options(runs, "as in training")
+    add_table_options(runs)
 
 
 def _add_stream(steps: Parser) -> None:
@@ -342,6 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, f"not enough memory: {error}")
     except TooFewRowsError as error:
         return _fail(args, str(error), 1)
+    except OptionError as error:
+        return _fail(args, str(error).replace(error.option, f"`{error.option}=…`", 1))
     except (FormatError, ShapeError, UsageError) as error:  # any other error is a bug, and keeps its traceback
         return _fail(args, str(error))
 

@@ -13,14 +13,16 @@ import numpy as np
 from cellstack import Network
 from cellstack.cli.arguments import as_flags
 from cellstack.cli.files import load_model, load_options, run_any, show, with_weights, write_csv
-from cellstack.cli.tables import SEQUENCES, TABLE, given, only_one
+from cellstack.cli.tables import given, only_one
 from cellstack.cli.text import measure
 from cellstack.train.checks import UsageError
+from cellstack.train.data.reading import TABLES_ONLY
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.predict import forecasts_after
 from cellstack.train.history import PICTURES, check, save
 from cellstack.train.predict import as_trained, sequences
 from cellstack.train.predictions import Predictions
+from cellstack.train.tables.table import READING
 
 MOST_CLASSES = 10  # for which the confusion matrix is printed
 
@@ -54,14 +56,14 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
     if net.task == "forecast":
         if args.picture is not None:
             check(args.picture, PICTURES, "--picture")
-        how = given(args, TABLE)
+        how = given(args, READING)
         found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, **how)
         for note in notes:
             print(f"cellstack run: warning: {as_flags(note, args)}", file=sys.stderr)
         if args.picture is not None:
             save(args.picture, found.plot())
         return _show(args, found.columns(), _forecasts(found))
-    how = {"id": only_one(args.id), "time": args.time, **given(args, SEQUENCES)}
+    how = {name: only_one(name, getattr(args, name)) for name in ("id", "time")} | given(args, TABLES_ONLY)
     found = sequences(net, as_trained(net, args.file, args.y, path, **how), args.file, args.threads)
     report: dict[str, Any] = {"ids": list(found.ids)} if found.ids else {}
     report["predicted"] = found.predicted

@@ -7,9 +7,9 @@ import sys
 import time
 from dataclasses import asdict
 
-from cellstack.cli.arguments import as_flags
+from cellstack.cli.arguments import as_flags, names
 from cellstack.cli.files import add_load_options, load_options, show
-from cellstack.cli.tables import names, only_one
+from cellstack.cli.tables import only_one
 from cellstack.train.checks import UsageError
 
 MOST_SHOWN = 10  # files that failed
@@ -57,7 +57,7 @@ def score(args: argparse.Namespace) -> int:
             args.model,
             args.files,
             args.output,
-            id=only_one(args.id),
+            id=only_one("id", args.id),
             time=args.time,
             features=args.features,
             missing=args.missing,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,14 @@ from numpy.typing import NDArray
 
 from cellstack.cli.arguments import as_flags
 from cellstack.cli.jobs import Job
-from cellstack.cli.tables import SEQUENCES, given, only_one
+from cellstack.cli.tables import only_one
 from cellstack.train.checks import UsageError
-from cellstack.train.data.reading import TABLES, read_sequences
+from cellstack.train.data.reading import SEQUENCES, TABLES, TABLES_ONLY, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.understood import understood
-from cellstack.train.parts import check, parts_of, per_step
-from cellstack.train.settings import Architecture, FitOptions
+from cellstack.train.options import Architecture, FitOptions
+from cellstack.train.parts import check, cut, parts_of, per_step
 from cellstack.train.sizes import size_of
-
-UNUSED = ("date", "zone", "freq", "categories")
-
-
-def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Add the options for sequences to the parser, and return them."""
-    data = train.add_argument_group("sequences", "options for .csv, .tsv and .parquet tables of sequences")
-    text = "sequences in a table: column of the classes or numbers to learn"
-    return [
-        train.add_argument("--label", dest="y", metavar="COLUMN", help=text),
-        data.add_argument(
-            "--time", metavar="COLUMN", help="column that orders the rows of a sequence (default: as in the file)"
-        ),
-        data.add_argument(
-            "--resample", type=float, metavar="X", help="interpolate with this time between steps (dates: in seconds)"
-        ),
-        data.add_argument("--features", metavar="A,B", help="input columns (default: all other numeric ones)"),
-        data.add_argument(
-            "--weight", dest="sample_weight", metavar="COLUMN", help="column of the sequences' weights in the loss"
-        ),
-        data.add_argument("--per-step", action="store_true", help="learn a label for each step, not for each sequence"),
-        data.add_argument("--class-weights", choices=("balanced",), help="give every class the same total weight"),
-    ]
 
 
 @dataclass
@@ -52,19 +28,18 @@ class SequencesJob(Job):
 
     training: Sequences
     test: Sequences | None
-    class_weights: str | None
     understood: list[str]
     described: dict[str, Any]
-    defaults: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any]
     validated: int = 0
 
     def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come."""
         training, test, share = self.training, self.test, options.validation
-        check(training, None, test, self.class_weights)
+        check(training, None, test, self.given["class_weight"])
         if training.per_step:
             architecture = per_step(architecture)
-        parts = parts_of(training, None, self.class_weights, options)
+        parts = parts_of(training, None, self.given["class_weight"], options)
         self.validated = parts.validated
         inputs = parts.measure()
         steps = parts.data(inputs).steps
@@ -103,37 +78,41 @@ class SequencesJob(Job):
         """Train on the sequences."""
         from cellstack.train.workflow import train_sequences
 
-        return train_sequences(self.training, self.test, architecture, options, class_weight=self.class_weights)
+        return train_sequences(self.training, self.test, architecture, options, class_weight=self.given["class_weight"])
 
 
-def read(args: argparse.Namespace) -> SequencesJob:
+def read(args: argparse.Namespace, given: dict[str, Any]) -> SequencesJob:
     """Read the training file, and the test file if one is given.
+
+    Args:
+        args: the files, and the column to learn.
+        given: the options.
 
     Raises:
         UsageError: a table without the options that it needs, or data that can't be used.
         FormatError: the content of a file doesn't match its suffix.
     """
-    tables = [name for name in (args.file, args.test) if name is not None and Path(name).suffix.lower() in TABLES]
-    if tables and args.y is None:
+    files = [args.file, *([] if args.test_file is None else [args.test_file])]
+    if args.y is None and any(Path(name).suffix.lower() in TABLES for name in files):
         raise UsageError(f"{args.file}: expected --label COLUMN, the classes or numbers to learn")
-    features = None if args.features is None else [name.strip() for name in args.features.split(",") if name.strip()]
-    columns = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.sample_weight}
-    columns["resample"] = args.resample
-    how = partial(read_sequences, y=args.y, per_step=args.per_step or None, **columns)
-    training = how(args.file, task=args.task, **given(args, SEQUENCES))
-    if args.test is None:
-        test = None
-    else:
-        task = args.task or ("classify" if training.labels else "regress")
-        features = training.columns or None
-        reading = {name: training.table.get(name) for name in SEQUENCES}
-        test = how(args.test, task=task, labels=training.labels or None, features=features, **reading)
+    reading = {name: given[name] for name in SEQUENCES} | {"weight": given["sample_weight"], "task": args.task}
+    reading |= {name: only_one(name, given[name]) for name in ("id", "time")}
+    training = read_sequences(args.file, y=args.y, **reading)
     lines, described = understood(training, args.file)
     report: dict[str, Any] = {"training": described}
-    if test is not None and args.test is not None:
-        more, report["test"] = understood(test, args.test)
+    test = None
+    if args.test_file is not None:
+        if given["test"]:
+            raise UsageError(f"`test=…` and {args.test_file} both name data to test on: give one of them")
+        reading["task"] = args.task or ("classify" if training.labels else "regress")
+        reading |= {"labels": training.labels or None, "features": training.columns or None}
+        reading |= {name: training.table.get(name) for name in TABLES_ONLY}
+        test = read_sequences(args.test_file, y=args.y, **reading)
+        more, report["test"] = understood(test, args.test_file)
         lines += more
-    return SequencesJob(training, test, args.class_weights, [as_flags(line, args) for line in lines], report)
+    elif given["test"]:
+        training, test = cut(training, given["test"], given["seed"])
+    return SequencesJob(training, test, [as_flags(line, args) for line in lines], report, given)
 
 
 def _baseline(y: NDArray, labels: tuple[Any, ...]) -> tuple[dict[str, Any], str]:

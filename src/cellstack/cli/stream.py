@@ -21,7 +21,7 @@ from cellstack.train.checks import UsageError
 if TYPE_CHECKING:
     from types import FrameType
 
-    from cellstack.streaming.stream import Stream
+    from cellstack import Stream
 
 GRACE = 1.0  # seconds that the reader has, after a signal, to read the last output
 DIGITS = {"float32": 9, "float64": 17}  # enough to distinguish all numbers of a dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,40 +14,12 @@ from cellstack import Network
 from cellstack.cli.files import load_model, show
 from cellstack.cli.jobs import Job
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import Architecture, FitOptions
+from cellstack.train.options import Architecture, FitOptions
 from cellstack.train.sizes import size_of
-from cellstack.train.text.data import Architecture as TextArchitecture
 from cellstack.train.text.data import Parts, Streams, Text, alphabet_of, bits_per_character, content, usual_batch
 from cellstack.train.text.sampling import generate as characters_of
 
 SUFFIXES = (".txt", ".md")
-DEFAULTS = {
-    "units": (256, 256),
-    "lr": 5e-3,
-    "epochs": 30,
-    "patience": 5,
-    "validation": 0.05,
-    "pooling": "last",
-}
-UNUSED = ("bidirectional", "pooling", "every_step", "noise", "offset", "init")
-STEPS, TEST_SHARE = 128, 0.05
-
-
-def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Add the options for texts to the parser, and return them."""
-    text = train.add_argument_group("texts")
-    return [
-        text.add_argument("--bytes", action="store_true", help="learn bytes, not characters: for a file of any kind"),
-        text.add_argument(
-            "--steps", type=int, metavar="N", help=f"steps of truncated backpropagation (default: {STEPS})"
-        ),
-        text.add_argument(
-            "--embedding",
-            type=int,
-            metavar="N",
-            help=f"size of the character embedding; 0: one-hot (default: {TextArchitecture.embedding})",
-        ),
-    ]
 
 
 @dataclass
@@ -57,20 +29,17 @@ class TextJob(Job):
     text: Text
     parts: Parts
     test: Text | None
-    steps: int
-    batch: int
-    architecture: TextArchitecture
     understood: list[str]
     described: dict[str, Any]
-    defaults: dict[str, Any]
+    given: dict[str, Any]
 
     def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come."""
-        built, size = self.built(architecture), self.text.alphabet.size
-        wide = built.embedding or size
+        size = self.text.alphabet.size
+        wide = architecture.embedding or size
         layers = size_of(architecture, wide)
-        weights = built.embedding * size + layers.weights + (layers.width + 1) * size
-        streams = Streams(self.text.ids, self.parts.training, self.batch, self.steps)
+        weights = architecture.embedding * size + layers.weights + (layers.width + 1) * size
+        streams = Streams(self.text.ids, self.parts.training, options.batch, options.steps)
         spans = {name: (begin + 1, end) for name, (begin, end) in self.parts._asdict().items() if end > begin}
         verbs = {"training": "train", "validation": "validate", "test": "test"}
         parts = [f"{begin:,} to {end:,} to {verbs[name]} on" for name, (begin, end) in spans.items()]
@@ -95,20 +64,13 @@ class TextJob(Job):
         """See `Job`."""
         return self.parts.validation[1] > self.parts.validation[0]
 
-    def built(self, architecture: Architecture) -> TextArchitecture:
-        """Return how the text model is built."""
-        chosen = {"units": architecture.units, "cell": architecture.cell, "heads": architecture.heads}
-        chosen |= {"dropout": architecture.dropout}
-        return replace(self.architecture, **chosen)
-
     def fit(self, architecture: Architecture, options: FitOptions) -> Any:
         """Train on the text."""
         from cellstack.train.progress import above
         from cellstack.train.text.workflow import train_text
 
-        built, options = self.built(architecture), replace(options, batch=self.batch)
         say = None if options.progress is False else above
-        return train_text(self.text, self.parts, built, self.steps, options, self.test, say)
+        return train_text(self.text, self.parts, architecture, options, self.test, say)
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the bits per character of the held-out parts."""
@@ -117,26 +79,22 @@ class TextJob(Job):
         return result.scores, [f"bits per character: {', '.join(found)}"] if found else []
 
 
-def read(args: argparse.Namespace) -> TextJob:
+def read(args: argparse.Namespace, given: dict[str, Any]) -> TextJob:
     """Read a text, and the test text if one is given.
 
     Raises:
         UsageError: a text is too short, or the test text has characters that the first one lacks.
         FormatError: a text isn't UTF-8.
     """
-    text = Text.of(content(args.file, args.bytes), args.file)
-    validation = DEFAULTS["validation"] if args.validation is None else args.validation
-    parts = text.parts(validation, TEST_SHARE if args.test is None else 0.0)
-    test = None if args.test is None else Text.of(content(args.test, args.bytes), args.test, text.alphabet)
-    steps = STEPS if args.steps is None else args.steps
-    architecture = TextArchitecture() if args.embedding is None else TextArchitecture(embedding=args.embedding)
-    batch = usual_batch(parts.training[1], steps) if args.batch is None else args.batch
-    streams = Streams(text.ids, parts.training, batch, steps)
-    lines = [
-        f"{args.file}: {text.summary(parts)}",
-    ]
-    if test is not None:
-        lines.append(f"{args.test}: {len(test.ids):,} {test.alphabet.unit} to test on")
+    text = Text.of(content(args.file, given["bytes"]), args.file)
+    parts = text.parts(given["validation"], given["test"] if args.test_file is None else 0.0)
+    lines, test = [f"{args.file}: {text.summary(parts)}"], None
+    if args.test_file is not None:
+        test = Text.of(content(args.test_file, given["bytes"]), args.test_file, text.alphabet)
+        lines.append(f"{args.test_file}: {len(test.ids):,} {test.alphabet.unit} to test on")
+    if given["batch"] is None:
+        given["batch"] = usual_batch(parts.training[1], given["steps"])
+    streams = Streams(text.ids, parts.training, given["batch"], given["steps"])
     described = {
         "file": args.file,
         "unit": text.alphabet.unit,
@@ -146,7 +104,7 @@ def read(args: argparse.Namespace) -> TextJob:
         "streams": streams.rows,
         "steps_an_epoch": len(streams),
     }
-    return TextJob(text, parts, test, steps, batch, architecture, lines, described, DEFAULTS)
+    return TextJob(text, parts, test, lines, described, given)
 
 
 def measure(args: argparse.Namespace, net: Network, path: str) -> int:

@@ -1,10 +1,7 @@
-"""`cellstack train`: the options that all kinds of data share, and the report before and after training.
+"""`cellstack train`: its flags, and the report before and after training.
 
-Each kind of data is a separate module with:
-
-- `add_arguments(train)`: adds its options to the parser and returns them; their default is None (False for a switch);
-- `UNUSED`: options of this module that don't apply to it;
-- `read(args)`: reads the data and returns a `jobs.Job`.
+Each kind of data is a separate module with `read(args, given)`, which reads the data and returns a `jobs.Job`; `given`
+are the options.
 """
 
 from __future__ import annotations
@@ -20,39 +17,27 @@ from typing import Any
 
 from cellstack import Network
 from cellstack.cli import forecast, sequences, text
-from cellstack.cli.arguments import sizes
 from cellstack.cli.files import needs_torch, show, with_suffix
 from cellstack.cli.jobs import Job
-from cellstack.cli.tables import add_table_options
+from cellstack.cli.options import ShowHelp, add_groups, options_of
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.train import history
-from cellstack.train.cell_names import CELLS, MLSTM, NOT_INSPECTED
+from cellstack.train.cell_names import MLSTM, NOT_INSPECTED
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
-from cellstack.train.settings import Architecture, FitOptions, record_of
+from cellstack.train.options import Architecture, FitOptions, declared, record_of
 
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 KINDS: dict[str, ModuleType] = {"sequences": sequences, "forecasts": forecast, "texts": text}
 TASKS = {"classify": "sequences", "regress": "sequences", "forecast": "forecasts", "text": "texts"}
 SUFFIXES = {".ts": "sequences", ".npz": "sequences", ".csv": "forecasts", ".tsv": "forecasts", ".parquet": "forecasts"}
 SUFFIXES |= dict.fromkeys(text.SUFFIXES, "texts")
-DEFAULTS = {
-    "units": (48, 48),
-    "lr": 5e-3,
-    "pooling": "mean",
-    "dropout": 0.3,
-    "epochs": 60,
-    "batch": 16,
-    "patience": 20,
-    "validation": 0.15,
-    "noise": 0.0,
-    "offset": 0.0,
-}
+ONLY = {"y": ("sequences",), "forecasts": ("forecasts",)}  # flags that aren't options, and what they apply to
 
 
 def add_arguments(train: argparse.ArgumentParser) -> None:
-    """Add the options of `train` to its parser."""
+    """Add the flags of `train` to its parser."""
     train.add_argument(
         "file",
         metavar="FILE",
@@ -60,69 +45,32 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
         "UEA and UCR archives), .npz (x [N, T, C], y, lengths), or, with --label, a .csv, .tsv or .parquet table with "
         "one row per step; a series to forecast: such a table without --label; a text: .txt or .md",
     )
-    train.add_argument("test", nargs="?", metavar="TEST", help="test sequences or test text, not used for training")
+    train.add_argument(
+        "test_file", nargs="?", metavar="TEST", help="sequences or text to test on, not used for training"
+    )
     train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({NATIVE} is added)")
     text = "what to learn (default: inferred from the file and its labels)"
     train.add_argument("--task", choices=tuple(TASKS), help=text)
-    train.set_defaults(owned={name: module.add_arguments(train) for name, module in KINDS.items()})
-    text = "units of each layer, first layer first (default: 48,48; forecasts 48; texts 256,256)"
-    train.add_argument("--units", type=sizes, metavar="N,N", help=text)
-    text = "largest number of passes over the data (default: 60; forecasts 16 or 60; texts 30)"
-    train.add_argument("--epochs", type=int, metavar="N", help=text)
+    text = "sequences in a table: column of the classes or numbers to learn"
+    train.add_argument("--label", dest="y", metavar="COLUMN", help=text)
     train.add_argument(
         "--dry-run", action="store_true", help="only report how the data is read and how long training takes"
     )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
-    add_table_options(train)
-    model = train.add_argument_group("model")
-    text = "kind of cell (default: %(default)s); a cfc assumes equal time between steps"
-    model.add_argument("--cell", choices=CELLS, default="lstm", help=text)
-    model.add_argument("--heads", type=int, metavar="N", help="heads of each layer (default: 1; of an mlstm 4)")
-    model.add_argument("--bidirectional", action="store_true", help="run layers in both directions")
-    model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (default: mean)")
-    text = "compute the loss at every step; for streams, with --pooling last"
-    model.add_argument("--every-step", action="store_true", help=text)
-    text = "dropout after each layer (default: 0.3; forecasts 0.1)"
-    model.add_argument("--dropout", type=float, metavar="P", help=text)
-    model.add_argument("--init", metavar="MODEL", help="start from the weights of a network with the same shapes")
-    how = train.add_argument_group("training")
-    text = "initial learning rate of Adam (default: 5e-3; forecasts 1e-3 or 3e-3)"
-    how.add_argument("--lr", type=float, metavar="X", help=text)
-    text = "batch size, over all processes (default: 16; forecasts 32 or 64; texts 8 to 32)"
-    how.add_argument("--batch", type=int, metavar="N", help=text)
-    how.add_argument(
-        "--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (default: %(default)s)"
-    )
-    text = "epochs without improvement before stopping; 0: never stop early (default: 20; forecasts 6 or 8; texts 5)"
-    how.add_argument("--patience", type=int, metavar="N", help=text)
-    text = "share of the data to validate on (default: 0.15; texts 0.05)"
-    how.add_argument("--validation", type=float, metavar="P", help=text)
-    text = "noise on each input value, in standard deviations of its channel (default: 0)"
-    how.add_argument("--noise", type=float, metavar="X", help=text)
-    text = "noise that is constant over a sequence, in the same unit (default: 0)"
-    how.add_argument("--offset", type=float, metavar="X", help=text)
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
-    how.add_argument("--checkpoint", metavar="FILE", help="file to write after each epoch and on Ctrl-C")
-    text = "continue from --checkpoint if it exists; --epochs may be larger"
-    how.add_argument("--resume", action="store_true", help=text)
-    how.add_argument("--overwrite", action="store_true", help="start again even if --checkpoint exists")
-    text = "device to train on (default: %(default)s)"
-    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
+    add_groups(train)
     said = train.add_argument_group("reports")
-    text = "write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard"
-    said.add_argument("--log", metavar="PATH", help=text)
     said.add_argument("--history", metavar="FILE", help="write all epochs' metrics at the end: to .csv or .json")
-    text = (
-        "plot all epochs' metrics at the end, and the forecasts or the confusion matrix of the test part: to .png, "
-        ".svg or .pdf"
-    )
+    text = "plot the metrics, and the forecasts or the confusion matrix of the test part: to .png, .svg or .pdf"
     said.add_argument("--picture", metavar="FILE", help=text)
-    said.add_argument(
-        "--inspect",
-        action="store_true",
-        help="record gates, norms and gradients over time in one batch of each epoch; writes report.html, and events "
-        "for TensorBoard if it is installed, to MODEL-inspect/",
-    )
+    text = "of a series: write the forecasts and actual values of the test part to a CSV"
+    said.add_argument("--forecasts", metavar="FILE", help=text)
+
+
+def add_help(group: Any) -> None:
+    """Add `--help` and `--help-all`."""
+    text = "show the main options, with FILE those for its data; --help-all shows all"
+    group.add_argument("-h", "--help", action=ShowHelp, data_of=kind_of, others=ONLY, help=text)
+    group.add_argument("--help-all", action=ShowHelp, const=True, data_of=kind_of, others=ONLY, help=argparse.SUPPRESS)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -130,9 +78,9 @@ def train(args: argparse.Namespace) -> int:
     name = kind_of(args)
     module = KINDS[name]
     _check_used(args, name)
-    same = args.test is not None and os.path.realpath(args.test) == os.path.realpath(args.file)
+    same = args.test_file is not None and os.path.realpath(args.test_file) == os.path.realpath(args.file)
     if same and name != "forecasts":  # which take only one file
-        raise UsageError(f"{args.test}: the test file is the training file; test on other data")
+        raise UsageError(f"{args.test_file}: the test file is the training file; test on other data")
     output = _checked_output(args)
     if args.dry_run:
         return _dry_run(args, module)
@@ -147,7 +95,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
     """Train on a file and write the network to `output`; `first` is whether this is process 0 of several."""
     if args.inspect and args.cell == MLSTM:
         raise UsageError(NOT_INSPECTED)
-    job = module.read(args)
+    job = module.read(args, options_of(args, kind_of(args)))
     folder = _inspect_folder(output, args.resume) if args.inspect else None
     architecture, options = _choices(args, job, folder)
     say = (lambda lines: print("\n".join(lines), flush=True)) if first and not args.json else lambda _: None
@@ -180,7 +128,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
 
 def _dry_run(args: argparse.Namespace, module: ModuleType) -> int:
     """Report how the data is read, what would be trained, and how long it would take."""
-    job = module.read(args)
+    job = module.read(args, options_of(args, kind_of(args)))
     architecture, options = _choices(args, job)
     lines, planned = job.plan(architecture, options)
     planned["seconds"] = _expected(args, job, architecture, options)
@@ -254,14 +202,10 @@ def kind_of(args: argparse.Namespace) -> str:
 
 def _check_used(args: argparse.Namespace, name: str) -> None:
     """Raise `UsageError` if an option is given that doesn't apply to this kind of data."""
-    given = {dest for dest, value in vars(args).items() if value not in (None, False)}
-    unused = [(dest, "") for dest in KINDS[name].UNUSED]
-    unused += [(action.dest, kind) for kind, actions in args.owned.items() if kind != name for action in actions]
-    for dest, kind in unused:
-        if dest in given:
-            more = f", only to {kind}" if kind else ""
-            more += ": to test, name a TEST file after FILE" * (dest == "test_share")
-            raise UsageError(f"{args.file}: `{dest}=…` doesn't apply to {name}{more}")
+    applies = ONLY | {one.name: tuple(one.defaults) for one in declared().values() if one.flag}
+    for dest, value in vars(args).items():
+        if value is not None and name not in applies.get(dest, (name,)):
+            raise UsageError(f"{args.file}: `{dest}=…` doesn't apply to {name}, only to {' and '.join(applies[dest])}")
 
 
 def _checked_output(args: argparse.Namespace) -> Path | None:
@@ -286,11 +230,6 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
         history.check(args.history, history.FILES, "--history")
     if args.picture is not None:
         history.check(args.picture, history.PICTURES, "--picture")
-    for flag in ("resume", "overwrite"):
-        if getattr(args, flag) and args.checkpoint is None:
-            raise UsageError(f"--{flag} requires --checkpoint FILE")
-    if args.resume and args.overwrite:
-        raise UsageError("--resume (continue from the checkpoint) and --overwrite (start again) exclude each other")
     if (
         args.checkpoint is not None
         and output is not None
@@ -303,8 +242,6 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
 def _choices(args: argparse.Namespace, job: Job, events: Path | None = None) -> tuple[Architecture, FitOptions]:
     """Return how to train, checked as far as possible without training.
 
-    Options that aren't given have the default for this kind of data, else the common one.
-
     Args:
         args: the options.
         job: the data.
@@ -314,10 +251,10 @@ def _choices(args: argparse.Namespace, job: Job, events: Path | None = None) -> 
         UsageError: an option out of range, or a checkpoint that exists without --resume or --overwrite.
         FileNotFoundError: no network to start from.
     """
-    given = {**DEFAULTS, **job.defaults} | {name: value for name, value in vars(args).items() if value is not None}
-    given["init"] = None if args.init is None else found(args.init)
-    options = record_of(FitOptions, given, progress=False if args.quiet else None, events=events)
-    architecture = record_of(Architecture, given)
+    given = job.given | {"progress": False if args.quiet else None, "events": events}
+    if args.init is not None:
+        given["init"] = found(args.init)
+    options, architecture = record_of(FitOptions, given), record_of(Architecture, given)
     if args.checkpoint is not None and not (args.resume or args.overwrite):
         for path in job.checkpoints(args.checkpoint):
             check_replaceable(path)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
     from cellstack.nodes.cell_arrays import Cell
-    from cellstack.nodes.mlstm import MatrixMemory
     from cellstack.nodes.patches import CellPatches
+    from cellstack.nodes.values import MatrixMemory
 
 KEY, VERSION = "cellstack_trace", 1
 

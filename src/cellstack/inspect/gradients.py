@@ -15,8 +15,7 @@ from cellstack.nodes.base import Array, Flow, GradientError, Node, NodeRun
 
 if TYPE_CHECKING:
     from cellstack.network import Network
-    from cellstack.nodes.mlstm import MemoryRecord
-    from cellstack.nodes.recording import Record
+    from cellstack.nodes.recording import MemoryRecord, Record
 
 
 def _state_gradients(name: str, node: Node, found: Mapping[str, Array]) -> list[list[Array | None]]:

@@ -12,7 +12,8 @@ from cellstack.cells.base import MatrixState
 from cellstack.cells.errors import ShapeError
 from cellstack.inspect.trace import CellTrace, NodeTrace
 from cellstack.nodes.base import Array
-from cellstack.nodes.mlstm import MLSTM, MemoryRecord
+from cellstack.nodes.mlstm import MLSTM
+from cellstack.nodes.recording import MemoryRecord
 from cellstack.reference import memory as reference
 from cellstack.reference.memory import MatrixGates, MatrixInputs
 

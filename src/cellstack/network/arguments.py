@@ -12,7 +12,7 @@ from cellstack.cells.base import HiddenState, MatrixState, State
 from cellstack.cells.errors import ShapeError, as_nested, check_mask, check_state
 from cellstack.nodes.base import Array, CellState
 from cellstack.nodes.cell_arrays import Cell
-from cellstack.nodes.mlstm import MatrixMemory
+from cellstack.nodes.values import MatrixMemory
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:

@@ -145,6 +145,12 @@ class _Entry(Entry):
     def inner(self, name: str, description: Any, kind: str = "") -> _Entry:
         return _Entry(self.tensors, f"{self.prefix}/{name}", description, kind)
 
+    def node(self, name: str, description: Any) -> Node:
+        kind = description.get("type") if isinstance(description, dict) else None
+        if not isinstance(kind, str) or kind not in NODES:
+            raise self.refuse(f"expected nodes of type {', '.join(NODES)}, found {kind!r:.80}")
+        return NODES[kind].restored(self.inner(name, description, kind))
+
     def refuse(self, what: str) -> FormatError:
         return FormatError(f"{self.where}: {what}")
 

@@ -33,7 +33,7 @@ from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recording import Recording
 
 if TYPE_CHECKING:
-    from cellstack.nodes.mlstm import MatrixMemory
+    from cellstack.nodes.values import MatrixMemory
 
 
 TASKS = ("classify", "regress", "forecast", "text")

@@ -17,8 +17,7 @@ from cellstack.nodes.base import Array, CellState, Flow
 from cellstack.nodes.cell_arrays import WEIGHTS
 from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.nodes.dense import Products
-from cellstack.nodes.mlstm import MemoryRecord
-from cellstack.nodes.recording import Recording
+from cellstack.nodes.recording import MemoryRecord, Recording
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 
 if TYPE_CHECKING:

@@ -14,39 +14,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.cells.base import HiddenState, MatrixState, State
 from cellstack.cells.bfloat16 import BFloat16Array
 from cellstack.cells.errors import ShapeError
 from cellstack.nodes.masks import ArrayMasks
+from cellstack.nodes.values import Array, CellState, Flow, MatrixMemory, Shape, StateGradients, Types
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
-    from cellstack.nodes.mlstm import MatrixMemory, MemoryRecord
-    from cellstack.nodes.recording import Record
+    from cellstack.nodes.recording import MemoryRecord, Record
     from cellstack.nodes.stored import Entry
 
-Array = NDArray[Any]
-CellState = State | HiddenState | MatrixState
 Value = TypeVar("Value")
-Shape = tuple[int | None, ...]
-"""Lengths of the axes after the batch: `(T, W)` of a sequence, `(W,)` of a vector. None: not known in advance."""
-
-StateGradients = Sequence[Sequence["Array | None"]]
-"""Per cell, the gradient of each array of its state; None: it has none."""
-
-Types = dict[str, type | tuple[type, ...]]
-"""Keys of a file with the types of their values; a tuple lists alternatives."""
 
 MOST_AXES = 16  # in addition to the batch; NumPy's limit is not much higher
-
-
-class Flow(NamedTuple):
-    """A value between nodes: `x [B, T, W]` or `[B, W]`, its mask and resets, and the node's states after the run."""
-
-    x: Array
-    mask: NDArray[np.bool_] | None = None
-    reset: NDArray[np.bool_] | None = None
-    states: tuple[CellState, ...] = ()
 
 
 class NodeRun(NamedTuple):
@@ -330,7 +310,7 @@ class Node:
         masks = [flow.mask for flow in flows]
         if not self.makes_mask and all(mask is None for mask in masks):
             return None
-        return self.mask_after(masks, flows[0].x.ndim - 1, ArrayMasks(self, flows))
+        return self.mask_after(masks, flows[0].x.ndim - 1, ArrayMasks(self.kept, flows))
 
     # ── streaming ───────────────────────────────────────────────────────────────────────────────────────────────────
 

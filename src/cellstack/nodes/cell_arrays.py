@@ -18,8 +18,8 @@ from cellstack.cells.bfloat16 import BFloat16Array, rounded
 from cellstack.cells.errors import ShapeError, check_state_numbers
 from cellstack.cells.layout import block_diagonal
 from cellstack.cells.spec import ARRAYS, MATRICES, STATES, CellSpec
-from cellstack.nodes.base import Array, Types
 from cellstack.nodes.checks import check_choice, frozen_bfloat16, frozen_copy, one_dtype
+from cellstack.nodes.values import Array, Types
 
 if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry

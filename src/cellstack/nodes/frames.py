@@ -243,18 +243,11 @@ class PerFrame(Node):
 
     @classmethod
     def restored(cls, entry: Entry) -> PerFrame:
-        from cellstack.nodes import NODES  # imported here because it imports this module
-
         values = entry.take(cls.keys())
-        nodes = []
-        for number, inner in enumerate(values["nodes"]):
-            kind = inner.get("type") if isinstance(inner, dict) else None
-            if not isinstance(kind, str) or kind not in NODES:
-                raise entry.refuse(f"expected nodes of type {', '.join(NODES)}, found {kind!r:.80}")
-            nodes.append(NODES[kind].restored(entry.inner(str(number), inner, kind)))
+        nodes = tuple(entry.node(str(number), inner) for number, inner in enumerate(values["nodes"]))
         if not all(isinstance(sources, list) for sources in values["takes"]):
             raise entry.refuse("expected takes to be lists of numbers")
-        return cls(tuple(values["frame"]), tuple(nodes), tuple(map(tuple, values["takes"])))
+        return cls(tuple(values["frame"]), nodes, tuple(map(tuple, values["takes"])))
 
     # ── description ─────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from cellstack.nodes.base import Flow, Node
+from cellstack.nodes.values import Flow
 
 Mask = TypeVar("Mask")
 
@@ -40,13 +39,18 @@ class Masks(Protocol[Mask]):
 
 
 class ArrayMasks(Masks[NDArray[np.bool_]]):
-    """Masks as arrays `[B, T]` of bool, in a run of a node."""
+    """Masks as arrays `[B, T]` of bool, in a run of a node.
 
-    def __init__(self, node: Node, flows: Sequence[Flow]) -> None:
-        self.node, self.flows = node, flows
+    Args:
+        kept: returns the mask that the node itself makes: `Node.kept`.
+        flows: the node's inputs.
+    """
+
+    def __init__(self, kept: Callable[..., NDArray[np.bool_]], flows: Sequence[Flow]) -> None:
+        self.kept, self.flows = kept, flows
 
     def made(self) -> NDArray[np.bool_]:
-        return self.node.kept(*(flow.x for flow in self.flows))
+        return self.kept(*(flow.x for flow in self.flows))
 
     def both(self, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return one & other

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,53 +14,8 @@ from cellstack.cells.base import MatrixState
 from cellstack.cells.mlstm import MemorySizes
 from cellstack.nodes.base import Array, CellState, Flow, KernelLayers, Node, NodeRun, Shape, StateGradients, StepRule
 from cellstack.nodes.checks import check_flag, check_integer, check_number
+from cellstack.nodes.values import MatrixMemory
 from cellstack.reference import ACTIVATIONS
-
-LINE = 64  # bytes of a cache line
-
-
-class MatrixMemory(NamedTuple):
-    """What a network's state has for an `MLSTM`: the shapes of `MatrixState`, without the batch.
-
-    Attributes:
-        sizes: those of the memory.
-        dtype: the network's dtype.
-    """
-
-    sizes: MemorySizes
-    dtype: np.dtype[Any] = np.dtype(np.float32)
-    state_type = MatrixState
-
-    @property
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array of the state, by name."""
-        return self.sizes.state_shapes
-
-    def as_state(self, where: str, arrays: Sequence[Array]) -> MatrixState:
-        """Return a state from its arrays, which have the right shapes; `ValueError` unless all numbers are finite."""
-        for name, array in zip(self.state_shapes, arrays, strict=True):
-            if not np.isfinite(array).all():
-                raise ValueError(f"{where}: expected finite numbers in {name}, got NaN or infinity; zeros are empty")
-        return MatrixState(*arrays)
-
-    def zeros(self, batch: int) -> MatrixState:
-        """Return the initial state of some rows: zeros, which take no memory until they are written to."""
-        return MatrixState(*(self._aligned((batch, *shape)) for shape in self.state_shapes.values()))
-
-    def _aligned(self, shape: tuple[int, ...]) -> Array:
-        """Return zeros that start at a cache line: else every vector of a step would be in two of them."""
-        size = math.prod(shape) * self.dtype.itemsize
-        memory = np.zeros(size + LINE, np.uint8)
-        first = -memory.ctypes.data % LINE
-        return memory[first : first + size].view(self.dtype).reshape(shape)
-
-
-class MemoryRecord(NamedTuple):
-    """The arguments of a run of an `MLSTM` other than its input: the state before it, its mask and its resets."""
-
-    before: MatrixState | None
-    mask: NDArray[np.bool_] | None
-    reset: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from cellstack.cells.errors import ShapeError
 from cellstack.cells.spec import GATES, TRACES, CellSpec
-from cellstack.nodes.base import Array
 from cellstack.nodes.checks import check_choice, check_integer
+from cellstack.nodes.values import Array
 
 HOWS = ("set", "add", "scale", "freeze")
 IDENTITY = ((1.0,), (0.0,), (-0.0,))  # v·1 + before·0 + (-0), which is v bit for bit, also for -0

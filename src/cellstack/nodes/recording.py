@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
-from cellstack.cells.base import HiddenState, State
+from cellstack.cells.base import HiddenState, MatrixState, State
 from cellstack.cells.spec import CellSpec
-from cellstack.nodes.base import Array, CellState, Flow
-from cellstack.nodes.mlstm import MemoryRecord
+from cellstack.nodes.values import Array, CellState, Flow
 
 if TYPE_CHECKING:
     from cellstack.nodes.cell_arrays import Cell
@@ -38,6 +37,14 @@ class Record(NamedTuple):
     """Whether it ran from the last step to the first."""
     patches: CellPatches | None = None
     """The patches that were applied to the cell."""
+
+
+class MemoryRecord(NamedTuple):
+    """The arguments of a run of an `MLSTM` other than its input: the state before it, its mask and its resets."""
+
+    before: MatrixState | None
+    mask: NDArray[np.bool_] | None
+    reset: NDArray[np.bool_] | None
 
 
 class Recording(list[Record | None]):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from cellstack.cells.bfloat16 import BFloat16Array
-    from cellstack.nodes.base import Array, Types
+    from cellstack.nodes.values import Array, Types
 
 
 class Entry(Protocol):
@@ -38,6 +38,15 @@ class Entry(Protocol):
             name: the prefix, before a slash, of its arrays' names.
             description: its JSON values.
             kind: the type that it must have; "": it has no type.
+        """
+        ...
+
+    def node(self, name: str, description: Any) -> Any:
+        """Return the `Node` of a nested entry.
+
+        Args:
+            name: the prefix, before a slash, of its arrays' names.
+            description: its JSON values.
         """
         ...
 

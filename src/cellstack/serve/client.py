@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import numpy as np
 
-from cellstack.cells.errors import ShapeError
+from cellstack import ShapeError
 from cellstack.serve.models import ServeError
 
 try:

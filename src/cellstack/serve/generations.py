@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.cells.errors import FormatError
+from cellstack import FormatError
 from cellstack.formats.files import flush_folder
 
 APPLICATION = 0x63737373  # SQLite's application_id of these files

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,11 +20,10 @@ from cellstack.serve.generations import (
     read_log,
     read_snapshot,
 )
-from cellstack.serve.models import ServeError
+from cellstack.serve.models import Model, ServeError
 from cellstack.serve.worker import MOST_FRAMES
 
 if TYPE_CHECKING:
-    from cellstack.serve.journal import Journal
     from cellstack.serve.rows import Records
 
 
@@ -41,6 +41,20 @@ class Restored:
     seconds: float = 0.0
 
 
+class Stored(Protocol):
+    """What a replay uses of a journal: its folder, its model, and its open sessions."""
+
+    folder: Path
+    model: Model
+    _about: dict[str, Any]
+    _like: Any
+    _tokens: dict[int, str]
+
+    def states_from(self, data: bytes, count: int) -> list[list[np.ndarray[Any, Any]]]:
+        """Return the states of `count` sessions from bytes, as lists of the arrays of each entry of a state."""
+        ...
+
+
 class Replay:
     """Opens the sessions of the newest snapshot of a journal's folder, and steps the frames of the logs since.
 
@@ -50,7 +64,7 @@ class Replay:
         logs: the numbers of all logs, ascending.
     """
 
-    def __init__(self, journal: Journal, snapshots: list[int], logs: list[int]) -> None:
+    def __init__(self, journal: Stored, snapshots: list[int], logs: list[int]) -> None:
         self.journal, self.model = journal, journal.model
         self.found = Restored()
         self.snapshots, self.logs = snapshots, [number for number in logs if number >= max(snapshots, default=0)]

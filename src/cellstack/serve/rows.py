@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from cellstack.network import Network
+    from cellstack import Network
 
 Records = NDArray[Any]  # one-dimensional, of a structured dtype
 

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
     ) from error
-from cellstack.cells.errors import FormatError
+from cellstack import FormatError
 from cellstack.formats.files import digest_of
 from cellstack.serve.clients import MOST_NEW, Clients
 from cellstack.serve.models import Limits, Models, ServeError

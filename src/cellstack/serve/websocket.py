@@ -6,7 +6,7 @@ in one read, and take half a second, in which nobody else is served.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers
@@ -21,9 +21,6 @@ from websockets.frames import (
 from websockets.http11 import Request
 
 from cellstack.serve.clients import EXTENSION, Clients
-
-if TYPE_CHECKING:
-    from cellstack.serve.sockets import Connection
 
 FRAMES = 64  # that are parsed before other connections have their turn
 MOST_FRAGMENTS = 16384  # of a message
@@ -43,6 +40,19 @@ class FrameError(Exception):
         self.code = code
 
 
+class Receiver(Protocol):
+    """What receives the messages of a WebSocket: a `sockets.Connection`."""
+
+    def received(self, message: bytes | str) -> None:
+        """Process a message."""
+
+    def count(self, frames: int) -> None:
+        """Apply the rate limit to frames that complete no message."""
+
+    def writable(self) -> None:
+        """Go on sending."""
+
+
 class WebSocket(WebSocketsSansIOProtocol):
     """The protocol of a transport: uvicorn's, except for frames.
 
@@ -54,7 +64,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     """
 
     clients: Clients
-    connection: Connection | None = None
+    connection: Receiver | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

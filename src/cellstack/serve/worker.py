@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack import Sessions
 from cellstack.serve.rows import Records, Rows
-from cellstack.streaming.sessions import Sessions
 
 MOST_FRAMES = 4096  # per batch
 WINDOW = 1e-3  # seconds: the longest wait for further frames

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from cellstack import train
+from cellstack.sklearn.parameters import FORECASTER, ForecasterParameters, described
 from cellstack.sklearn.sequences import seed_of
 from cellstack.train.checks import UsageError, unmasked
 from cellstack.train.forecasting import predict
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.rules import seasonal
-from cellstack.train.tables.table import Table, read_table
+from cellstack.train.options import applying
+from cellstack.train.tables.table import READING, Table, read_table
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(repr=False, eq=False, kw_only=True)
-class SequenceForecaster(BaseEstimator):
+@described(FORECASTER)
+class SequenceForecaster(ForecasterParameters):
     """Stacked recurrent layers that forecast one or more series, with quantiles.
 
     X is a table with one row per time step: a pandas or polars frame, the name of a CSV or Parquet file, or numbers
@@ -30,29 +31,9 @@ class SequenceForecaster(BaseEstimator):
     of a series, not independent samples, so use `sklearn.model_selection.TimeSeriesSplit`, with test parts that contain
     the steps that a forecast starts from and the forecast steps.
 
-    Args:
-        target: column to forecast, or several; None: the only numeric column.
-        horizon: steps to forecast; None: one season.
-        window: steps that the network sees; None: two seasons, from 16 to 168.
-        seasons: periods of the series in steps; None: detected in the series, (): none.
-        inputs: further columns that are known up to the present; None: all columns not named elsewhere.
-        known: columns that are known in advance: rows after the last observed target contain them.
-        holidays: a country whose holidays are an input, such as `"US"` or `"DE-BY"`; "": none.
-        scale: unit of the values, `"spread"` or `"level"`; None: `"level"` if the logarithm is smoothed.
-        quantiles: quantiles to forecast; 0.5, the forecast, is added.
-        date, id, zone, day_first, freq: how to read the table, see `train.read_table`.
-        units, cell, heads, dropout, members: how to build the networks, see `train.forecasting.training.Build`.
-        epochs, batch, lr, clip, patience: how to train each network, see `train.Settings`.
-        validation: share of each series' rows, the last ones, used to choose the number of epochs and other settings;
-            None: 0.15, or 0 if the series are too short. With 0, training uses all rows and runs all epochs.
-        threads, device, verbose, random_state: see `SequenceClassifier`.
-
-    If `units`, `dropout`, `members`, `epochs`, `batch`, `lr` or `patience` is None, its value depends on the number of
-    windows, as in `cellstack train`.
-
     Attributes:
         network_: the fitted `cellstack.Network`; once saved, `cellstack run` can use it.
-        recipe_: the inputs and targets of the forecast, a `train.Recipe`.
+        recipe_: the inputs and targets of the forecast, a `Recipe`.
         understood_: how the table was interpreted, as sentences.
         history_: one dict per epoch of each member.
         n_iter_: total number of epochs of all members.
@@ -70,36 +51,6 @@ class SequenceForecaster(BaseEstimator):
         ((4,), (4, 3))
     """
 
-    target: str | Sequence[str] | None = None
-    horizon: int | None = None
-    window: int | None = None
-    seasons: Sequence[int] | None = None
-    inputs: Sequence[str] | None = None
-    known: Sequence[str] = ()
-    holidays: str = ""
-    scale: str | None = None
-    quantiles: Sequence[float] = (0.1, 0.5, 0.9)
-    date: str | None = None
-    id: str | Sequence[str] = ()
-    zone: str | None = None
-    day_first: bool | None = None
-    freq: str | None = None
-    units: int | Sequence[int] | None = None
-    cell: str = "lstm"
-    heads: int | None = None
-    dropout: float | None = None
-    members: int | None = None
-    epochs: int | None = None
-    batch: int | None = None
-    lr: float | None = None
-    clip: float = 1.0
-    patience: int | None = None
-    validation: float | None = None
-    threads: int | None = 1
-    device: str = "auto"
-    verbose: bool | None = False
-    random_state: int | np.random.RandomState | None = None
-
     def fit(self, X: Any, y: None = None) -> SequenceForecaster:
         """Train on a table.
 
@@ -110,36 +61,12 @@ class SequenceForecaster(BaseEstimator):
         Returns:
             This estimator.
         """
-        from cellstack.train.forecasting.entry import fit_forecast  # torch
-
         table = self._table(X)
-        same = (
-            "units",
-            "cell",
-            "heads",
-            "dropout",
-            "members",
-            "epochs",
-            "batch",
-            "lr",
-            "clip",
-            "patience",
-            "validation",
-        )
-        trained = fit_forecast(
-            table,
-            self.target,
-            self.horizon,
-            **{name: getattr(self, name) for name in (*same, "threads", "device", "window", "scale")},
-            test=0.0,
-            seed=seed_of(self.random_state),
-            progress=self.verbose,
-            seasons=self.seasons,
-            inputs=self.inputs,
-            known=self.known,
-            holidays=self.holidays,
-            quantiles=self.quantiles,
-        )
+        given = {
+            name: getattr(self, name) for name in FORECASTER if name in applying("forecasts") and name not in READING
+        }
+        given |= {"seed": seed_of(self.random_state), "progress": self.verbose}
+        trained = train.fit_forecast(table, **given, test=0.0)
         result = trained.result
         self.network_, self.recipe_, self.history_ = result.network, trained.recipe, result.history
         self.understood_, self.n_iter_ = trained.understood, len(result.history)
@@ -235,7 +162,7 @@ class SequenceForecaster(BaseEstimator):
                 raise UsageError(f"expected a frame, a file, or numbers [n] or [n, K], got {X.ndim} axes")
             X = X.reshape(len(X), -1)
             X = pd.DataFrame(X, columns=[str(n) for n in range(X.shape[1])])
-        return read_table(X, date=self.date, day_first=self.day_first, zone=self.zone, id=self.id, freq=self.freq)
+        return read_table(X, **{name: getattr(self, name) for name in READING})
 
 
 def _squeezed(forecasts: Forecasts, values: Floats) -> Floats:

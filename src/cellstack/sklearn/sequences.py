@@ -2,58 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils import check_array, check_consistent_length, check_random_state
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from cellstack import train
-from cellstack.network import Network
+from cellstack.sklearn.parameters import (
+    CLASSIFIER,
+    SEQUENCE,
+    ClassifierParameters,
+    SequenceParameters,
+    described,
+)
 from cellstack.train import Sequences, predict
 from cellstack.train.checks import refuse_masked, unmasked
 from cellstack.train.data.targets import in_float32
-from cellstack.train.settings import check_number
+from cellstack.train.options import applying, declared
 
 FEWEST, VALIDATION = 20, 0.15  # minimum number of validation sequences, and their share of all
 EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
 
 
-@dataclass(repr=False, eq=False, kw_only=True)
-class _SequenceEstimator(BaseEstimator):
-    """Base class: the parameters, the checks of X, and the fit.
-
-    A dataclass, so that the signature of each class's `__init__` has all parameters, as scikit-learn requires.
-    """
-
-    units: int | Sequence[int] = (48, 48)
-    cell: str = "lstm"
-    heads: int | None = None
-    bidirectional: bool = True
-    dropout: float = 0.3
-    pooling: str | None = None
-    changes: bool = False
-    every_step: bool = False
-    epochs: int | None = None
-    batch: int = 16
-    lr: float = 5e-3
-    clip: float = 1.0
-    patience: int | None = None
-    noise: float = 0.0
-    offset: float = 0.0
-    validation: float | None = VALIDATION
-    init: Network | str | None = None
-    threads: int | None = 1
-    device: str = "auto"
-    verbose: bool | None = False
-    random_state: int | np.random.RandomState | None = None
+class _SequenceEstimator(SequenceParameters):
+    """Base class: the checks of X, and the fit."""
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -115,33 +93,20 @@ class _SequenceEstimator(BaseEstimator):
             weight: weight of each sequence, `[n]`.
         """
         epochs = max(EPOCHS, -(-STEPS * self.batch // len(sequences))) if self.epochs is None else self.epochs
-        check_number("epochs", epochs, whole=True)
+        declared()["epochs"].check(epochs)
         validation = self.validation
         if validation is None:
             validation = VALIDATION if VALIDATION * len(sequences) >= FEWEST else 0.0
-        result = train.fit(
-            Sequences(self._seen(sequences), y, labels, "X", weight=weight.astype(np.float32)),
-            validation=validation,
-            units=self.units,
-            cell=self.cell,
-            heads=self.heads,
-            bidirectional=self.bidirectional,
-            dropout=self.dropout,
-            pooling=self._pooling if self.pooling is None else self.pooling,
-            every_step=self.every_step,
-            epochs=epochs,
-            batch=self.batch,
-            lr=self.lr,
-            clip=self.clip,
-            patience=-(-epochs // 3) if self.patience is None else self.patience,
-            noise=self.noise,
-            offset=self.offset,
-            seed=seed_of(self.random_state),
-            init=self.init,
-            progress=self.verbose,
-            threads=self.threads,
-            device=self.device,
-        )
+        given = {name: getattr(self, name) for name in SEQUENCE if name in applying("sequences")} | {
+            "validation": validation,
+            "pooling": self._pooling if self.pooling is None else self.pooling,
+            "epochs": epochs,
+            "patience": -(-epochs // 3) if self.patience is None else self.patience,
+            "seed": seed_of(self.random_state),
+            "progress": self.verbose,
+        }
+        known = Sequences(self._seen(sequences), y, labels, "X", weight=weight.astype(np.float32))
+        result = train.fit(known, **given)
         self.network_, self.history_, self.n_iter_ = result.network, result.history, len(result.history)
         if result.fit.interrupted:  # fitted up to this point, but the caller has to stop
             raise KeyboardInterrupt
@@ -201,8 +166,8 @@ def _column(one: Any) -> Any:
     return np.asarray(one)[:, None] if np.ndim(one) == 1 else one
 
 
-@dataclass(repr=False, eq=False, kw_only=True)
-class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
+@described(CLASSIFIER)
+class SequenceClassifier(ClassifierMixin, _SequenceEstimator, ClassifierParameters):
     """Stacked recurrent layers that classify sequences.
 
     X can be anything that scikit-learn's splitters, searches and pipelines can index:
@@ -213,34 +178,6 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
 
     NaN and masked values are missing; steps without any value are skipped. `n_features_in_` is the length of the last
     axis: predictions need the same number of channels, or, for a table, of columns.
-
-    Args:
-        units: width of each layer, bottom first; one number for one layer.
-        cell: the kind of cell: `"lstm"`, `"gru"`, `"slstm"` …; `"mlstm"` needs `bidirectional=False`.
-        heads: number of heads of each layer; None: 1, of an mlstm 4.
-        bidirectional: run each layer in both directions.
-        dropout: share of values dropped out after each layer in training.
-        pooling: `"mean"`, `"max"` or `"last"` over the steps; None: `"max"`, or `"mean"` with `every_step`.
-        changes: also use the change of each channel since the previous step as an input channel.
-        every_step: apply the output layer at every step and pool its outputs; as a stream, such a network returns an
-            output at every step.
-        epochs: maximum number of passes over the training part; None: as many as make 750 steps, at least 60.
-        batch: maximum number of sequences in an optimiser step.
-        lr: Adam's learning rate in the first epoch; it falls to a hundredth along half a cosine.
-        clip: maximum norm of all gradients together.
-        patience: epochs without a better validation loss before training stops; 0: never stop early, None: a third of
-            `epochs`.
-        noise: standard deviation of the noise that training adds to each input, in units of its channel's scale.
-        offset: the same for noise that is drawn once per sequence and channel.
-        validation: share of the sequences of each class that is held out to choose the best epoch; 0: none, keep the
-            last epoch. None: 0.15 if that is at least 20 sequences, else 0, as fewer choose badly.
-        init: a network of the same shapes, or its file, with the initial weights.
-        threads: number of threads. None: the fastest number, by measurement, so that the last bits may differ between
-            fits.
-        device: device for training: `"auto"`, `"cpu"`, `"cuda"`. Predictions run on the CPU kernel.
-        verbose: show a progress bar; None = where standard error is a terminal, and in notebooks.
-        random_state: makes a fit repeatable. An int is the `seed` of `train.fit`.
-        class_weight: None, `"balanced"`, or the weight of each class's sequences.
 
     Attributes:
         classes_: the sorted classes, `[K]`.
@@ -264,12 +201,6 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         >>> model.predict(X[:2]).shape, model.predict_proba(X[:3]).shape
         ((2,), (3, 2))
     """
-
-    changes: bool = True
-    noise: float = 0.6
-    offset: float = 0.3
-    validation: float | None = None
-    class_weight: Mapping[Any, float] | str | None = None
 
     @property
     def _pooling(self) -> str:
@@ -334,16 +265,11 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         return super().score(X, y, sample_weight)
 
 
-@dataclass(repr=False, eq=False, kw_only=True)
+@described(SEQUENCE)
 class SequenceRegressor(RegressorMixin, _SequenceEstimator):
-    """Stacked recurrent layers that predict one or more numbers per sequence.
+    """Stacked recurrent layers that predict one or more numbers per sequence, see `SequenceClassifier`.
 
-    Args:
-        units, cell, heads, bidirectional, dropout, pooling, every_step: how to build the network, see
-            `SequenceClassifier`.
-        epochs, batch, lr, clip, patience, noise, offset, validation: how to train it, see `SequenceClassifier`. There
-            is no noise by default, as targets often depend on the level of the input, which noise hides.
-        init, threads, device, verbose, random_state: see `SequenceClassifier`.
+    There is no noise by default, as targets often depend on the level of the input, which noise hides.
 
     Attributes:
         network_: the fitted `cellstack.Network`, from raw values to numbers in the targets' units.

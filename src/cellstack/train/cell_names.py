@@ -8,7 +8,7 @@ from numbers import Integral
 from cellstack import nodes
 from cellstack.cells import KINDS
 from cellstack.cells.spec import CellSpec
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import OptionError, UsageError
 
 MLSTM = "mlstm"
 NOT_INSPECTED = "cell mlstm can't be inspected in training: expected inspect to be off, or another cell"
@@ -24,7 +24,7 @@ def heads_of(cell: str, heads: int | None) -> int:
 def check_cell(units: tuple[int, ...], cell: str, heads: int | None, bidirectional: bool) -> None:
     """Raise `UsageError` if there are no layers of this cell with these units, heads and directions."""
     if cell not in CELLS:
-        raise UsageError(f"expected cell to be one of {', '.join(CELLS)}, got {cell!r}")
+        raise OptionError("cell", f"to be one of {', '.join(CELLS)}, got {cell!r}")
     if cell == MLSTM and bidirectional:
         raise UsageError("cell mlstm runs forward only: expected bidirectional to be off, or another cell")
     if heads is None and cell != MLSTM:
@@ -33,15 +33,16 @@ def check_cell(units: tuple[int, ...], cell: str, heads: int | None, bidirection
         raise UsageError(f"cell {cell} has no heads: expected none, or one of the cells {', '.join(WITH_HEADS)}")
     count = heads_of(cell, heads)
     if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
-        raise UsageError(f"expected heads to be an integer of at least 1, got {heads!r}")
+        raise OptionError("heads", f"to be an integer of at least 1, got {heads!r}")
     for size in units:
         if size % count:
             said = f"{count}, the default of {cell}," if heads is None else count
             fits = math.gcd(*units)
             choices = [n for n in range(1, fits + 1) if fits % n == 0]
-            raise UsageError(
-                f"expected heads to divide the units of every layer, got heads {said} and units {size}: choose heads "
-                f"from {', '.join(map(str, choices))}, or other units"
+            raise OptionError(
+                "heads",
+                f"to divide the units of every layer, got heads {said} and units {size}: choose heads from "
+                f"{', '.join(map(str, choices))}, or other units",
             )
 
 

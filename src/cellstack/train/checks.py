@@ -16,6 +16,14 @@ class UsageError(ValueError):
     """Arguments, settings or data that can't be used as given; the message says how to fix it."""
 
 
+class OptionError(UsageError):
+    """A value that an option of training can't have: `option` is its name, which the message has after "expected"."""
+
+    def __init__(self, option: str, text: str) -> None:
+        super().__init__(f"expected {option} {text}")
+        self.option = option
+
+
 class TooFewRowsError(UsageError):
     """A series has fewer rows than a forecast needs; the message says how many it needs."""
 

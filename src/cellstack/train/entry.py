@@ -1,70 +1,31 @@
-"""`train.fit`: train a network on data in memory or in a file, in one call."""
+"""`train.fit`, `fit_forecast` and `fit_text`: train a network on data in memory or in a file, in one call."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cellstack.train.checks import UsageError, collected
-from cellstack.train.data.reading import read_sequences
-from cellstack.train.data.sequences import Sequences, as_sequences, taken
-from cellstack.train.data.stream import BUFFER, Stream, is_stream
-from cellstack.train.examples import split
+from cellstack.train.data.reading import SEQUENCES, TABLES_ONLY, read_sequences
+from cellstack.train.data.sequences import Sequences, as_sequences
+from cellstack.train.data.stream import Stream, is_stream
 from cellstack.train.fitting import Result
-from cellstack.train.settings import Architecture, FitOptions, record_of, widths_of
+from cellstack.train.forecasting.plan import planned
+from cellstack.train.forecasting.training import Trained, train_forecast
+from cellstack.train.options import Architecture, FitOptions, ForecastOptions, record_of, trains
+from cellstack.train.parts import cut
+from cellstack.train.progress import above, is_shown
+from cellstack.train.tables.table import READING, Table, read_table
+from cellstack.train.text.data import Text, content, usual_batch
+from cellstack.train.text.workflow import train_text
 from cellstack.train.workflow import train_sequences
 
 
-def fit(
-    x: Any,
-    y: Any = None,
-    *,
-    validation: Any = 0.15,
-    test: Any = None,
-    task: str | None = None,
-    id: str | None = None,
-    time: str | None = None,
-    features: Sequence[str] | None = None,
-    per_step: bool | None = None,
-    resample: float | None = None,
-    units: int | Sequence[int] = (48, 48),
-    cell: str = "lstm",
-    heads: int | None = None,
-    bidirectional: bool = False,
-    dropout: float = 0.3,
-    pooling: str = "mean",
-    every_step: bool = False,
-    head: Any = None,
-    loss: Callable[[Any, Any], Any] | None = None,
-    metrics: Mapping[str, Callable[[Any, Any], float]] | None = None,
-    optimizer: Callable[[Any], Any] | None = None,
-    scheduler: Callable[[Any], Any] | str = "cosine",
-    callbacks: Sequence[Callable[[Any], Any]] = (),
-    class_weight: Any = None,
-    sample_weight: Any = None,
-    epochs: int = 60,
-    batch: int = 16,
-    lr: float = 5e-3,
-    clip: float = 1.0,
-    patience: int = 20,
-    noise: float = 0.0,
-    offset: float = 0.0,
-    seed: int = 0,
-    init: Any = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    log: str | os.PathLike[str] | None = None,
-    progress: bool | None = None,
-    threads: int | None = None,
-    device: str = "auto",
-    inspect: bool = False,
-    buffer: int = BUFFER,
-) -> Result:
+@trains("sequences", "x: Any, y: Any = None")
+def fit(x: Any, y: Any, given: dict[str, Any]) -> Result:
     """Train a network to classify sequences or to predict numbers, for whole sequences or for each of their steps.
 
     Args:
@@ -75,34 +36,17 @@ def fit(
         y: classes (text, integers or bools) or numbers: one per sequence or, with another axis, several numbers per
             sequence or one entry per step. With a frame also the name of a column, or a mapping or Series by id; with
             a table's file the name of a column; None with .ts and .npz files, which contain it.
-        validation: share of the sequences held out for early stopping, the same of each class; or separate data: a
-            pair `(x, y)`, a frame or a file like `x`. The best epoch on it is kept; 0: none, and the last is kept.
-        test: likewise, for data that isn't used in training: `scores` are measured on it. None: no test.
-        task: `"classify"` or `"regress"`; None = determined by `y`: text, bools and integers are classes.
-        id, time, features, per_step, resample: see `as_sequences`. `id`, `time` and `resample` apply to frames only;
-            `features` selects their columns, and names the channels of other data.
-        units: units of each layer, first layer first.
-        cell, heads, bidirectional, dropout, pooling, every_step: see `Model`.
-        head, loss, metrics, optimizer, scheduler, callbacks: your own parts: see `Architecture` and `FitOptions`.
-        class_weight: `"balanced"`, or weights by class: their weights in the loss.
-        sample_weight: `[N]`, the sequences' weights in the loss; with a frame also a column or a mapping by id.
-        epochs, batch, lr, clip, patience, noise, offset, seed: see `Settings`.
-        init: a network of the same shapes, or its file, whose weights are the initial ones.
-        checkpoint, resume, overwrite, threads, inspect: see `learn`.
-        progress: show a progress bar; None = where standard error is a terminal, and in notebooks.
-        log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
-        device: see `processes`.
-        buffer: for iterables, the number of examples in memory at a time; they are shuffled among each other.
 
     Returns:
         The `Result`: `.network` runs without torch, `.model` is a torch module; also `.scores`, `.history`, `.labels`,
         and `.sentence`, which says what stopped the training and how good the network is.
 
     Raises:
-        UsageError: data or settings that can't be used as given; the message says how to fix it.
+        UsageError: data or options that can't be used as given; the message says how to fix it.
         FormatError: a file that can't be read.
         OSError: a file that can't be read or written.
 
+    >>> import numpy as np
     >>> rng = np.random.default_rng(0)
     >>> x, y = rng.normal(size=(40, 12, 3)), np.repeat(["calm", "busy"], 20)
     >>> x[y == "busy"] *= 3
@@ -110,23 +54,23 @@ def fit(
     >>> result.labels, result.network(x[:2].astype(np.float32)).shape
     (('busy', 'calm'), (2, 2))
     """
-    given, x = locals(), collected(x)
-    reading = {"task": task, "id": id, "time": time, "features": features, "per_step": per_step}
-    reading["resample"] = resample
+    x, seed, weight = collected(x), given["seed"], given["sample_weight"]
+    reading = {name: given[name] for name in SEQUENCES}
     if is_stream(x):
-        share = float(validation) if isinstance(validation, (int, float)) else 0.0
-        if isinstance(test, (int, float)):
+        share = float(given["validation"]) if isinstance(given["validation"], (int, float)) else 0.0
+        if isinstance(given["test"], (int, float)):
             raise UsageError("test: a share isn't supported where x is iterated over: pass separate data")
-        whole: Any = _stream(x, share, seed, buffer, reading, {"y": y, "sample_weight": sample_weight})
+        whole: Any = _stream(x, share, given, {"y": y, "sample_weight": weight, **reading})
     else:
-        whole = _taken(x, y, "x", weight=sample_weight, **reading)
+        whole = _taken(x, y, "x", weight=weight, **reading)
     for column, why in whole.ignored.items():
-        warnings.warn(f"column {column!r} isn't used: it {why}", stacklevel=2)
+        warnings.warn(f"column {column!r} isn't used: it {why}", stacklevel=3)
     if whole.rates:
-        warnings.warn(whole.rates, stacklevel=2)
-    reading["task"] = task or ("classify" if whole.labels else None if whole.y is None else "regress")
+        warnings.warn(whole.rates, stacklevel=3)
+    reading["task"] = reading["task"] or ("classify" if whole.labels else None if whole.y is None else "regress")
     parts, shares = {}, {}
-    for name, part in (("validation", validation), ("test", test)):
+    for name in ("validation", "test"):
+        part = given[name]
         if part is None or isinstance(part, (int, float)):
             shares[name] = float(part or 0.0)
         else:
@@ -137,34 +81,109 @@ def fit(
                 raise UsageError(f"{name}: the sequences have neither classes nor targets: pass a pair (x, y)")
     training, tested = whole, parts.get("test")
     if shares.get("test"):
-        training, tested = _cut(whole, shares["test"], seed)
+        training, tested = cut(whole, shares["test"], seed)
     return train_sequences(
         training,
         tested,
-        record_of(Architecture, given, units=widths_of(units)),
+        record_of(Architecture, given),
         record_of(FitOptions, given, validation=shares.get("validation", 0.0)),
         validation=parts.get("validation"),
-        class_weight=class_weight,
+        class_weight=given["class_weight"],
     )
 
 
-def _stream(x: Any, share: float, seed: int, buffer: int, reading: dict[str, Any], others: dict[str, Any]) -> Stream:
+@trains("forecasts", "data: Any", ("target", "horizon"))
+def fit_forecast(data: Any, given: dict[str, Any]) -> Trained:
+    """Train a network to forecast columns of a table, as `cellstack train` does, with the same defaults.
+
+    Args:
+        data: a pandas or polars frame, the name of a CSV or Parquet file, or a `Table` from `read_table`.
+
+    Returns:
+        `result`, with the network and its errors, `recipe`, `test` and `understood`. What depends on options that are
+        None also depends on the table and on the number of training windows.
+
+    Raises:
+        UsageError: a column that doesn't exist or is empty, too few rows, or options that don't fit each other.
+        FormatError: a file or a cell that can't be read.
+        OSError: a file that can't be read or written.
+
+    Example:
+        >>> import numpy as np, pandas as pd
+        >>> from cellstack import train
+        >>> n = np.arange(120)
+        >>> frame = pd.DataFrame({"y": 5 + np.sin(n * np.pi / 6)})
+        >>> quick = {"units": 4, "members": 1, "epochs": 1}
+        >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=12, **quick)
+        >>> done.recipe.horizon, done.result.network.metadata["task"]
+        (4, 'forecast')
+    """
+    reading = {name: given[name] for name in READING if given[name] not in (None, ())}
+    if isinstance(data, Table):
+        for name in reading:
+            raise UsageError(f"fit_forecast: {name} has no effect for a Table, which has been read already")
+    table = data if isinstance(data, Table) else read_table(data, **reading)
+    request = record_of(ForecastOptions, {name: value for name, value in given.items() if value is not None})
+    recipe, _, usual, validation = planned(table, request, given["validation"], given["test"])
+    given |= {name: value for name, value in usual.items() if given[name] is None}
+    options = record_of(FitOptions, given, validation=validation)
+    return train_forecast(table, request, record_of(Architecture, given), options, given["test"], recipe)
+
+
+@trains("texts", "text: str | bytes | Path")
+def fit_text(text: str | bytes | Path, given: dict[str, Any]) -> Result:
+    """Train a network to predict the next character of a text, by truncated backpropagation over stateful batches.
+
+    The training part is divided into `batch` parallel streams, which are read `steps` characters at a time. The state
+    is carried from one training step to the next, while gradients are truncated at its start. Each epoch starts with
+    zero states.
+
+    Args:
+        text: a text, whose characters become the model's; bytes, for a model of all 256 bytes; or the `Path` of a UTF-8
+            file.
+
+    Returns:
+        The `Result`: `.network` maps ids `[B, T]` (one-hot `[B, T, V]` without an embedding) to the next character's
+        probabilities `[B, T, V]`; it supports streaming and `generate`. `.scores` has `bits_per_character` of the test
+        part and `validation_bits_per_character`; `.history` has an entry per epoch, with a `sample`.
+
+    Raises:
+        UsageError: a text that is too short, or options that can't be used; the message says how to fix it.
+        FormatError: a file that isn't UTF-8.
+        OSError: a file that can't be read or written.
+
+    >>> from cellstack.train import generate
+    >>> result = fit_text("a rose is " * 200, units=16, epochs=8, batch=4, steps=32, threads=1)
+    >>> "".join(generate(result.network, "a ro", length=26, temperature=0))
+    'se is a rose is a rose is '
+    """
+    whole = Text.of(content(str(text), given["bytes"]), str(text)) if isinstance(text, Path) else Text.of(text)
+    parts = whole.parts(given["validation"], given["test"])
+    if given["batch"] is None:
+        given["batch"] = usual_batch(parts.training[1], given["steps"])
+    say = above if is_shown(given["progress"]) else None
+    return train_text(whole, parts, record_of(Architecture, given), record_of(FitOptions, given), say=say)
+
+
+def _stream(x: Any, share: float, given: Mapping[str, Any], others: dict[str, Any]) -> Stream:
     """Return an iterable as a `Stream`, after one pass over it."""
-    FitOptions(validation=share)  # checks the share
-    if buffer < 1:
-        raise UsageError(f"expected buffer >= 1, got {buffer}")
-    for name, given in (*others.items(), *reading.items()):
-        if name != "task" and given is not None:
+    record_of(FitOptions, given, validation=share)  # checks them
+    for name, value in others.items():
+        if name != "task" and value is not None:
             raise UsageError(
                 f"{name} isn't supported where x is iterated over: its items are (sequence, target, weight)"
             )
-    return Stream(x, share, seed, reading["task"], buffer=buffer)
+    return Stream(x, share, given["seed"], given["task"], buffer=given["buffer"])
 
 
 def _taken(x: Any, y: Any, name: str, **reading: Any) -> Sequences:
     """Return data in memory or in a file as sequences."""
+    reading = {name: value for name, value in reading.items() if value is not None}
     if isinstance(x, (str, os.PathLike)):
         return read_sequences(x, y, **reading)
+    for option in TABLES_ONLY:
+        if option in reading:
+            raise UsageError(f"{option} has no effect: it applies to files, not to data in memory")
     return as_sequences(x, y, name=name, **reading)
 
 
@@ -179,16 +198,3 @@ def _other(name: str, given: Any, y: Any, whole: Sequences, **reading: Any) -> S
     except UsageError as error:
         said = str(error)
         raise UsageError(said if said.startswith(name) else f"{name}: {said}") from None
-
-
-def _cut(whole: Sequences, share: float, seed: int) -> tuple[Sequences, Sequences]:
-    """Split off a test part, `share` of each class; return both parts."""
-    if not 0.0 < share < 1.0:
-        raise UsageError(f"expected test to be a share in (0, 1), or separate data, got {share}")
-    y = np.zeros(len(whole.x)) if whole.y is None or isinstance(whole.y, list) else whole.y
-    kept, held = split(y, share, np.random.default_rng([seed, 1]))
-    if not len(held) or not len(kept):
-        raise UsageError(
-            f"test: a share of {share} of {len(y)} sequences leaves none to {'train' if len(held) else 'test'} on"
-        )
-    return taken(whole, kept), taken(whole, held)

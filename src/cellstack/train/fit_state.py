@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,8 +21,8 @@ from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data
 from cellstack.train.learner import Fit
 from cellstack.train.model import Dropout
+from cellstack.train.options import FitOptions, Optimisation, declared
 from cellstack.train.processes import Processes
-from cellstack.train.settings import FitOptions, Settings
 
 
 class FitState:
@@ -60,7 +59,7 @@ class FitState:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same to resume from a checkpoint; the number of epochs may differ."""
-        settings = {field.name: getattr(self.options, field.name) for field in fields(Settings)}
+        settings = {name: getattr(self.options, name) for name in declared(Optimisation)}
         del settings["epochs"]
         return {
             **settings,

@@ -20,11 +20,11 @@ from cellstack.train.confusion import confusion_panels
 from cellstack.train.examples import Data
 from cellstack.train.history import Log, event_writer
 from cellstack.train.learner import Fit, Timed
-from cellstack.train.loop import cost_of_fit, fit
+from cellstack.train.loop import cost_of_fit, learn
+from cellstack.train.options import FitOptions
 from cellstack.train.predict import predict
 from cellstack.train.processes import processes
 from cellstack.train.recurrent import check_supported
-from cellstack.train.settings import FitOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,7 +173,7 @@ def fitted(make: Callable[[], Any], data: Data, options: FitOptions) -> tuple[An
             if options.log is not None:  # only the first of several processes calls it
                 log = stack.enter_context(closing(Log(options.log)))
                 options = replace(options, callbacks=(*options.callbacks, log))
-            return model, fit(model, data, options, team, writer), team.rank
+            return model, learn(model, data, options, team, writer), team.rank
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(str(error).partition("can't allocate memory: ")[2] or str(error)) from None

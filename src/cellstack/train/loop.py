@@ -11,7 +11,6 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice
@@ -34,32 +33,16 @@ from cellstack.train.fit_state import FitState
 from cellstack.train.interrupt import interruptible
 from cellstack.train.learner import Cost, Epoch, Fit
 from cellstack.train.locks import locked
+from cellstack.train.options import FitOptions
 from cellstack.train.processes import Processes
 from cellstack.train.progress import Bar, opened
-from cellstack.train.settings import FitOptions, Settings, record_of
 
 TIMED = 3  # batches on which the number of threads is chosen
 TIMED_SECONDS = 1.0  # how long `cost_of_fit` trains
 
 
 def learn(
-    model: Any,
-    data: Data,
-    settings: Settings,
-    *,
-    checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: bool | Bar | None = None,
-    name: str = "",
-    team: Processes | None = None,
-    inspect: int = 0,
-    writer: Any = None,
-    threads: int | None = None,
-    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
-    scheduler: Callable[[torch.optim.Optimizer], Any] | str = "cosine",
-    metrics: Mapping[str, Callable[[NDArray, NDArray], float]] | None = None,
-    callbacks: Sequence[Callable[[Epoch], Any]] = (),
+    model: Any, data: Data, options: FitOptions = FitOptions(), team: Processes | None = None, writer: Any = None
 ) -> Fit:
     """Fit a model to data, and keep the weights of the best epoch on the validation part.
 
@@ -67,46 +50,27 @@ def learn(
         model: a module that is a `Learner`. Training starts from its weights, and sets them to the best ones found
             (the last, without a validation part).
         data: the batches.
-        settings: how to fit; the loop uses `epochs`, `lr`, `clip`, `patience` and `seed`.
-        checkpoint: a file to write after every epoch and on Ctrl-C. If that fails, for example because the disk is
-            full, there is a warning, the previous checkpoint is intact, and the fit continues.
-        resume: continue from `checkpoint` if it exists, with more epochs if wanted: from then on the learning rate is
-            that of a run of so many epochs. A run that a callback stopped stays stopped, unless there are more epochs
-            or no callbacks.
-        overwrite: start again even if `checkpoint` exists.
-        progress: show a bar on standard error, with the epoch, the remaining time if all epochs are run, the loss, and
-            the last epoch's loss and metrics on the validation part; None = where standard error is a terminal, and in
-            notebooks. With several processes, only the first one shows it.
-        name: a label before the bar.
+        options: how to fit. If a `checkpoint` can't be written, for example because the disk is full, there is a
+            warning, the previous one is intact, and the fit continues. A resumed run may have more epochs: from then on
+            the learning rate is that of a run of so many epochs; one that a callback stopped stays stopped, unless
+            there are more epochs or no callbacks. It has the checkpoint's number of `threads`, because another number
+            changes the last bits. `metrics` get classes `[M]` or numbers `[M, O]`, as in `y`, and `[M, O]`, as returned
+            by the model's `answer(out, mask)`; M is the number of sequences, or of all their steps. `inspect` may be a
+            number n, for every n-th epoch, see `inspect.TrainingMonitor`; the weights are the same bit for bit. With
+            several processes, the first one shows the progress bar, inspects its own rows, and calls the callbacks.
         team: the processes that share each batch; None = this one only.
-        inspect: record the layers in every `inspect`-th epoch, see `inspect.TrainingMonitor`; 0: never. The weights are
-            the same bit for bit. With several processes, the first one records its own rows.
-        writer: a `torch.utils.tensorboard.SummaryWriter` for the records.
-        threads: number of threads; None = the fastest on the first batches, see `threads.fastest`, or, when resuming,
-            that of the checkpoint, because another number changes the last bits.
-        optimizer: a callable that makes an optimiser of the parameters; None = Adam with `settings.lr`.
-        scheduler: a callable that makes a scheduler of the optimiser, stepped once per epoch, with the validation loss
-            if its `step` needs one; or `"cosine"`, half a cosine down to a hundredth of the rate, or `"constant"`.
-        metrics: by name, functions of the true values and the predictions over the whole validation part: `[M]` classes
-            or `[M, O]` numbers, as in `y`, and `[M, O]`, as returned by the model's `answer(out, mask)`; M is the
-            number of sequences, or of all their steps.
-        callbacks: called with an `Epoch` after each epoch; one that returns True stops the fit. With several processes,
-            only the first one calls them.
+        writer: a `torch.utils.tensorboard.SummaryWriter` for the records of `inspect`.
 
     Returns:
         The course of the fit. After Ctrl-C (SIGINT) the loop finishes the step and returns; a second one raises.
 
     Raises:
         UsageError: no training data; a loss that isn't finite; a checkpoint that exists without `resume` or
-            `overwrite`, that another training is writing, or that has other settings, another model or other data.
+            `overwrite`, that another training is writing, or that has other options, another model or other data.
         FormatError: a damaged checkpoint.
-        OSError: `checkpoint` can't be written, checked before the first step.
+        OSError: the checkpoint can't be written, checked before the first step.
     """
-    return fit(model, data, record_of(FitOptions, {**vars(settings), **locals()}), team or Processes(), writer)
-
-
-def fit(model: Any, data: Data, options: FitOptions, team: Processes, writer: Any = None) -> Fit:
-    """Fit a model to data: see `learn`."""
+    team = team or Processes()
     path, first = None if options.checkpoint is None else os.fspath(options.checkpoint), team.rank == 0
     if path is not None and first:
         check_replaceable(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,8 @@ from cellstack.nodes.recurrent import final
 from cellstack.train.checks import UsageError
 from cellstack.train.data.targets import TASKS
 from cellstack.train.examples import digest
+from cellstack.train.options import Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
-from cellstack.train.settings import POOLINGS, check_layers
 
 
 class Standardise(nn.Module):
@@ -69,23 +69,15 @@ class Model(nn.Module):
     Args:
         inputs: mean and scale of each input channel, `[I]` both.
         outputs: number of classes, or of predicted numbers.
-        units: units of each layer, first layer first.
+        architecture: how it is built. `pooling` takes the steps that the mask selects; with `bidirectional`, `"last"`
+            takes the final state of each direction of the last layer: the forward one after the last step, the backward
+            one after the first. With `every_step`, the head is applied to every step and the outputs (class
+            probabilities) are pooled, not the hidden states. The head takes `[B, W]`, W the width of the last layer's
+            output, or `[B, T, W]` if it is applied to every step; any module that `load` supports. A loss takes
+            logits or standardised predictions, `[B, O]`, and class indices `[B]` or standardised targets `[B, O]`, like
+            torch's losses with `reduction="none"`; B counts all steps if there is an output at every step.
         task: `"classify"` or `"regress"`.
-        bidirectional: run each layer in both directions and concatenate the outputs.
-        dropout: dropout probability after each layer.
-        pooling: `"mean"`, `"max"` or `"last"` over the steps that the mask selects; `"none"` for an output at every
-            step, `[B, T, O]`, each with its own target. With `bidirectional`, `"last"` takes the final state of each
-            direction of the last layer: the forward one after the last step, the backward one after the first.
-        every_step: apply the head to every step and pool the outputs (class probabilities), not the hidden states. Such
-            a model has an output after each step of a stream, and each step contributes to the loss.
         targets: mean and scale of each predicted number, `[O]` both; the loss uses standardised targets.
-        cell: kind of the cells, see `CellSpec`; or `"mlstm"`, see `layers.MLSTM`.
-        heads: number of heads of each layer; None = 1, of an mlstm 4.
-        head: a module from `[B, W]`, W the width of the last layer's output, to `[B, O]`, or from `[B, T, W]` if it
-            is applied to every step; any module that `load` supports. None = one dense layer.
-        loss: a function of logits or standardised predictions, `[B, O]`, and of class indices `[B]` or standardised
-            targets `[B, O]`, that returns the loss of each, `[B]` or in the targets' shape, like torch's losses with
-            `reduction="none"`; None = cross-entropy or squared error. With an output at every step, B counts all steps.
 
     Raises:
         UsageError: an option out of range, or a head that can't be part of a Network.
@@ -95,36 +87,32 @@ class Model(nn.Module):
         self,
         inputs: tuple[np.ndarray, np.ndarray],
         outputs: int,
-        units: tuple[int, ...] = (48, 48),
+        architecture: Architecture = Architecture(),
         task: str = "classify",
-        bidirectional: bool = False,
-        dropout: float = 0.0,
-        pooling: str = "mean",
-        every_step: bool = False,
         targets: tuple[np.ndarray, np.ndarray] | None = None,
-        cell: str = "lstm",
-        heads: int | None = None,
-        head: nn.Module | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
-        check_layers(units, cell, heads, dropout, bidirectional)
-        for name, value, choices in (("task", task, TASKS), ("pooling", pooling, POOLINGS)):
-            if value not in choices:
-                raise UsageError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
+        if task not in TASKS:
+            raise UsageError(f"Model: expected task to be one of {', '.join(TASKS)}, got {task!r}")
+        pooling, every_step = architecture.pooling, architecture.every_step
         if every_step and pooling == "none":
             raise UsageError("Model: every_step needs pooling mean, max or last, got none")
-        if every_step and pooling == "last" and bidirectional:
+        if every_step and pooling == "last" and architecture.bidirectional:
             raise UsageError(
                 "Model: every_step with pooling last isn't supported for bidirectional layers: at the last step the "
                 "backward direction has read one step only; choose pooling mean or max"
             )
-        self.task, self.pooling, self.every_step, self.bidirectional = task, pooling, every_step, bidirectional
-        self.cell, self.own_loss = cell, loss
+        self.task, self.pooling, self.every_step, self.bidirectional = (
+            task,
+            pooling,
+            every_step,
+            architecture.bidirectional,
+        )
+        self.architecture, self.own_loss, head = architecture, architecture.loss, copy.deepcopy(architecture.head)
         self.standardise = Standardise(*inputs)
-        self.recurrent = recurrent_layers(cell, heads, units, len(inputs[0]), bidirectional)
-        width = units[-1] * (1 + bidirectional)
-        self.dropout = Dropout(dropout)
+        self.recurrent = recurrent_layers(architecture, len(inputs[0]))
+        width = architecture.units[-1] * (1 + self.bidirectional)
+        self.dropout = Dropout(architecture.dropout)
         self.head = nn.Linear(width, outputs) if head is None else head
         if head is not None:
             self.check_head(width, outputs)
@@ -237,10 +225,8 @@ class Model(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return what must match a checkpoint's model, in addition to the shapes of the weights."""
-        names = ("task", "cell", "bidirectional", "pooling", "every_step")
         targets = digest(value.cpu().numpy() for value in (self.targets.mean, self.targets.scale))
-        own = {"head": repr(self.head), "own_loss": None if self.own_loss is None else named(self.own_loss)}
-        return {name: getattr(self, name) for name in names} | {"dropout": self.dropout.p, "targets": targets} | own
+        return {"task": self.task, "targets": targets, **self.architecture.described()}
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes, from raw inputs to class probabilities, or predictions in the targets' units."""
@@ -280,8 +266,3 @@ def _folded(last: Node, end: Node) -> list[Node]:
     assert isinstance(end, Scale)
     bias = np.zeros(len(end.scale), np.float32) if last.bias is None else last.bias
     return [Dense(last.kernel * end.scale, bias * end.scale + end.shift)]
-
-
-def named(function: Any) -> str:
-    """Return the name of a function or class, or the repr of another callable."""
-    return getattr(function, "__qualname__", None) or repr(function)

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.cells.errors import FormatError
-from cellstack.train.checks import UsageError
-from cellstack.train.data.sequences import Sequences, joined
+from cellstack.train.checks import OptionError, UsageError
+from cellstack.train.data.sequences import Sequences, joined, taken
 from cellstack.train.data.stream import Stream, Streamed
 from cellstack.train.data.targets import class_weights
 from cellstack.train.examples import GAP, Data, Indexed, Inputs, Labelled, shaped, split
-from cellstack.train.settings import Architecture, FitOptions
+from cellstack.train.options import Architecture, FitOptions
 
 
 class Parts(NamedTuple):
@@ -148,3 +148,16 @@ def _split(
 def _of(values: Any, kept: NDArray[np.int64]) -> NDArray:
     """Return the values of the sequences `kept`, or of all their steps if there is one per step."""
     return np.concatenate([values[n] for n in kept]) if isinstance(values, list) else values[kept]
+
+
+def cut(whole: Sequences, share: float, seed: int) -> tuple[Sequences, Sequences]:
+    """Split off a test part, `share` of each class; return both parts."""
+    if not 0.0 < share < 1.0:
+        raise OptionError("test", f"to be a share in (0, 1), or separate data, got {share}")
+    y = np.zeros(len(whole.x)) if whole.y is None or isinstance(whole.y, list) else whole.y
+    kept, held = split(y, share, np.random.default_rng([seed, 1]))
+    if not len(held) or not len(kept):
+        raise UsageError(
+            f"test: a share of {share} of {len(y)} sequences leaves none to {'train' if len(held) else 'test'} on"
+        )
+    return taken(whole, kept), taken(whole, held)

@@ -27,7 +27,7 @@ from cellstack.train.examples import Examples, Inputs, Labelled, batches
 from cellstack.train.forecasting.predict import forecasts_after
 from cellstack.train.measures import errors
 from cellstack.train.predictions import Predictions
-from cellstack.train.tables.table import read_table, reading_of
+from cellstack.train.tables.table import READING
 from cellstack.train.text.data import alphabet_of, content
 from cellstack.train.text.sampling import generate
 from cellstack.train.trained import Task, trained
@@ -56,8 +56,9 @@ def predict(
     task = net.metadata.get("task")  # `as_trained` refuses an unknown one
     if task == "forecast":
         _refuse({"y": y}, "a network that forecasts: later rows of the table are compared: see .scores")
-        _check_options(options, ("origin", *signature(read_table).parameters))
-        found, notes = forecasts_after(net, data, name, threads=threads, **reading_of(id, time, options))
+        _check_options(options, ("origin", *READING))
+        how = {option: value for option, value in {"id": id, "time": time, **options}.items() if value is not None}
+        found, notes = forecasts_after(net, data, name, threads=threads, **how)
         for note in notes:
             warnings.warn(note, stacklevel=3)
         return found

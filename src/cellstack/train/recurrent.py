@@ -17,29 +17,26 @@ from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.train.cell_names import MLSTM, NOT_INSPECTED, heads_of
 from cellstack.train.checks import UsageError
+from cellstack.train.options import Architecture
 
 LAYERS: dict[str, Any] = {name: getattr(layers, kind.title) for name, kind in KINDS.items()} | {MLSTM: layers.MLSTM}
 
 
-def recurrent_layers(
-    cell: str, heads: int | None, units: Iterable[int], width: int, bidirectional: bool = False, **options: Any
-) -> nn.ModuleList:
+def recurrent_layers(architecture: Architecture, width: int, **options: Any) -> nn.ModuleList:
     """Return layers with an output at every step, first layer first.
 
     Args:
-        cell, heads: see `Model`.
-        units: units of each layer.
+        architecture: how they are built.
         width: of the first layer's input.
-        bidirectional: run each layer in both directions and concatenate the outputs.
         options: further arguments of each layer.
     """
     stack = nn.ModuleList()
-    count = heads_of(cell, heads)
+    cell, both, count = architecture.cell, architecture.bidirectional, heads_of(architecture.cell, architecture.heads)
     given = {"return_sequences": True, **({"heads": count} if cell == MLSTM or count > 1 else {}), **options}
-    for size in units:
+    for size in architecture.units:
         layer = LAYERS[cell](size, input_size=width, **given)
-        stack.append(layers.Bidirectional(layer) if bidirectional else layer)
-        width = size * (1 + bidirectional)
+        stack.append(layers.Bidirectional(layer) if both else layer)
+        width = size * (1 + both)
     return stack
 
 

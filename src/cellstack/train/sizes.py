@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cellstack.train.cell_names import title_of, weights_of
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import Architecture
+from cellstack.train.options import Architecture
 
 COPIES = 4  # values per weight in training, at least: the weight, its gradient, and Adam's two moments
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,9 +17,9 @@ from cellstack.train.data.understood import understood
 from cellstack.train.examples import GAP, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.model import Model
+from cellstack.train.options import Architecture, FitOptions
 from cellstack.train.parts import check, parts_of, per_step
 from cellstack.train.processes import uses_gpu
-from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import check_memory
 from cellstack.train.trained import metadata
 from cellstack.train.warm import Start
@@ -69,15 +68,13 @@ def train_sequences(
     inputs = parts.measure() if known is None else known
     targets = None if classify else target_scaling(parts.y, parts.weight)
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1
-    head = {"outputs": outputs, "task": task, "targets": targets}
     if options.metrics:
         metrics = {name: _of_labels(metric, training.labels) for name, metric in options.metrics.items()}
         options = replace(options, metrics=metrics)
     check_memory(architecture, len(inputs.standardise[0]), outputs)
 
     def make() -> Model:
-        built = {name: value for name, value in vars(architecture).items() if name != "init"}
-        model = Model(inputs.standardise, **head, **built | {"head": copy.deepcopy(architecture.head)})
+        model = Model(inputs.standardise, outputs, architecture, task, targets)
         if start is not None:
             start.into(model, architecture.head is not None)
         return model

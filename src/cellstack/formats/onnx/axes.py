@@ -11,12 +11,12 @@ an operator needs a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.onnx.axis_rules import RULES, Axis, Shaped
+from cellstack.formats.onnx.attributes import place
 from cellstack.formats.onnx.cells import is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, ODD, Constant, Scope, declared, label, short
 from cellstack.formats.onnx.fold import fold
@@ -34,11 +34,45 @@ FLOATS = (1, 10, 11, 16)
 INTEGERS = (2, 3, 4, 5, 6, 7, 12, 13)
 
 
+class Axis:
+    """A variable: the role of an axis, and which operator assigned it. Unified axes share the variable `same`."""
+
+    __slots__ = ("role", "same", "source")
+
+    def __init__(self, role: str = "", source: str = "") -> None:
+        self.role, self.source, self.same = role, source, self
+
+    @property
+    def root(self) -> Axis:
+        """The representative of all axes unified with this one."""
+        root = self
+        while root.same is not root:
+            root = root.same
+        while self.same is not root:
+            self.same, self = root, self.same
+        return root
+
+
+class Shaped(NamedTuple):
+    """A value: a variable and a length for each axis, None where the length isn't known."""
+
+    axes: list[Axis]
+    lengths: list[int | None]
+
+    def at(self, axis: int) -> int:
+        """Return an axis counted from the front; `ValueError` where there are fewer."""
+        return place(axis, len(self.axes))
+
+
+Rule = Callable[["Axes", dict[str, Any], list[Any]], list[Any]]
+
+
 class Axes:
     """The axes of a graph's values.
 
     Args:
         scope: the outermost graph.
+        rules: what each operator says of axes: `axis_rules.RULES`.
         live: ids of the nodes that lead to an output.
         states: inputs that hold initial states.
         lengths: inputs that hold the rows' lengths.
@@ -51,8 +85,16 @@ class Axes:
         problems: contradictions, by the id of the node.
     """
 
-    def __init__(self, scope: Scope, live: set[int], states: set[str], lengths: set[str], framed: bool = False) -> None:
-        self.framed = framed
+    def __init__(
+        self,
+        scope: Scope,
+        rules: Mapping[str, Rule],
+        live: set[int],
+        states: set[str],
+        lengths: set[str],
+        framed: bool = False,
+    ) -> None:
+        self.rules, self.framed = rules, framed
         self.scope, self.values, self.problems = scope, dict[str, Any](), dict[int, str]()
         self.node: Any = None
         self.hints: list[tuple[Axis, str]] = []  # roles of axes that no operator determines
@@ -146,7 +188,7 @@ class Axes:
 
     def _read(self, node: Any) -> None:
         self.node = node
-        rule = RULES.get(node.op_type) if node.domain in DOMAINS or is_recurrent(node) else None
+        rule = self.rules.get(node.op_type) if node.domain in DOMAINS or is_recurrent(node) else None
         try:
             values = [self._value(name) for name in node.input]
             if not any(isinstance(value, Shaped) for value in values):

@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.attributes import axes_of, order_of, pads_of, place, slices, within
+from cellstack.formats.onnx.attributes import axes_of, order_of, pads_of, slices, within
+from cellstack.formats.onnx.axes import Axes, Axis, Rule, Shaped
 from cellstack.formats.onnx.cells import KIND_OF, NAMES
 from cellstack.formats.onnx.values import Dim, Symbols
-
-if TYPE_CHECKING:
-    from cellstack.formats.onnx.axes import Axes
 
 BY_NUMBER = (
     *NAMES, "Abs", "Cast", "Clip", "Cos", "DequantizeLinear", "Dropout", "Exp", "Gelu", "HardSwish", "Identity", "Log",
     "Mish", "Neg", "PRelu", "Reciprocal", "Selu", "Sin", "Sqrt", "Swish",
 )  # fmt: skip
 TOGETHER = ("Add", "Div", "Max", "Mean", "Min", "Mul", "Pow", "Sub", "Sum", "Where")
-
-
-class Axis:
-    """A variable: the role of an axis, and which operator assigned it. Unified axes share the variable `same`."""
-
-    __slots__ = ("role", "same", "source")
-
-    def __init__(self, role: str = "", source: str = "") -> None:
-        self.role, self.source, self.same = role, source, self
-
-    @property
-    def root(self) -> Axis:
-        """The representative of all axes unified with this one."""
-        root = self
-        while root.same is not root:
-            root = root.same
-        while self.same is not root:
-            self.same, self = root, self.same
-        return root
-
-
-class Shaped(NamedTuple):
-    """A value: a variable and a length for each axis, None where the length isn't known."""
-
-    axes: list[Axis]
-    lengths: list[int | None]
-
-    def at(self, axis: int) -> int:
-        """Return an axis counted from the front; `ValueError` where there are fewer."""
-        return place(axis, len(self.axes))
-
-
-Rule = Callable[["Axes", dict[str, Any], list[Any]], list[Any]]
 
 
 def _same(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

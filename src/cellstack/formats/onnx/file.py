@@ -388,7 +388,8 @@ def read(path: str) -> Model:
     newest = onnx.defs.onnx_opset_version()
     if len(versions) != 1 or not FIRST_OPSET <= versions[0] <= newest:
         raise FormatError(f"{path}: expected one opset from {FIRST_OPSET} to {newest}, found {short(versions)}")
-    graph = inline(path, Graph.of(proto.graph), list(proto.functions), versions[0], len(data))
+    graph = Graph.of(proto.graph)
+    graph = graph._replace(node=inline(path, graph.node, list(proto.functions), versions[0], len(data)))
     size = len(data) + sum(entry.stat().st_size for entry in _companions(path, graph))
     producer = f"{proto.producer_name} {proto.producer_version}".strip()
     note = next((entry.value for entry in proto.metadata_props if entry.key == KEY), None)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cellstack.cells.errors import FormatError
 from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, renamed, with_graphs, with_nodes
-
-if TYPE_CHECKING:
-    from cellstack.formats.onnx.file import Graph
 
 FREE = 1 << 20  # bytes that calls may expand to, regardless of the file's size
 TIMES = 8  # further bytes per byte of the file
@@ -124,14 +121,12 @@ def _growth(node: Any, longest: int, given: dict[str, Any]) -> int:
     return size
 
 
-def inline(path: str, graph: Graph, functions: Sequence[Any], opset: int, size: int) -> Graph:
-    """Return a graph in which each call of a function of the file is replaced by the function's nodes: see `_Inliner`.
+def inline(path: str, nodes: tuple[Any, ...], functions: Sequence[Any], opset: int, size: int) -> tuple[Any, ...]:
+    """Return a graph's nodes, and in place of each call of a function of the file the function's: see `_Inliner`.
 
     `onnx.inliner` isn't used: it doesn't limit how large calls expand, and its names don't say which call a node is of.
 
     Raises:
         FormatError: functions that are recursive, expand beyond the limit, or have another opset.
     """
-    if not functions:
-        return graph
-    return graph._replace(node=tuple(_Inliner(path, functions, opset, size).expanded(graph.node)))
+    return tuple(_Inliner(path, functions, opset, size).expanded(nodes)) if functions else nodes

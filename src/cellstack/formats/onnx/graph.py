@@ -17,8 +17,7 @@ from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Scope, declared, label, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
-from cellstack.formats.onnx.frames import HANDLERS as FRAME_HANDLERS
-from cellstack.formats.onnx.frames import Frame, input_of
+from cellstack.formats.onnx.frames import Frame, Step
 from cellstack.formats.onnx.messages import line_of
 from cellstack.formats.onnx.values import (
     Filled,
@@ -37,7 +36,7 @@ from cellstack.formats.onnx.values import (
 )
 from cellstack.network.graph import state_of
 from cellstack.network.layouts import Layout
-from cellstack.nodes import Activation, GlobalPool, Merge, Node, Reduce, Reshape, Select
+from cellstack.nodes import Activation, Context, GlobalPool, Merge, Node, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
 
 Handler = Callable[["Reader", Any, dict[str, Any], list[Any]], list[Any]]
@@ -114,7 +113,7 @@ class Reader:
                 self.values[name] = self._unreadable(name, frame)
             else:
                 self.rows = shapes[name][0] if frame.labels[0] == "B" else 1
-                self.values[name] = input_of(self, name, frame, self.rows)
+                self.values[name] = self._frame(name, frame)
                 self.inputs[name] = frame.labels
         if frames is not None:
             return
@@ -132,6 +131,14 @@ class Reader:
         """Return the value of an input that can't be read, and report it."""
         self.builder.refuse(f"input {short(name)}: {why}")
         return Unknown("", True)
+
+    def _frame(self, name: str, frame: Frame) -> Flowing:
+        """Add an input of frames, and return the file's input: the context, then the frame."""
+        wire = self.builder.input(name, (frame.size,))
+        flow = Flowing(wire, tuple(frame.labels), self.shape(wire), self.rows)
+        if frame.context:
+            flow = self.put(f"{name}.context", Step(Context(frame.context)), flow)
+        return flow
 
     def _data(self, name: str, labels: str | None, shape: list[int | None]) -> Flowing | Unknown:
         """Return the value of a data input.
@@ -317,8 +324,6 @@ class Reader:
         reported = [value.reported for value in values if isinstance(value, Unknown)]
         ours = node.domain in DOMAINS or is_recurrent(node)
         handler = self.handlers.get(node.op_type) if ours else None
-        if self.frames is not None and ours:
-            handler = FRAME_HANDLERS.get(node.op_type, handler)
         try:
             check_inputs(node.op_type, [bool(name) for name in node.input])
             if not any(reported) and all(

@@ -9,6 +9,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.formats.build import ProblemsError, TooMuchError
 from cellstack.formats.draft import Draft
 from cellstack.formats.onnx.axes import Axes
+from cellstack.formats.onnx.axis_rules import RULES
 from cellstack.formats.onnx.file import Model, declared, live_nodes, short
 from cellstack.formats.onnx.frames import EXAMPLE, Frame, lifted
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
@@ -35,7 +36,7 @@ def load_graph(model: Model, handlers: dict[str, Handler], frames: dict[str, Fra
     scope = model.scope()
     starts, lengths = roles(scope)
     live = live_nodes(scope)
-    axes = Axes(scope, live, starts, lengths, frames is not None)
+    axes = Axes(scope, RULES, live, starts, lengths, frames is not None)
     reader = Reader(scope, handlers, axes, live, starts, lengths, frames)
     for name in weight_inputs(scope) - starts - lengths:
         given = f"cs.load(path, weights={{{name!r}: ...}})"

@@ -12,6 +12,7 @@ from cellstack.formats.onnx.decomposed.memories import memory_of
 from cellstack.formats.onnx.decomposed.scans import read_scan
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Broadcast, numbers
+from cellstack.formats.onnx.frame_cells import recurrent_over_frames
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Final, FinalMemory, Flowing, Lengths, Run, States
 from cellstack.nodes import MLSTM, Reshape, Scale, Select
@@ -19,6 +20,8 @@ from cellstack.nodes import MLSTM, Reshape, Scale, Select
 
 def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a recurrent operator of the outermost graph."""
+    if reader.frames is not None:
+        return recurrent_over_frames(reader, node, attributes, values)
     operator = read_operator(reader.scope, node)
     first, ways = operator.cells[0].spec, len(operator.cells)
     x = reader.flowing(values[0], "X")

@@ -6,14 +6,11 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from cellstack.cells.errors import FormatError
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.tensors import Tensor
-
-if TYPE_CHECKING:
-    from cellstack.formats.pytorch.script import Scripts
 
 MOST_STEPS = 1 << 20  # expressions that are evaluated, in a file
 DEEPEST_CALL = 20
@@ -49,6 +46,16 @@ class Symbol:
     named: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Definitions(Protocol):
+    """The source of a file's classes: `script.Scripts`."""
+
+    where: str
+    steps: int  # how many more expressions may be evaluated
+
+    def defined(self, path: str) -> Any:
+        """Return the syntax tree of a class or function; None if the source has none of that name."""
+
+
 class Evaluation:
     """Evaluates a module's forward pass symbolically.
 
@@ -63,7 +70,7 @@ class Evaluation:
 
     def __init__(
         self,
-        scripts: Scripts,
+        scripts: Definitions,
         found: ast.ClassDef,
         attributes: dict[Any, Any],
         constants: dict[str, Any],

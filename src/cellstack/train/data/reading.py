@@ -23,6 +23,7 @@ from cellstack.train.tables.source import Frame, read_source
 SUFFIXES = (".ts", ".npz", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv", ".parquet")
 TABLES_ONLY = ("day_first", "date_format", "decimal", "encoding")  # options of reading a table of sequences
+SEQUENCES = ("task", "id", "time", "features", "per_step", "resample", *TABLES_ONLY)  # options of reading them
 ARRAYS = ("x", "y", "lengths", "weight")
 
 
@@ -113,7 +114,7 @@ def read_sequences(
 
 def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of reading a table: those that are given, else those with which one was read before."""
-    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # it belonged to the old options
+    unknown = {"date_format"} if {"time", "day_first"} & given.keys() else set()  # it belonged to the old options
     return {name: value for name, value in before.items() if name not in unknown} | {**given}
 
 

@@ -13,8 +13,8 @@ from cellstack import nodes
 from cellstack.network import Network
 from cellstack.nodes import Node
 from cellstack.train.model import Dropout, Standardise
+from cellstack.train.options import Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
-from cellstack.train.settings import check_layers
 
 
 class Calibration(NamedTuple):
@@ -40,13 +40,7 @@ class Forecaster(nn.Module):
         targets: scale of each target's outputs, `[targets]`.
         horizon: steps to forecast.
         quantiles: see `Recipe`.
-        units: units of each layer, first layer first.
-        cell: see `Model`.
-        dropout: dropout probability after each layer.
-        heads: see `Model`.
-
-    Raises:
-        UsageError: an option out of range.
+        architecture: how it is built.
 
     Ref: a linear path parallel to the recurrent one: Lai et al. 2018, "Modeling long- and short-term temporal patterns
     with deep neural networks", section 3.6; quantile loss: Wen et al. 2017, "A multi-horizon quantile recurrent
@@ -59,18 +53,15 @@ class Forecaster(nn.Module):
         targets: np.ndarray,
         horizon: int,
         quantiles: tuple[float, ...],
-        units: tuple[int, ...] = (48,),
-        cell: str = "lstm",
-        dropout: float = 0.0,
-        heads: int | None = None,
+        architecture: Architecture,
     ):
         super().__init__()
-        check_layers(units, cell, heads, dropout)
-        self.horizon, self.cell = horizon, cell
+        units = architecture.units
+        self.horizon, self.architecture = horizon, architecture
         self.standardise = Standardise(*inputs)
         channels = len(inputs[0])
-        self.recurrent = recurrent_layers(cell, heads, units, channels)
-        self.dropout = Dropout(dropout)
+        self.recurrent = recurrent_layers(architecture, channels)
+        self.dropout = Dropout(architecture.dropout)
         self.head = nn.Linear(units[-1] + channels, len(targets) * len(quantiles))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -119,7 +110,7 @@ class Forecaster(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return what must match a checkpoint's model, in addition to the shapes of the weights."""
-        return {"task": "forecast", "cell": self.cell, "horizon": self.horizon, "dropout": self.dropout.p}
+        return {"task": "forecast", "horizon": self.horizon, **self.architecture.described()}
 
 
 def as_network(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,40 +11,13 @@ from cellstack.train.forecasting import calendar
 from cellstack.train.forecasting.parts import Parts, can_validate, epoch_steps, parts
 from cellstack.train.forecasting.recipe import LONGEST_WINDOW, NAIVE, SCALES, SHORTEST_WINDOW, Category, Recipe
 from cellstack.train.forecasting.seasons import find
-from cellstack.train.settings import FitOptions
+from cellstack.train.options import FitOptions, ForecastOptions
 from cellstack.train.tables.table import Table, listed
 
 MANY, LONG = 3000, 100  # more windows, or more steps of a window with its horizon, make training slow
 MOST_WORK = 15_000_000  # sequence steps to train on, over all networks, epochs and windows
 FEWEST_EPOCHS = 8
 WITHOUT_SEASON = 12  # default horizon without a season
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to forecast, and from which inputs; arguments that aren't given are inferred from the table.
-
-    Args:
-        targets: columns to forecast; by default the only numeric column.
-        horizon: steps to forecast; by default the shortest season.
-        window: input steps; by default two seasons, from 16 to 168.
-        seasons: lengths of the seasons, in steps; by default detected in the training part.
-        inputs: further columns, known up to the origin; by default all others.
-        known: columns whose future values are known.
-        holidays: the country of holidays, `"US"` or `"DE-BY"`; "" for none.
-        scale: unit of the values, see `Recipe`; by default the level if the logarithm is smoothed, else the spread.
-        quantiles: of the forecast's distribution; 0.5 is added.
-    """
-
-    targets: tuple[str, ...] = ()
-    horizon: int | None = None
-    window: int | None = None
-    seasons: tuple[int, ...] | None = None
-    inputs: tuple[str, ...] | None = None
-    known: tuple[str, ...] = ()
-    holidays: str = ""
-    scale: str | None = None
-    quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
 
 
 class Plan(NamedTuple):
@@ -57,7 +29,7 @@ class Plan(NamedTuple):
     validation: float
 
 
-def planned(table: Table, request: Request, validation: float | None, test: float) -> Plan:
+def planned(table: Table, request: ForecastOptions, validation: float | None, test: float) -> Plan:
     """Plan the training on a table.
 
     Args:
@@ -108,7 +80,7 @@ def takes_long(windows: int, length: int) -> bool:
     return windows > MANY or length > LONG
 
 
-def plan(table: Table, request: Request, held: float) -> Recipe:
+def plan(table: Table, request: ForecastOptions, held: float) -> Recipe:
     """Return a recipe; its rule, scale and floors are determined later, see `training.prepared`.
 
     Args:
@@ -119,7 +91,7 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
     Raises:
         UsageError: a column that doesn't exist or is empty, or arguments that don't fit each other.
     """
-    targets = request.targets or _only_target(table, request)
+    targets = tuple(request.target) or _only_target(table, request)
     asked = {"target": targets, "column known in advance": request.known, "input": request.inputs or ()}
     for what, name in ((what, name) for what, named in asked.items() for name in named):
         if name not in table.columns and name not in table.categories:
@@ -140,15 +112,12 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
             f"each column can have one role only: {listed(sorted(both))} can't be an input and also a target or known "
             "in advance"
         )
-    seasons = request.seasons
-    if seasons is None:
-        seasons = find_seasons(table, targets[0], held)
+    asked = request.seasons
+    seasons = find_seasons(table, targets[0], held) if asked is None else tuple(asked)
     horizon = usual_horizon(table, seasons) if request.horizon is None else request.horizon
     window = request.window
     if window is None:
         window = int(np.clip(2 * min(seasons, default=1), SHORTEST_WINDOW, LONGEST_WINDOW))
-    if request.scale is not None and request.scale not in SCALES:
-        raise UsageError(f"expected scale to be one of {', '.join(SCALES)}, got {request.scale!r}")
     dates: tuple[str, ...] = ()
     if table.times is not None and table.spacing is not None:
         span = float((table.times.max() - table.times.min()) / np.timedelta64(1, "s"))
@@ -189,7 +158,7 @@ def usual_horizon(table: Table, seasons: tuple[int, ...]) -> int:
     return min(seasons, default=WITHOUT_SEASON)
 
 
-def _only_target(table: Table, request: Request) -> tuple[str, ...]:
+def _only_target(table: Table, request: ForecastOptions) -> tuple[str, ...]:
     names = [name for name in table.columns if name not in request.known]
     if len(names) != 1:
         raise UsageError(f"{table.path}: expected `target=…`, one or more of {listed(names) or 'no numeric columns'}")
@@ -216,7 +185,7 @@ def step_seconds(table: Table) -> float:
     return table.spacing.months * calendar.YEAR * calendar.DAY / 12 or table.spacing.seconds
 
 
-def understood(table: Table, recipe: Recipe, asked: Request, cut: Parts) -> list[str]:
+def understood(table: Table, recipe: Recipe, asked: ForecastOptions, cut: Parts) -> list[str]:
     """Describe a table and a recipe, in sentences, the most important first; `cut` are the parts of the table."""
     seasons = " and ".join(f"{season:,}" for season in recipe.seasons)
     source = "as requested" if asked.seasons is not None else "detected in the series"

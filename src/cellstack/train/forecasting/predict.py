@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import date, datetime, timezone
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from cellstack.train.forecasting.recipe import Recipe
 from cellstack.train.forecasting.windows import Windows, extended_times
 from cellstack.train.tables.clock import utc_of
 from cellstack.train.tables.dates import in_form, written_as
-from cellstack.train.tables.table import Table, iso, read_table
+from cellstack.train.tables.table import READING, Table, iso, read_table
 from cellstack.train.trained import raw_inputs
 
 Ints = NDArray[np.int64]
@@ -310,10 +309,9 @@ def reading(net: Network, path: str) -> dict[str, Any]:
         FormatError: the network's metadata has invalid ones.
     """
     values = net.metadata.get("reading")
-    known = set(signature(read_table).parameters) - {"source"}
-    if not isinstance(values, dict) or not values.keys() <= known:
+    if not isinstance(values, dict) or not values.keys() <= {*READING}:
         raise FormatError(
-            f"{path}: expected reading to have only keys of {', '.join(sorted(known))}, found {values!r:.60}"
+            f"{path}: expected reading to have only keys of {', '.join(sorted(READING))}, found {values!r:.60}"
         )
     return values
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.forecasting import smoothing
 from cellstack.train.forecasting.backtest import MOST_ORIGINS
 from cellstack.train.forecasting.parts import Parts, epoch_steps, floors, parts, typical_errors
-from cellstack.train.forecasting.plan import Request
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.rules import rules
 from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.windows import Windows
-from cellstack.train.settings import Architecture, Settings, check_layers, check_number
+from cellstack.train.options import Architecture, FitOptions, ForecastOptions
 from cellstack.train.sizes import size_of
 from cellstack.train.tables.table import Table, iso
 
@@ -29,34 +27,9 @@ MEASURED = 2048  # windows on which scales are measured
 CONTINUED = 1 / 3  # share of the epochs for continued training with the validation part
 
 
-@dataclass(frozen=True)
-class Build:
-    """How the networks are built.
-
-    Args:
-        units: units of each layer, first layer first.
-        cell, heads: see `Model`.
-        dropout: dropout probability after each layer.
-        members: number of networks to average, each trained with its own seed.
-
-    Raises:
-        UsageError: an option out of range.
-    """
-
-    units: tuple[int, ...] = (48,)
-    cell: str = "lstm"
-    dropout: float = 0.1
-    members: int = 3
-    heads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_layers(self.units, self.cell, self.heads, self.dropout)
-        check_number("members", self.members, whole=True)
-        if not 1 <= self.members <= 99:
-            raise UsageError(f"expected members from 1 to 99, got {self.members}")
-
-
-def prepared(table: Table, recipe: Recipe, request: Request, validation: float, test: float) -> tuple[Windows, Parts]:
+def prepared(
+    table: Table, recipe: Recipe, request: ForecastOptions, validation: float, test: float
+) -> tuple[Windows, Parts]:
     """Return the windows of the training part followed by the validation part, with a complete recipe, and the parts.
 
     The rule is smoothing, or the naive one if no series is long enough. If the logarithm is smoothed, the unit is the
@@ -105,14 +78,16 @@ def refit_epochs(best: int, long: bool) -> int:
     return max(1, round(best * CONTINUED)) if long else best
 
 
-def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> tuple[list[str], dict[str, Any]]:
+def describe(
+    windows: Windows, cut: Parts, build: Architecture, options: FitOptions
+) -> tuple[list[str], dict[str, Any]]:
     """Describe the training to come on windows that `prepared` returned, in sentences and as plain values."""
     table, recipe = windows.table, windows.recipe
     inputs = Inputs.measure(windows, np.arange(len(cut.training)), MEASURED)
     width, outputs = len(inputs.standardise[0]), len(recipe.targets) * len(recipe.quantiles)
-    size = size_of(Architecture(build.units, cell=build.cell, heads=build.heads), width)
+    size = size_of(build, width)
     weights = size.weights + (size.width + width + 1) * outputs
-    steps, many = epoch_steps(len(cut.training), settings.batch), build.members > 1
+    steps, many = epoch_steps(len(cut.training), options.batch), build.members > 1
     spans: dict[str, list[str] | None] = {"validation": None, "test": None}
     trained = _span(table, table.starts[:-1], cut.ends, table.shown)
     said = [f"{len(cut.training):,} windows to train on, up to {trained[1]}"]
@@ -133,7 +108,7 @@ def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> 
     again = "; then trained again with the validation part" * bool(len(cut.validation))
     said.append(
         f"{build.members} network{'s' * many}{', each' * many}: {size.layers}, {weights:,} weights; at most "
-        f"{settings.epochs} epoch{'s' * (settings.epochs != 1)} of {steps} steps, batches of {settings.batch}{again}"
+        f"{options.epochs} epoch{'s' * (options.epochs != 1)} of {steps} steps, batches of {options.batch}{again}"
     )
     return said, {
         "training": {"windows": len(cut.training)},
@@ -143,9 +118,9 @@ def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> 
         "networks": build.members,
         "layers": size.layers,
         "weights": build.members * weights,
-        "epochs": settings.epochs,
+        "epochs": options.epochs,
         "steps": steps,
-        "batch": settings.batch,
+        "batch": options.batch,
     }
 
 

@@ -29,18 +29,18 @@ from cellstack.train.forecasting import backtest
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import Parts, WindowData, spread_out
-from cellstack.train.forecasting.plan import Request, plan, takes_long, understood
+from cellstack.train.forecasting.plan import plan, takes_long, understood
 from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.predict import forecasts_of, outputs
-from cellstack.train.forecasting.prepare import MEASURED, Build, prepared, refit_epochs, smoothings
+from cellstack.train.forecasting.prepare import MEASURED, prepared, refit_epochs, smoothings
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.locks import locked
+from cellstack.train.options import Architecture, FitOptions, ForecastOptions
 from cellstack.train.predict import predict
 from cellstack.train.processes import is_first
 from cellstack.train.progress import Bar, is_shown
-from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import check_memory
 from cellstack.train.tables.table import Table, listed
 
@@ -108,8 +108,8 @@ class Trained(NamedTuple):
 
 def train_forecast(
     table: Table,
-    request: Request,
-    build: Build,
+    request: ForecastOptions,
+    build: Architecture,
     options: FitOptions,
     test: float = 0.2,
     recipe: Recipe | None = None,
@@ -186,7 +186,7 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts) -> 
 class _Fits:
     """The fits of a training, and their combined result."""
 
-    def __init__(self, build: Build, options: FitOptions, windows: Windows, cut: Parts):
+    def __init__(self, build: Architecture, options: FitOptions, windows: Windows, cut: Parts):
         self.build, self.windows = build, windows
         self.kept = np.arange(len(cut.training))
         self.held = np.arange(len(cut.training), len(windows.origins))
@@ -254,15 +254,12 @@ class _Fits:
         recipe = windows.recipe
 
         def make() -> Forecaster:
-            how = (build.units, build.cell, build.dropout, build.heads)
-            model = Forecaster(inputs.standardise, scale, recipe.horizon, recipe.quantiles, *how)
+            model = Forecaster(inputs.standardise, scale, recipe.horizon, recipe.quantiles, build)
             if start is not None:
                 model.load_state_dict(start.state_dict())
             return model
 
-        check_memory(
-            Architecture(build.units, cell=build.cell, heads=build.heads), len(inputs.standardise[0]), len(scale)
-        )
+        check_memory(build, len(inputs.standardise[0]), len(scale))
         options = replace(options, seed=options.seed * self.build.members + member)
         if until is not None:
             options = replace(options, callbacks=[lambda epoch: epoch.entry["epoch"] >= until])

@@ -111,11 +111,11 @@ def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | 
             raise FormatError(
                 f"{source.at(row)}: expected dates such as 2020-01-31 in column {name}, found "
                 f"{source.quote(row, name)}: set `date_format=…` to their format (excel for Excel's day numbers), "
-                f"`date=…` to another column, or `date=''` for no dates"
+                f"`time=…` to another column, or `time=''` for no dates"
             )
         if MAY_BE_NAMED.match(name) and name in numbers and len(text) == len(frame) and text.is_monotonic_increasing:
             source.notes.append(
-                f"`{name}` read as numbers, not dates: use `date=…` and `date_format=…` if it has dates"
+                f"`{name}` read as numbers, not dates: use `time=…` and `date_format=…` if it has dates"
             )
     return None
 

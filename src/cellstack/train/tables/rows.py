@@ -224,7 +224,7 @@ def _untwinned(
         fix = f"keep one row, or their mean, in pandas df.groupby({found.name!r}).mean()"
         if 10 * twin.sum() > len(twin):
             by_id = "use `id=…` for the column that identifies series"
-            fix = f"{by_id}, or `date=…` with a column of hours too; or {fix}"
+            fix = f"{by_id}, or `time=…` with a column of hours too; or {fix}"
         if zone is None and times[row] != times[row].astype("datetime64[D]"):
             fix = f"use `zone=…`, if the clock is set back then; else {fix}"
     where = "" if codes.max() == 0 else " in each series"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -168,18 +169,6 @@ class Table:
         return sentences
 
 
-def reading_of(id: Any, time: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of `read_table`, without None; `time` is its `date`, named as for sequences.
-
-    Raises:
-        UsageError: both are given.
-    """
-    if time is not None and options.get("date") is not None:
-        raise UsageError("`time=…` and `date=…` both name the column of dates: give one of them")
-    reading = {**options, "id": id, "date": options.get("date") if time is None else time}
-    return {name: value for name, value in reading.items() if value is not None}
-
-
 def iso(time: Any) -> str:
     """Return a datetime64 in ISO form, only the day if it is midnight."""
     return str(time.astype("datetime64[us]").item().isoformat()).removesuffix("T00:00:00")
@@ -200,11 +189,11 @@ def _plural(word: str, count: int) -> str:
 def read_table(
     source: Any,
     *,
-    date: str | Sequence[str] | None = None,
+    time: str | Sequence[str] | None = None,
     day_first: bool | None = None,
     date_format: str | None = None,
     zone: str | None = None,
-    id: str | Sequence[str] = (),
+    id: str | Sequence[str] | None = None,
     freq: str | None = None,
     decimal: str | None = None,
     encoding: str | None = None,
@@ -214,13 +203,13 @@ def read_table(
 
     Args:
         source: path of a `.csv` or `.parquet` file, a pandas or a polars frame.
-        date: name of the date column, or of several that form the dates together (a day and its hour; year and month),
+        time: name of the date column, or of several that form the dates together (a day and its hour; year and month),
             or `""` for none; None = detected by names and cells.
         day_first: whether the day comes before the month in dates such as 01/02/2023; None = detected.
         date_format: format of the dates: strptime's, `s`, `ms`, `us` or `ns` for Unix times, `excel` for Excel's day
             numbers; None = detected.
         zone: time zone, such as `Europe/Berlin`, of dates without an offset, or to which to convert those with one.
-        id: column that identifies the series, or several.
+        id: column that identifies the series, or several; None = one series.
         freq: spacing of the rows, in pandas's notation: `h`, `30min`, `D`, `B`, `MS`; None = inferred.
         decimal: decimal separator, `.` or `,`; None = detected.
         encoding: of a text file; None = UTF-8, or according to the byte order mark.
@@ -231,13 +220,13 @@ def read_table(
         UsageError: a column that doesn't exist, an argument out of range, or a package that isn't installed.
         OSError: the file can't be read.
     """
-    ids = (id,) if isinstance(id, str) else tuple(id)
+    ids = (id,) if isinstance(id, str) else tuple(id or ())
     how = {"day_first": day_first, "date_format": date_format, "zone": zone, "freq": freq}
     given = read_source(source, encoding, (*ids, *categories))
     if len(given.frame) < 2:
         below = " below the header" if given.lines is not None else ""
         raise FormatError(f"{given.path}: expected at least two rows{below}, found {len(given.frame)}")
-    date = ",".join(date) if date is not None and not isinstance(date, str) else date
+    date = ",".join(time) if time is not None and not isinstance(time, str) else time
     for name in (*ids, *categories):
         if name not in given.frame:
             raise UsageError(f"{given.path}: expected a column {name!r}, found {listed(list(given.frame))}")
@@ -246,7 +235,7 @@ def read_table(
         if date is None and (asked := [name for name, value in how.items() if value is not None]):
             raise UsageError(
                 f"{given.path}: `{asked[0]}=…` needs a column of dates, found none in {listed(list(given.frame))}: "
-                "name it with `date=…`"
+                "name it with `time=…`"
             )
     if not ids and len(given.index) > 1 and date in given.index:
         ids = tuple(name for name in given.index if name != date)
@@ -284,7 +273,7 @@ def read_table(
     if decimal == ",":
         given.notes.append("decimal commas")
     reading = {
-        "date": date or "",
+        "time": date or "",
         "date_format": placed.form,
         "zone": placed.zone,
         "id": list(ids),
@@ -309,3 +298,7 @@ def read_table(
         notes=tuple(given.notes),
         reading=reading,
     )
+
+
+READING = tuple(name for name in signature(read_table).parameters if name != "source")
+"""The options of reading a table."""

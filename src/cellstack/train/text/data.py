@@ -16,7 +16,6 @@ from cellstack.cells.errors import FormatError
 from cellstack.network import Network
 from cellstack.nodes import Embedding
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import check_layers
 
 BYTES = 256
 LEAST = 200  # least length of a text: 10 characters each to validate and to test on
@@ -32,32 +31,6 @@ MARKS = {
 }
 
 Ids = NDArray[np.integer]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a text model is built.
-
-    Args:
-        units: units of each layer, first layer first.
-        cell, heads: see `Model`.
-        embedding: size of the character embedding; 0: one-hot.
-        dropout: dropout probability after each layer.
-
-    Raises:
-        UsageError: an option out of range.
-    """
-
-    units: tuple[int, ...] = (256, 256)
-    cell: str = "lstm"
-    embedding: int = 64
-    dropout: float = 0.3
-    heads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_layers(self.units, self.cell, self.heads, self.dropout)
-        if self.embedding < 0:
-            raise UsageError(f"expected embedding of at least 0, got {self.embedding}")
 
 
 @dataclass(frozen=True)

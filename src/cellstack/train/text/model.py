@@ -14,8 +14,9 @@ from cellstack.nodes import Dense, Node
 from cellstack.nodes.steps import Embedding
 from cellstack.train.examples import Batch, digest
 from cellstack.train.model import Dropout
+from cellstack.train.options import Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
-from cellstack.train.text.data import Architecture, Parts, Streams, Text, measured
+from cellstack.train.text.data import Parts, Streams, Text, measured
 
 
 class TextModel(nn.Module):
@@ -23,10 +24,10 @@ class TextModel(nn.Module):
 
     def __init__(self, size: int, architecture: Architecture):
         super().__init__()
-        embedding, self.size, self.cell = architecture.embedding, size, architecture.cell
+        embedding, self.size, self.architecture = architecture.embedding, size, architecture
         self.embedding = nn.Embedding(size, embedding) if embedding else None
         units = architecture.units
-        self.recurrent = recurrent_layers(self.cell, architecture.heads, units, embedding or size, return_state=True)
+        self.recurrent = recurrent_layers(architecture, embedding or size, return_state=True)
         self.dropout = Dropout(architecture.dropout)
         self.head = nn.Linear(units[-1], size)
         self.carried: tuple[Any, ...] | None = None  # the initial states of the next chunk, one per layer
@@ -70,7 +71,7 @@ class TextModel(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return what must match a checkpoint's model, in addition to the shapes of the weights."""
-        return {"task": "text", "characters": self.size, "cell": self.cell, "dropout": self.dropout.p}
+        return {"task": "text", "characters": self.size, **self.architecture.described()}
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes, from ids or one-hot to the probabilities of the next character after each."""
