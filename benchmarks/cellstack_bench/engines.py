@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import Bidirectional, Cell, CellSpec, Network, Recurrent, reference
+from cellstack import CellSpec, Network, reference
 from cellstack.network import processors
+from cellstack.nodes import Bidirectional, Cell, Recurrent
 
 Array = NDArray[Any]
 Arrays = tuple[Array, Array, Array]  # kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]; gates i f g o

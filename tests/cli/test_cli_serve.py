@@ -57,7 +57,6 @@ def test_it_serves_until_a_signal(model, number, status):
         (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
         (["--tls-cert", "nothing.pem"], "--tls-cert: nothing.pem: no such file"),
         (["--tls-cert", __file__], "needs --tls-key"),
-        (["--synced"], "--synced needs --durable FOLDER"),
         (["--token", ""], "expected a token"),
         (["--host", "203.0.113.1"], "203.0.113.1"),
     ],

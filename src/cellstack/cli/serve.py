@@ -42,9 +42,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     text += "a token on an address of this machine only localhost, 127.0.0.1 and [::1])"
     group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
     group = parser.add_argument_group("sessions")
-    group.add_argument("--durable", metavar="FOLDER", help="store sessions in FOLDER, so that they survive the process")
-    text = "flush each stored frame to the disk, so that sessions survive the machine too"
-    group.add_argument("--synced", action="store_true", help=text)
+    group.add_argument("--durable", metavar="FOLDER", help="continue sessions after a restart: store them in FOLDER")
     text = "open sessions per model (default: %(default)s)"
     group.add_argument("--sessions", type=int, default=10_000, metavar="N", help=text)
     text = "close sessions that were unused for this many seconds (default: %(default)s)"
@@ -80,14 +78,11 @@ def serve(args: argparse.Namespace) -> int:
         raise UsageError("--tls-key needs --tls-cert")
     if args.tls_cert:
         _check_certificate(args.tls_cert, args.tls_key)
-    if args.synced and not args.durable:
-        raise UsageError("--synced needs --durable FOLDER")
     limits = Limits(args.sessions, args.idle, message=args.message, rate=args.rate)
     settings = Settings(
         host=args.host,
         port=args.port,
         durable=Path(args.durable) if args.durable else None,
-        synced=args.synced,
         limits=limits,
         connections=prepare_process(args.connections),
         tokens=tokens(args.token),

@@ -1,42 +1,35 @@
-"""Sessions that survive the process: a snapshot of all of them, and a log of the frames since.
-
-A frame is stored before it is stepped. After `kill -9` the next process reads the last snapshot and steps the frames of
-the log again, so that every session has the same state, count and stored answers as before.
-"""
+"""Sessions that continue after a restart: they are stored when the server stops, and restored when it starts again."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
+from zipfile import BadZipFile
 
-from cellstack.formats.files import digest_of, options_text
-from cellstack.serve.generations import DamageError, numbers_of
-from cellstack.serve.journal import OPTIONS, Journal
-from cellstack.serve.models import Model, ServeError
-from cellstack.serve.replay import Restored
+import numpy as np
+
+from cellstack import FormatError
+from cellstack.formats.files import replacing
+from cellstack.serve.models import Model, ServeError, Session
 
 
 class Store:
-    """A durable folder, which one server uses at a time. It has a subfolder for each version of a model.
+    """A durable folder, which one server uses at a time. It has a file for each version of a model with sessions.
 
     Args:
         folder: is created if it doesn't exist.
-        synced: whether each frame is flushed to the disk, so that it survives a power cut too.
 
     Raises:
         ServeError: another server uses the folder.
         OSError: it can't be created.
     """
 
-    def __init__(self, folder: Path, synced: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             import fcntl
         except ImportError:
             raise ServeError(503, "durable sessions need a system with file locks, such as Linux or macOS") from None
-        self.folder, self.synced = folder, synced
+        self.folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = open(folder / "lock", "a+")  # noqa: SIM115  (kept open while the folder is in use)
         try:
@@ -52,65 +45,71 @@ class Store:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def stored_models(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Return the stored copies of model files of which there are stored sessions, oldest first, and their options.
+    def path_of(self, model: Model) -> Path:
+        """Return the file of a model's sessions."""
+        return self.folder / f"{model.name}-{model.digest[:16]}.npz"
 
-        These are the model files of the last process, whose sessions need their version of the model, loaded with the
-        same options.
+    def restore(self, model: Model) -> int:
+        """Restore a model's sessions, delete their file, and return their number.
 
-        Raises:
-            FormatError: a copy was changed, or is missing.
-        """
-        found: list[tuple[float, Path, dict[str, Any]]] = []
-        for folder in self.folder.iterdir():
-            if not folder.is_dir() or not numbers_of(folder, "snapshot"):
-                continue
-            paths = list((folder / "model").iterdir()) if (folder / "model").is_dir() else []
-            options = json.loads((folder / OPTIONS).read_text()) if (folder / OPTIONS).is_file() else {}
-            if len(paths) != 1 or digest_of(paths[0], options)[:16] != folder.name[-16:]:
-                raise DamageError(
-                    f"{folder / 'model'}: expected the unchanged model file of the sessions in {folder}: put it back, "
-                    "or move the folder away to give up its sessions"
-                )
-            found.append((paths[0].stat().st_mtime, paths[0], options))
-        return [(path, options) for _, path, options in sorted(found, key=lambda one: one[:2])]
-
-    def restore(self, model: Model, path: Path | None = None) -> Restored | None:
-        """Restore a model's sessions, and store them from now on. Must be called before the model accepts frames.
-
-        Args:
-            model: the model.
-            path: its file, which is copied into the folder, so that the sessions survive when the file changes.
-
-        Returns:
-            what was found; None for a model without sessions.
+        Must be called before the model accepts frames.
 
         Raises:
-            FormatError, ServeError, OSError: see `Journal.restore`.
+            FormatError: the file is damaged.
+            ServeError: more sessions are stored than the model may have, or its network has patches.
         """
-        if model.rows is None:
-            return None
-        folder = self.folder / f"{model.name}-{model.digest[:16]}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if path is not None and not (folder / "model").exists():
-            _copy(path, folder, model)
-        return Journal(folder, model, self.synced).restore()
+        path = self.path_of(model)
+        if model.rows is None or not path.exists():
+            return 0
+        dtype = np.dtype([("refused", "?"), ("row", model.rows.outputs)])
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as read:
+                found = {name: read[name] for name in read.files}
+            tokens, counts, stored_from = found["tokens"].tolist(), found["counts"], found["stored_from"]
+            answers = found["answers"].view(dtype).reshape(len(tokens), -1)
+            states = [
+                [found[f"state {n} {k}"] for k in range(len(tuple(entry)))] for n, entry in enumerate(model.initial)
+            ]
+        except (ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise FormatError(f"{path}: {error}: move the file away to give up its sessions") from None
+        numbers = []
+        for n in range(len(tokens)):
+            like = zip(model.initial, states, strict=True)
+            try:
+                numbers.append(model.pool.open(tuple(type(one)(*(a[n : n + 1] for a in own)) for one, own in like)))
+            except RuntimeError:
+                limit = f"more than {model.capacity} sessions, the limit"
+                raise ServeError(503, f"{path} contains {limit}") from None
+        model.worker.restored(np.array(numbers, np.int64) % model.capacity, counts, stored_from, answers)
+        for token, number in zip(tokens, numbers, strict=True):
+            session = model.sessions[token] = Session(token, model, number)
+            session.accepted = session.processed
+            session.touch()
+        path.unlink()
+        return len(tokens)
+
+    def save(self, model: Model) -> None:
+        """Store the sessions of a model that has stopped.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        if model.rows is None or not model.sessions:
+            return
+        numbers = np.array([session.number for session in model.sessions.values()], np.int64)
+        slots = numbers % model.capacity
+        counts, answers = model.worker.stored_answers(slots)
+        arrays = {
+            "tokens": np.array(list(model.sessions)),
+            "counts": counts,
+            "stored_from": model.worker.all_stored_from(slots),
+            "answers": np.ascontiguousarray(answers).view(np.uint8),
+        }
+        for n, entry in enumerate(model.pool.state(numbers)):
+            arrays |= {f"state {n} {k}": array for k, array in enumerate(entry)}
+        with replacing(self.path_of(model)) as file:
+            np.savez(file, **arrays)
 
     def close(self) -> None:
-        """Let other servers use the folder. The models must have been stopped before."""
+        """Let other servers use the folder."""
         self._lock.close()
-
-
-def _copy(path: Path, folder: Path, model: Model) -> None:
-    """Copy a model's file or folder to `folder/model/`, and its options."""
-    new = folder / "model-new"
-    if new.exists():  # of a process that was killed
-        shutil.rmtree(new)
-    new.mkdir()
-    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, new / path.name)
-    if digest_of(new / path.name, model.options) != model.digest:
-        shutil.rmtree(new)
-        raise ServeError(503, f"{path} changed while it was loaded: load it again")
-    if model.options:
-        (folder / OPTIONS).write_text(options_text(model.options))
-    new.rename(folder / "model")

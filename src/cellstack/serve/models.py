@@ -270,7 +270,7 @@ class Model:
         return session
 
     def _open(self) -> None:
-        """Open the sessions that were requested in this iteration of the event loop; they are stored together."""
+        """Open the sessions that were requested in this iteration of the event loop."""
         opening, self._opening = self._opening, []
 
         def opened() -> list[int]:
@@ -280,7 +280,7 @@ class Model:
                     for one in opening:
                         numbers.append(self.pool.open(one.state))  # noqa: PERF401  (kept if a later one fails)
                 some = opening[: len(numbers)]
-                self.worker.opened(numbers, [one.token for one in some], [one.frames for one in some])
+                self.worker.opened(numbers, [one.frames for one in some])
             except BaseException:
                 for number in numbers:
                     self.pool.close(number)
@@ -293,12 +293,9 @@ class Model:
                 if one.number.cancelled():  # its client is gone
                     if number is not None:
                         with suppress(StoppingError):
-                            self.worker.call(partial(self._closed, number), lambda _: None)
+                            self.worker.call(partial(self.pool.close, number), lambda _: None)
                 elif number is not None:
                     one.number.set_result(number)
-                elif isinstance(result, OSError):
-                    why = f"the session can't be stored: {result.strerror or result}"
-                    one.number.set_exception(ServeError(503, why))
                 elif isinstance(result, Exception):
                     one.number.set_exception(result)
                 else:
@@ -310,10 +307,6 @@ class Model:
         except StoppingError as error:
             done(error)
 
-    def _closed(self, number: int) -> None:
-        self.worker.closed(number)
-        self.pool.close(number)
-
     async def close(self, session: Session, why: str = "the session was closed") -> None:
         """Close a session, after its queued frames; `why` is for the connection that has it."""
         if self.sessions.pop(session.token, None) is None:
@@ -323,7 +316,7 @@ class Model:
         if owner is not None:
             owner.lost(session, why)
 
-        await self.call(partial(self._closed, session.number))
+        await self.call(partial(self.pool.close, session.number))
 
     async def state(self, session: Session) -> bytes:
         """Return a session's state after its queued frames, as the bytes of a file of `cellstack stream --state`."""

@@ -25,7 +25,6 @@ except ModuleNotFoundError as error:
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
     ) from error
 from cellstack import FormatError
-from cellstack.formats.files import digest_of
 from cellstack.serve.clients import MOST_NEW, Clients
 from cellstack.serve.models import Limits, Models, ServeError
 from cellstack.serve.texts import described
@@ -50,7 +49,6 @@ class Settings:
     Attributes:
         host, port: where it listens; port 0: any free one.
         durable: the folder in which sessions are stored; None: they end with the process.
-        synced: whether each frame is flushed to the disk, so that it survives a power cut too.
         limits: see `Limits`.
         connections: open connections whose client has sent a valid request; at most as many others may be open.
         tokens: one of them is required in each request; none: no token is required.
@@ -64,7 +62,6 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     durable: Path | None = None
-    synced: bool = False
     limits: Limits = field(default_factory=Limits)
     connections: int = 10_000
     tokens: tuple[str, ...] = ()
@@ -189,22 +186,13 @@ class Server(uvicorn.Server):
         await super().serve(sockets)
 
     def _restore(self, folder: Path) -> None:
-        """Restore the stored sessions, and store sessions from now on."""
+        """Restore the stored sessions."""
         from cellstack.serve.durable import Store
 
-        settings, models = self.settings, self.models
-        self._store = store = Store(folder, settings.synced)
-        loaded = {model.digest for model in models.all()}
-        for path, options in reversed(store.stored_models()):  # older versions, of which there are sessions
-            if digest_of(path, options) not in loaded:
-                models.versions.setdefault(path.stem, []).insert(0, models.load(path, options))
-        for name, versions in models.versions.items():
-            for number, model in enumerate(versions, 1):
-                model.version = number
-                found = store.restore(model, models.paths.get(name) if model is versions[-1] else None)
-                if found is not None and found.sessions:
-                    said = f"{name}: restored {found.sessions} sessions and {found.frames} frames"
-                    self.report(f"{said} in {found.seconds:.2f} s")
+        self._store = Store(folder)
+        for model in self.models.all():
+            if count := self._store.restore(model):
+                self.report(f"{model.name}: restored {count} sessions")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving."""
@@ -232,6 +220,11 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for model in self.models.all():
             await loop.run_in_executor(None, model.stop)
+            if self._store is not None:
+                try:
+                    self._store.save(model)
+                except OSError as error:
+                    self.report(f"{model.name}: its sessions can't be stored: {error.strerror or error}")
         if self._store is not None:
             self._store.close()
 
@@ -265,7 +258,7 @@ class Server(uvicorn.Server):
                     continue
                 try:
                     if self._store is not None:
-                        await loop.run_in_executor(None, self._store.restore, model, path)
+                        await loop.run_in_executor(None, self._store.restore, model)
                 except (ServeError, OSError) as error:
                     self.report(f"{path}: {error}; version {current.version} stays")
                     await loop.run_in_executor(None, model.stop)

@@ -7,8 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,25 +47,6 @@ class Answers(NamedTuple):
 
 
 Done = Callable[[Answers], Callable[[], None] | None]
-
-
-class Journal(Protocol):
-    """Stores frames before they are stepped, so that sessions survive the process; see `durable.py`."""
-
-    def opened(self, sessions: Sequence[int], tokens: Sequence[str]) -> None:
-        """Store that sessions of the pool were opened, with their states and counts of frames: all or none."""
-
-    def closed(self, session: int) -> None:
-        """Store that a session was closed."""
-
-    def append(self, sessions: NDArray[np.int64], rows: Records) -> None:
-        """Store frames; if it raises OSError they are refused, and count as such."""
-
-    def after_batch(self) -> None:
-        """Do what is due between two batches, such as a snapshot."""
-
-    def close(self) -> None:
-        """Store all sessions for the next process. Called after the worker has stopped."""
 
 
 class Frames:
@@ -111,7 +91,6 @@ class Worker:
         self, pool: Sessions, rows: Rows, deliver: Callable[[Sequence[tuple[Any, Any]]], None], kept: int = 16
     ) -> None:
         self.pool, self.rows, self.kept = pool, rows, kept
-        self.journal: Journal | None = None
         self.count = np.zeros(pool.capacity, np.int64)
         self._stored_from = np.zeros(pool.capacity, np.int64)
         # Sessions that step together have their newest answers next to each other in memory.
@@ -127,7 +106,7 @@ class Worker:
         self._frame_seconds = FRAME_SECONDS  # smoothed
         self._stopping = False
         self._rate, self._size = 0.0, 1.0  # frames per second and per batch, smoothed
-        self._before = self._in_thread = time.monotonic()
+        self._before = time.monotonic()
         self.latencies, self.sizes = [0] * (len(SECONDS) + 1), [0] * (len(SIZES) + 1)
         self.frames, self.batches, self.refused, self.seconds = 0, 0, 0, 0.0
         self._thread = threading.Thread(target=self._run, name="cellstack-steps", daemon=True)
@@ -156,14 +135,11 @@ class Worker:
         self._put((function, done))
 
     def stop(self) -> None:
-        """Process what is queued, end the thread, and close the journal."""
+        """Process what is queued, and end the thread."""
         with self._lock:
             self._put(None)
             self._stopping = True
         self._thread.join()
-        journal, self.journal = self.journal, None
-        if journal is not None:
-            journal.close()
 
     def stored_from(self, slot: int) -> int:
         """Return the number of the last frame of a session whose answer is no longer stored."""
@@ -207,17 +183,10 @@ class Worker:
         self.count[slots] = counts
         self._stored_from[slots] = np.maximum(stored_from, counts - min(kept, self.kept))
 
-    def opened(self, sessions: Sequence[int], tokens: Sequence[str], frames: Sequence[int]) -> None:
+    def opened(self, sessions: Sequence[int], frames: Sequence[int]) -> None:
         """Start counting the frames of sessions from `frames`. Only called by a function that `call` runs."""
         slots = np.array(sessions, np.int64) % self.pool.capacity
         self.count[slots] = self._stored_from[slots] = frames
-        if self.journal is not None:
-            self.journal.opened(sessions, tokens)
-
-    def closed(self, session: int) -> None:
-        """Note that a session was closed. Only called by a function that `call` runs."""
-        if self.journal is not None:
-            self.journal.closed(session)
 
     def _put(self, item: Any) -> None:
         with self._lock:
@@ -241,15 +210,12 @@ class Worker:
             # otherwise the thread is busy with what was queued before; `_note_handled` calls this again
 
     def _is_short(self, items: list[Frames]) -> bool:
-        # A journal needs the thread from time to time, for what is due between two batches.
-        due = self.journal is not None and time.monotonic() - self._in_thread > 0.5
-        return not due and self._frame_seconds * (FIXED + sum(len(item.rows) for item in items)) < SHORT
+        return self._frame_seconds * (FIXED + sum(len(item.rows) for item in items)) < SHORT
 
     def _run(self) -> None:
         item = self._queue.get()
         while item is not None:
             self._wait_for_more()
-            self._in_thread = time.monotonic()
             items: list[Frames] = []
             out: list[tuple[Callable[[Any], None], Any]] = []
             frames = handled = 0
@@ -268,11 +234,6 @@ class Worker:
                 item = self._queue.get()
             if items:
                 self._step(items, out.extend)
-            if self.journal is not None:
-                self._deliver(out)
-                out = []
-                if (journal := self.journal) is not None:
-                    journal.after_batch()
             self._deliver([*out, (self._note_handled, handled)])  # last: the answers before it were delivered
             if item is not None:
                 item = self._queue.get()
@@ -324,32 +285,19 @@ class Worker:
         self._before = now
 
     def process(self, sessions: NDArray[np.int64], rows: Records) -> tuple[Records, dict[int, str]]:
-        """Step frames, and return the records of outputs and the reasons of refused frames by position.
-
-        The worker's thread calls it; and, before any frame is submitted, a journal that restores sessions.
-        """
-        step = self._step_finite
-        if self.journal is not None:
-            try:
-                self.journal.append(sessions, rows)
-            except OSError as error:
-                step = partial(self._refused_all, f"the frame can't be stored: {error.strerror or error}")
+        """Step frames, and return the records of outputs and the reasons of refused frames by position."""
         parts = turns(sessions)
         if parts is None:
-            answers, refused = step(sessions, rows)
+            answers, refused = self._step_finite(sessions, rows)
             self._count(sessions, answers, refused)
             return answers, refused
         answers, refused = np.zeros(len(rows), self.rows.outputs), {}
         for places in parts:
-            own, why = step(sessions[places], rows[places])
+            own, why = self._step_finite(sessions[places], rows[places])
             self._count(sessions[places], own, why)
             answers[places] = own
             refused |= {int(places[n]): text for n, text in why.items()}
         return answers, refused
-
-    def refuse(self, sessions: NDArray[np.int64]) -> None:
-        """Count a refused frame of each of some different sessions: as `process` does, for a journal that restores."""
-        self._count(sessions, *self._refused_all("", sessions, sessions))
 
     def _count(self, sessions: NDArray[np.int64], answers: Records, refused: dict[int, str]) -> None:
         """Count a frame of each of some different sessions, and store the answers."""

@@ -487,7 +487,9 @@ RECORDS = (DataOptions, ForecastOptions, Architecture, FitOptions)
 
 def several(value: Any) -> Any:
     """Return one name or number, or several, as a tuple; None for None."""
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value and (value,)
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(value)
+    return None if value is None else (value,)
 
 
 @cache
@@ -551,7 +553,7 @@ def trains(data: str, own: str, first: Iterable[str] = ()) -> Callable[[Callable
             f"{head[:-1]}    **unknown: Any,\n):\n    if unknown:\n        raise refused(unknown)\n"
             f"    return run({passed}, {{{values}}})\n"
         )
-        names = {**function.__globals__, "run": function, "refused": partial(_unexpected, name, data)}
+        names = {**globals(), **function.__globals__, "run": function, "refused": partial(_unexpected, name, data)}
         exec(compile(source, f"<{function.__module__}.{name}>", "exec"), names)
         made = names[name]
         shown = inspect.signature(made)
