@@ -53,7 +53,7 @@ MOST_OF_A_MODULE = 4  # how many tensors of a module a message lists
 
 
 @dataclass
-class Part:
+class RecurrentTensors:
     """The tensors of one recurrent module.
 
     Attributes:
@@ -79,9 +79,9 @@ class Part:
         return list(self.names.values())
 
 
-def parts_of(names: Iterable[str]) -> list[Part]:
+def parts_of(names: Iterable[str]) -> list[RecurrentTensors]:
     """Return the recurrent modules to which these names of tensors belong, in their order."""
-    found: dict[tuple[str, bool], Part] = {}
+    found: dict[tuple[str, bool], RecurrentTensors] = {}
     others: dict[str, list[str]] = {}
     names = list(names)
     raw = _raw_weights(names)
@@ -95,7 +95,7 @@ def parts_of(names: Iterable[str]) -> list[Part]:
             others.setdefault(prefix, []).append(name)
             continue
         key = (match["prefix"], match["layer"] is not None)
-        part = found.setdefault(key, Part(*key))
+        part = found.setdefault(key, RecurrentTensors(*key))
         part.names[match["what"], int(match["layer"] or 0), match["back"] is not None] = name
     for name, whole in raw.items():
         match = NAME.fullmatch(name)
@@ -305,7 +305,7 @@ def _listed(entries: list[str]) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str | None) -> Network:
+def _network(part: RecurrentTensors, tensors: Mapping[str, Any], where: str, activation: str | None) -> Network:
     """Return the network of one recurrent module."""
     names = part.names
     depth = 1 + max(layer for _, layer, _ in names)
