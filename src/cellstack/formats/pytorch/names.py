@@ -23,7 +23,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import from_rows
 from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.build import HINT, Builder, listed
-from cellstack.formats.pytorch import ours, pararnn
+from cellstack.formats.pytorch import ours, pararnn, sru
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import either, of_units
 from cellstack.formats.pytorch.tensors import array, short
@@ -123,9 +123,9 @@ def _raw_weights(names: list[str]) -> dict[str, str]:
     return found
 
 
-def layers_of(tensors: Mapping[str, Any]) -> list[ours.Layer | pararnn.Layer]:
-    """Return the layers with names of their own to which these tensors belong: ours and ParaRNN's."""
-    return [*ours.layers_of(tensors), *pararnn.layers_of(tensors)]
+def layers_of(tensors: Mapping[str, Any]) -> list[ours.Layer | pararnn.Layer | sru.Layer]:
+    """Return the layers with names of their own to which these tensors belong: ours, ParaRNN's and those of sru."""
+    return [*ours.layers_of(tensors), *pararnn.layers_of(tensors), *sru.layers_of(tensors)]
 
 
 def networks_of(
@@ -166,6 +166,8 @@ def networks_of(
         title = layer.title if layer.title not in networks else layer.prefix
         if isinstance(layer, ours.Layer):
             networks[title] = ours.network_of_layer(layer, tensors, where)
+        elif isinstance(layer, sru.Layer):
+            networks[title] = sru.network_of_layer(layer, tensors, where)
         else:
             networks[title] = pararnn.network_of_layer(layer, tensors, where)
     return networks
