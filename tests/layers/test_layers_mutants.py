@@ -12,6 +12,7 @@ from op_calls import FLAGS, by_reference, flagged, furthest, fused, given, split
 
 from cellstack import layers, reference
 from cellstack.cells.spec import CellSpec
+from cellstack.layers import cell_base
 
 UNITS, WIDTH = 5, 3
 CELLS = {
@@ -56,7 +57,7 @@ class Case:
         """Return y of the layer, and of the reference with changed arguments."""
         rnn = layers.RNN(self.cell, return_sequences=True, go_backwards=backwards)
         drop = torch.tensor(self.options["recurrent_dropout"], dtype=torch.float32)
-        self.cell.masks = lambda batch, steps, training: layers.cell.Masks(recurrent=drop)
+        self.cell.masks = lambda batch, steps, training: cell_base.Masks(recurrent=drop)
         with torch.no_grad():
             y = rnn(self.x, initial_state=self.state, mask=self.options["mask"])
         given = {**self.options, "reverse": backwards, **changes}

@@ -447,7 +447,7 @@ def test_a_client_whose_frames_wait_for_the_rate_is_not_disconnected(model_file)
     with running(model_file, limits=Limits(sessions=4, rate=100)) as served, multiplexed(served, 1) as socket:
         (connection,) = served.server.app.state.connections.open
         parts = connection._websocket
-        parts.ping_timeout = 1  # less than the frames wait
+        parts.ping_timeout = 2  # less than the frames wait
         for t in range(4):
             socket.send(message([0] * 100, range(100 * t + 1, 100 * t + 101), np.ones(WIDTH)))
         wait_until(lambda: parts.read_paused)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cellstack.train.checks import UsageError, collected
 from cellstack.train.data.reading import SEQUENCES, TABLES_ONLY, read_sequences
 from cellstack.train.data.sequences import Sequences, as_sequences
-from cellstack.train.data.stream import Stream, is_stream
 from cellstack.train.fitting import Result
 from cellstack.train.forecasting.plan import planned
 from cellstack.train.forecasting.training import Trained, train_forecast
@@ -31,8 +29,7 @@ def fit(x: Any, y: Any, given: dict[str, Any]) -> Result:
     Args:
         x: an array `[N, T, C]`; a list of arrays `[T, C]`, whose T may differ; a pandas or polars frame with a row per
             step; the name of a file, .ts, .npz, .csv or .parquet; a map-style dataset of `(sequence, target)`, such as
-            torch's; or, for data larger than memory, an iterable of these that can be iterated repeatedly, or a
-            function that returns an iterator: see `Stream`. NaN where a value is missing.
+            torch's, also of data larger than memory. NaN where a value is missing.
         y: classes (text, integers or bools) or numbers: one per sequence or, with another axis, several numbers per
             sequence or one entry per step. With a frame also the name of a column, or a mapping or Series by id; with
             a table's file the name of a column; None with .ts and .npz files, which contain it.
@@ -56,13 +53,7 @@ def fit(x: Any, y: Any, given: dict[str, Any]) -> Result:
     """
     x, seed, weight = collected(x), given["seed"], given["sample_weight"]
     reading = {name: given[name] for name in SEQUENCES}
-    if is_stream(x):
-        share = float(given["validation"]) if isinstance(given["validation"], (int, float)) else 0.0
-        if isinstance(given["test"], (int, float)):
-            raise UsageError("test: a share isn't supported where x is iterated over: pass separate data")
-        whole: Any = _stream(x, share, given, {"y": y, "sample_weight": weight, **reading})
-    else:
-        whole = _taken(x, y, "x", weight=weight, **reading)
+    whole = _taken(x, y, "x", weight=weight, **reading)
     for column, why in whole.ignored.items():
         warnings.warn(f"column {column!r} isn't used: it {why}", stacklevel=3)
     if whole.rates:
@@ -163,17 +154,6 @@ def fit_text(text: str | bytes | Path, given: dict[str, Any]) -> Result:
         given["batch"] = usual_batch(parts.training[1], given["steps"])
     say = above if is_shown(given["progress"]) else None
     return train_text(whole, parts, record_of(Architecture, given), record_of(FitOptions, given), say=say)
-
-
-def _stream(x: Any, share: float, given: Mapping[str, Any], others: dict[str, Any]) -> Stream:
-    """Return an iterable as a `Stream`, after one pass over it."""
-    record_of(FitOptions, given, validation=share)  # checks them
-    for name, value in others.items():
-        if name != "task" and value is not None:
-            raise UsageError(
-                f"{name} isn't supported where x is iterated over: its items are (sequence, target, weight)"
-            )
-    return Stream(x, share, given["seed"], given["task"], buffer=given["buffer"])
 
 
 def _taken(x: Any, y: Any, name: str, **reading: Any) -> Sequences:

@@ -24,7 +24,6 @@ def fit(
     date_format: str | None = None,
     decimal: str | None = None,
     encoding: str | None = None,
-    buffer: int = 4096,
     units: int | Sequence[int] = (48, 48),
     cell: str = 'lstm',
     heads: int | None = None,

@@ -148,8 +148,8 @@ class _Run(FitState):
                     bar.validated(self.figures)
                 elif not result.stopped:
                     raise UsageError(
-                        f"expected {per_epoch} batches in every epoch, got {self.step} in epoch {self.epoch + 1}: an "
-                        "iterable must yield the same examples each time"
+                        f"expected {per_epoch} batches in every epoch, got {self.step} in epoch {self.epoch + 1}: "
+                        "data must have the same batches in each"
                     )
                 result.threads = torch.get_num_threads()
                 if options.checkpoint is not None and self.team.rank == 0:

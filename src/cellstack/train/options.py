@@ -229,13 +229,6 @@ class DataOptions(Record):
         None, "text encoding of a table, such as latin-1", of=TABLES, unset="detected", rare=True
     )
     bytes: bool = option(False, "learn the bytes of a file of any kind, not characters", of="texts", rare=True)
-    buffer: int = option(
-        4096,
-        "of an iterable, the examples in memory at a time, which are shuffled",
-        at_least(1),
-        of="sequences",
-        flag=False,
-    )
 
 
 @dataclass(frozen=True)

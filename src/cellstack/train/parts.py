@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from cellstack.cells.errors import FormatError
 from cellstack.train.checks import OptionError, UsageError
 from cellstack.train.data.sequences import Sequences, joined, taken
-from cellstack.train.data.stream import Stream, Streamed
 from cellstack.train.data.targets import class_weights
-from cellstack.train.examples import GAP, Data, Indexed, Inputs, Labelled, shaped, split
+from cellstack.train.examples import GAP, Data, Indexed, Inputs, Labelled, split
 from cellstack.train.options import Architecture, FitOptions
 
 
@@ -30,7 +29,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(
-    training: Sequences | Stream,
+    training: Sequences,
     validation: Sequences | None,
     class_weight: Any,
     options: FitOptions,
@@ -39,20 +38,26 @@ def parts_of(
     """Return the parts of sequences.
 
     Args:
-        training: the training data, including the validation part; a `Stream` selects its validation part itself.
+        training: the training data, including the validation part.
         validation: separate validation data; None = a share of `training`.
         class_weight: see `targets.class_weights`.
         options: the share of `training` to validate on, and the seed of the choice; batch size and noise.
         gap: see `batches`.
     """
-    if isinstance(training, Stream):
-        return _streamed(training, validation, class_weight, options, gap)
-    return _indexed(training, validation, class_weight, options, gap)
+    assert training.y is not None
+    whole, (kept, held) = _split(training, validation, options.validation, options.seed)
+    weights = None if class_weight is None else class_weights(class_weight, _of(training.y, kept), training.labels)
+    examples = Labelled(whole, weights)
+
+    def data(inputs: Inputs) -> Data:
+        s = options
+        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, gap)
+
+    measure = partial(Inputs.measure, examples, kept, called=whole.channel)
+    return Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
 
 
-def check(
-    training: Sequences | Stream, validation: Sequences | None, test: Sequences | None, class_weight: Any
-) -> None:
+def check(training: Sequences, validation: Sequences | None, test: Sequences | None, class_weight: Any) -> None:
     """Check that the data can be trained on, and that all parts have the same form.
 
     Raises:
@@ -72,41 +77,7 @@ def check(
         raise UsageError("class_weight applies only to classes, not to numbers")
 
 
-def _indexed(
-    training: Sequences, validation: Sequences | None, class_weight: Any, options: FitOptions, gap: float
-) -> Parts:
-    """Return the parts of sequences in memory."""
-    assert training.y is not None
-    whole, (kept, held) = _split(training, validation, options.validation, options.seed)
-    weights = None if class_weight is None else class_weights(class_weight, _of(training.y, kept), training.labels)
-    examples = Labelled(whole, weights)
-
-    def data(inputs: Inputs) -> Data:
-        s = options
-        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, gap)
-
-    measure = partial(Inputs.measure, examples, kept, called=whole.channel)
-    return Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
-
-
-def _streamed(
-    stream: Stream, validation: Sequences | None, class_weight: Any, options: FitOptions, gap: float
-) -> Parts:
-    """Return the parts of a `Stream`."""
-    kept = ~stream.held
-    weights = None if class_weight is None else class_weights(class_weight, stream.y[kept], stream.labels)
-    y, weight = shaped(stream.y, stream.weight, weights)
-    own = None if validation is None else Labelled(validation, weights)
-
-    def data(inputs: Inputs) -> Data:
-        s = options
-        return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset, gap)
-
-    validated = int(stream.held.sum()) if validation is None else len(validation.x)
-    return Parts(y[kept], weight[kept], validated, lambda: stream.inputs, data)
-
-
-def _check_alike(name: str, other: Sequences | None, training: Sequences | Stream) -> None:
+def _check_alike(name: str, other: Sequences | None, training: Sequences) -> None:
     if other is None:
         return
     if other.channels != training.channels:

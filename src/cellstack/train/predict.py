@@ -18,10 +18,10 @@ from cellstack.cells.errors import FormatError
 from cellstack.network import Network
 from cellstack.train.checks import UsageError, collected
 from cellstack.train.data.frames import is_frame, is_polars
+from cellstack.train.data.lazy import is_iterable
 from cellstack.train.data.reading import TABLES, TABLES_ONLY, merged, read_sequences
 from cellstack.train.data.samples import read_sample
 from cellstack.train.data.sequences import Sequences, as_sequences
-from cellstack.train.data.stream import is_stream
 from cellstack.train.data.ts import read_ts
 from cellstack.train.examples import Examples, Inputs, Labelled, batches
 from cellstack.train.forecasting.predict import forecasts_after
@@ -136,7 +136,7 @@ def as_trained(
         if y is None and label not in [str(column) for column in data.columns]:
             label = known["per_step"] = None
         return as_sequences(data, label, **named, **known)
-    if is_stream(data):
+    if is_iterable(data):
         items: Any = data() if callable(data) else data
         data = UserList(items)  # a dataset, whose items may have their true values
     frames = isinstance(data, (list, tuple)) and any(map(is_frame, data))

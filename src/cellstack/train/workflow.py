@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
-from cellstack.train.data.stream import Stream
 from cellstack.train.data.understood import understood
 from cellstack.train.examples import GAP, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
@@ -26,7 +25,7 @@ from cellstack.train.warm import Start
 
 
 def train_sequences(
-    training: Sequences | Stream,
+    training: Sequences,
     test: Sequences | None,
     architecture: Architecture,
     options: FitOptions = FitOptions(),
@@ -37,7 +36,7 @@ def train_sequences(
     """Train on sequences, and measure the scores on test sequences if there are any.
 
     Args:
-        training: the training data, with the validation part; a `Stream` has chosen its validation part itself.
+        training: the training data, with the validation part.
         test: test data, read with the labels of `training`; None for none.
         architecture: how the model is built.
         options: how it is fitted.

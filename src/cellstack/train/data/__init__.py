@@ -1,1 +1,1 @@
-"""Sequences from arrays, lists, frames, files, datasets and iterables."""
+"""Sequences from arrays, lists, frames, files and datasets."""

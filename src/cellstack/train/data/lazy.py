@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,13 @@ def is_dataset(x: Any) -> bool:
         return False
     by_position = hasattr(x, "__getitem__") and hasattr(x, "__len__")
     return by_position and not any(kind.__name__ == "IterableDataset" for kind in type(x).__mro__)
+
+
+def is_iterable(x: Any) -> bool:
+    """Return whether x is an iterable or a function, and not an array, list, frame, file name or dataset."""
+    if hasattr(x, "shape") or isinstance(x, (list, tuple, dict, set, str, bytes, os.PathLike)) or is_frame(x):
+        return False
+    return not is_dataset(x) and (callable(x) or hasattr(x, "__iter__"))
 
 
 def read(

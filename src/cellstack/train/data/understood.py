@@ -8,13 +8,12 @@ import numpy as np
 
 from cellstack.train.data.lazy import Lazy
 from cellstack.train.data.sequences import Sequences
-from cellstack.train.data.stream import Stream
 from cellstack.train.data.targets import counted
 
 SHOWN = 12  # most classes to list
 
 
-def understood(data: Sequences | Stream, path: str) -> tuple[list[str], dict[str, Any]]:
+def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
     """Describe how data was read, as lines and as plain values.
 
     Missing values and constant channels aren't reported for data that isn't in memory.
@@ -54,18 +53,18 @@ def understood(data: Sequences | Stream, path: str) -> tuple[list[str], dict[str
     return lines, described
 
 
-def _rates(data: Sequences | Stream) -> list[str]:
+def _rates(data: Sequences) -> list[str]:
     if step := data.table.get("resample"):
         return [f"interpolated at intervals of {step:g}, by {data.table['time']!r}"]
     return [data.rates] if data.rates else []
 
 
-def _counts(data: Sequences | Stream) -> dict[Any, int]:
+def _counts(data: Sequences) -> dict[Any, int]:
     assert data.y is not None
     return counted(np.concatenate(data.y) if isinstance(data.y, list) else data.y, data.labels)
 
 
-def _learned(data: Sequences | Stream) -> list[str]:
+def _learned(data: Sequences) -> list[str]:
     """Describe what is to be learned."""
     each = "step" if data.per_step else "sequence"
     if data.y is None:
