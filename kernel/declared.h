@@ -11,7 +11,8 @@
     KIND(MinLstm, "minlstm", 3, "ss-", {0, 1, 2}, 1, false, false, false, 0, 0) \
     KIND(LiGru, "ligru", 2, "s-", {0, 1}, 1, true, true, false, 0, 0) \
     KIND(Slstm, "slstm", 4, "--ts", {0, 1, 2, 3}, 4, true, false, false, 0, 1) \
-    KIND(CfC, "cfc", 4, "tt-s", {0, 1, 2, 3}, 1, true, false, false, 0, 0)
+    KIND(CfC, "cfc", 4, "tt-s", {0, 1, 2, 3}, 1, true, false, false, 0, 0) \
+    KIND(Sru, "sru", 4, "-ss--", {0, 1, 2, 3}, 2, false, false, false, 0, 0)
 
 // name, form, numbers, sums: see description.h
 #define CELLSTACK_ARRAYS(ARRAY) \
@@ -25,7 +26,8 @@
     ARRAY(cell_gain, kVectors, d.units, 1) \
     ARRAY(cell_bias, kVectors, d.units, 1) \
     ARRAY(gate_kernel, kMatrix, d.backbone_units * d.gates() * d.units, 0) \
-    ARRAY(gate_bias, kBias, d.gates() * d.units, 0)
+    ARRAY(gate_bias, kBias, d.gates() * d.units, 0) \
+    ARRAY(cell_vectors, kVectors, 2 * d.units, 2)
 
 // type, name, default: settings of CellSpec; None is an infinity, a text its place in its options
 #define CELLSTACK_FLAGS(FLAG) \

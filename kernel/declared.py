@@ -56,7 +56,7 @@ def kind_row(kind: Kind) -> list[str]:
 
 def array_row(array: Array) -> list[str]:
     """Return the fields of a row of the table of arrays, see description.h."""
-    numbers = " * ".join(AXES[axis] for axis in array.shape.split())
+    numbers = " * ".join(AXES.get(axis, axis) for axis in array.shape.split())
     most = MOST.get(array.shape) or MOST.get(array.shape.removesuffix(" H")) or array.shape.removesuffix(" H")
     summed = array.pack == "vectors" or array.shape.startswith("biases")
     return [array.name, f"k{array.pack.title()}", numbers, most if summed else "0"]

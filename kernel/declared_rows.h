@@ -8,3 +8,4 @@
 #include "minlstm.h"
 #include "rnn.h"
 #include "slstm.h"
+#include "sru.h"

@@ -67,7 +67,9 @@ def random_spec(rng, kind=None, largest=8):
         slots = [gate for gate in slots if gate not in declared.fixed]
         slot = str(rng.choice([*slots, *declared.outputs]))
         candidate = declared.activation(slot) == "activation"
-        tame = candidate or (bool(declared.outputs) and flags["activation"].startswith(BOUNDED))
+        tame = candidate or (
+            bool(declared.outputs) and declared.has_recurrent_kernel and flags["activation"].startswith(BOUNDED)
+        )
         bounded = POSITIVE if tested.positive else BOUNDED
         flags["gate_activations"] = {slot: random_activation(rng, CONTINUOUS if tame else bounded)}
     width = int(rng.integers(1, largest + 1)) + flags.get(declared.scalar, False)

@@ -143,6 +143,17 @@ def cfc_row(spec, w, x, h_in, state):
     return (h,), (g, k, s, t)
 
 
+def sru_row(spec, w, x, h_in, state):
+    H, c_prev, (v_f, v_r) = spec.units, state[1], w["cell_vectors"]
+    a_g, a_f, a_r, a_s = row_of_x(spec, w, x)
+    g, s = ([activated(spec, gate, v) for v in row] for gate, row in (("g", a_g), ("s", a_s)))
+    f = [activated(spec, "f", a_f[u] + v_f[u] * c_prev[u]) for u in range(H)]
+    r = [activated(spec, "r", a_r[u] + v_r[u] * c_prev[u]) for u in range(H)]
+    c = [f[u] * c_prev[u] + (1.0 - f[u]) * g[u] for u in range(H)]
+    h = [r[u] * activated(spec, "cell", c[u], clip=False) + (1.0 - r[u]) * s[u] for u in range(H)]
+    return (h, c), (g, f, r, s)
+
+
 def lstm_drawn(rng, often, units, largest):
     return {
         "peepholes": often(0.4),
@@ -389,6 +400,25 @@ TESTED = {
             },
         },
         drawn=cfc_drawn,
+    ),
+    "sru": Tested(
+        row=sru_row,
+        flags={
+            "": {},
+            "no bias": {"use_bias": False},
+            "clip": {"clip": 0.3},
+            "zoneout": {"zoneout": 0.3},
+            "activations": {"gate_activations": {"f": "hard_sigmoid", "s": "softsign", "cell": "tanh"}},
+            "learned start": {"learn_initial_state": True},
+        },
+        faults={
+            "clip": {"clip": 0.301},
+            "zoneout": {"zoneout": 0.301},
+            "activations": {"gate_activations": {"f": "hard_sigmoid", "s": "softsign", "cell": "softsign"}},
+        },
+        several={"": {}, "flags": {"activation": "tanh", "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True}},
+        bounded=True,  # at a c of 0, the φ of some has no slope
+        units=8000,
     ),
 }
 

@@ -75,13 +75,13 @@ def stack(seed, kind=None, largest=6):
 
 def fused(g, sequences=True, save=True):
     """Run the op on its fast path."""
-    return op.run(op.Call(*g[:6], [op.CellCall(spec) for spec in g.specs], g.reverse, sequences, save))
+    return op.run_op(op.OpCall(*g[:6], [op.CellCall(spec) for spec in g.specs], g.reverse, sequences, save))
 
 
 def loop(g, sequences=True, save=True):
     """Run the torch loop."""
     functions = [[eager.function_of(activation) for activation in spec.activations] for spec in g.specs]
-    return eager.run(*g[:6], g.specs, functions, g.reverse, sequences, save)
+    return eager.run_eagerly(*g[:6], g.specs, functions, g.reverse, sequences, save)
 
 
 def split(g, out):

@@ -26,8 +26,7 @@ SCALARS = {
 
 
 def activated(spec, slot, z, clip=True):
-    usual = spec.activation if slot in ("g", "k", "cell") else spec.recurrent_activation
-    usual = spec.backbone_activation if slot == "backbone" else usual
+    usual = getattr(spec, spec.of_kind.activation(slot))
     name, a, b = activation(dict(spec.gate_activations).get(slot, usual))
     if clip and spec.clip is not None:
         z = min(max(z, -spec.clip), spec.clip)

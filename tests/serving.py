@@ -12,7 +12,7 @@ import numpy as np
 from cellstack import CellSpec, Network
 from cellstack.nodes import Cell, Recurrent
 from cellstack.serve import Limits, Model, Models
-from cellstack.serve.server import Server, Settings, listen
+from cellstack.serve.server import Server, ServerSettings, listen
 
 WIDTH, UNITS = 3, 5
 
@@ -84,7 +84,7 @@ def running(*paths, limits=None, threads=1, options=None, **settings):
     models = Models(limits, threads, options)
     for path in paths:
         models.add(path)
-    chosen = Settings(port=0, limits=limits, threads=threads, **settings)
+    chosen = ServerSettings(port=0, limits=limits, threads=threads, **settings)
     listening, reports = listen(chosen.host, chosen.port), []
     server = Server(models, chosen, reports.append)
     loops = []

@@ -53,7 +53,7 @@ def stub(module):
     return (
         "# Written by `make stubs`.\n# fmt: off\n# ruff: noqa: I001\n"
         + "\n".join(sorted(imports, key=_order))
-        + f"\n\n__all__ = {json.dumps(sorted(names, key=lambda name: (not name.isupper(), name)))}\n"
+        + f"\n\n__all__ = {json.dumps(sorted(names, key=lambda name: (not name.isupper(), name)), indent=4)}\n"
         + text
     )
 

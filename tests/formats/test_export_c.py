@@ -152,7 +152,7 @@ def compared_with_the_stream(net, inside, steps=20):
         ("float32", range(0, 30, 6)),
         ("float64", range(1, 30, 10)),
         pytest.param("float32", [seed for seed in range(30) if seed % 6], marks=pytest.mark.slow),
-        pytest.param("float64", range(0, 30, 2), marks=pytest.mark.slow),
+        pytest.param("float64", range(0, 60, 2), marks=pytest.mark.slow),
     ],
     ids=["float32", "float64", "float32, more", "float64, more"],
 )
@@ -169,7 +169,7 @@ def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype, seeds):
 def test_all_flags_are_covered():
     flags = {kind: set() for kind in GATES}
     for kind, seen in flags.items():
-        for seed in range(0, 30, 2):
+        for seed in range(0, 60, 2):
             seen.update(random_spec(np.random.default_rng(seed), kind, 12).settings)
     common = {"layer_norm", "clip", "zoneout", "learn_initial_state", "use_bias", "gate_activations"}
     own = {name: common & kind.settings.keys() for name, kind in KINDS.items()}

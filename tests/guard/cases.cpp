@@ -65,12 +65,13 @@ class Numbers {
 template <class T>
 struct Cell {
     Description description{};
-    Numbers<T> kernel, recurrent_kernel, bias;
+    Numbers<T> kernel, recurrent_kernel, bias, cell_vectors;
 
     Cell(KindIndex kind, int64_t units, bool rows, int64_t heads = 1)
         : kernel(columns(kind, units) * units, 1 / std::sqrt(double(units))),
           recurrent_kernel(columns(kind, units) * units / heads, 1 / std::sqrt(double(units))),
-          bias(2 * columns(kind, units), 0.1) {
+          bias(2 * columns(kind, units), 0.1),
+          cell_vectors(kind == kSru ? 2 * units : 0, 0.5) {
         Description& d = description;
         d.kind = &kKinds[kind], d.input = d.units = d.output = units, d.heads = heads;
         for (int k = 0; d.kind->slots[k]; ++k) d.activations[k] = {d.kind->slots[k] == 't' ? kTanh : kSigmoid, 0, 0};
@@ -82,6 +83,7 @@ struct Cell {
         Arrays<const T> arrays{};
         arrays.kernel = kernel.at(), arrays.bias = bias.at();
         arrays.recurrent_kernel = description.kind->recurrent ? recurrent_kernel.at() : nullptr;
+        arrays.cell_vectors = description.kind == &kKinds[kSru] ? cell_vectors.at() : nullptr;
         return std::make_unique<Weights<T>>(description, arrays, copy, element);
     }
 };

@@ -347,7 +347,7 @@ def test_a_kind_without_recurrent_weights(kind):
     assert list(seen.gate_shares()) == list(KINDS[kind].multipliers)
     assert (seen.half_lives() > 0.0).all()
     with np.errstate(invalid="ignore"):  # at masked steps
-        kept = seen.f / (seen.f + seen.i) if kind == "minlstm" else 1.0 - seen.z
+        kept, _ = KINDS[kind].update(net.cells[0].spec, {gate: getattr(seen, gate) for gate in KINDS[kind].gates})
     expected = np.log(0.5) / np.log(kept[np.arange(9) < [[9], [6]]]).mean(axis=0)
     np.testing.assert_allclose(seen.half_lives(), expected)
 

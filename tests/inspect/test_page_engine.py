@@ -758,9 +758,12 @@ def test_gradients_of_gates_and_states_equal_differences(page):
             places = [place for place in places if case["mask"][place["row"], place["step"]]]
         sent = sent_of(net, spec, case, places=places)
         made.append(with_seeds(rng, sent, {"cell": (batch, steps, spec.output_size)}))
-    for found in evaluated(page, BY_FIELDS, made):
+    for one, found in zip(made, evaluated(page, BY_FIELDS, made), strict=True):
         for place in found:
-            assert abs(place["predicted"] - place["seen"]) <= DIFFERENCE * max(1.0, abs(place["predicted"])) * 10
+            assert abs(place["predicted"] - place["seen"]) <= DIFFERENCE * max(1.0, abs(place["predicted"])) * 10, (
+                str(one["network"]),
+                place,
+            )
 
 
 def test_a_patch_of_one_of_two_directions_leaves_the_other(page):

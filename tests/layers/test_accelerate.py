@@ -33,7 +33,7 @@ def runs(monkeypatch):
     monkeypatch.setattr(eligibility, "LIMITS", dict.fromkeys(eligibility.LIMITS, eligibility.Limits(1, 1, 1)))
     monkeypatch.setattr(eligibility, "WIDE_RNN_CELL", 1)
     calls = []
-    for name in ("run", "forward_each", "step"):
+    for name in ("run_op", "forward_each", "step"):
         real = getattr(op, name)
         monkeypatch.setattr(op, name, lambda *args, _real=real, **rest: calls.append(1) or _real(*args, **rest))
     return calls
@@ -399,8 +399,8 @@ def test_an_optimizer_of_other_weights_keeps_packed_weights(monkeypatch):
 
 def test_pytorch_runs_short_calls_except_those_it_does_not_support(monkeypatch):
     calls = []
-    real = op.run
-    monkeypatch.setattr(op, "run", lambda *args, **rest: calls.append(1) or real(*args, **rest))
+    real = op.run_op
+    monkeypatch.setattr(op, "run_op", lambda *args, **rest: calls.append(1) or real(*args, **rest))
     ours = cs.accelerate(nn.GRU(3, 4))
     x = torch.randn(2, 1, 3)
     y = ours(x)[0]
@@ -1441,8 +1441,8 @@ def results_and_gradients(cell, weights, time_major):
     mask = torch.rand(3, 9) < 0.8
     leaves = [t.clone().requires_grad_() for t in (x, *starts, *weights)]
     count = len(starts)
-    call = op.Call(leaves[0], leaves[1 : 1 + count], leaves[1 + count :], [], mask, None, [cell], save=True)
-    out = op.run(call._replace(time_major=time_major))
+    call = op.OpCall(leaves[0], leaves[1 : 1 + count], leaves[1 + count :], [], mask, None, [cell], save=True)
+    out = op.run_op(call._replace(time_major=time_major))
     results = [*out[:count], out[count].transpose(0, 1) if time_major else out[count], out[count + 1]]
     draws = torch.Generator().manual_seed(2)
     loss = sum((t * torch.randn(t.shape, generator=draws, dtype=dtype)).sum() for t in results)

@@ -186,11 +186,11 @@ def chained(spec, x, *weights):
     """Two calls on the same weights; the first one's state depends on x, the second one's on the first."""
     start, count = x[:, 0, :1].expand(BATCH, 2), len(spec.state_sizes)
     options = list(weights), [], None, None, [op.CellCall(spec)], False, True, True
-    out = op.run(op.Call(x, [start.tanh(), start][:count], *options))
+    out = op.run_op(op.OpCall(x, [start.tanh(), start][:count], *options))
     (states,), ((y, gates, inner, _),) = op.by_layer([spec], out)
     h, *others = states
     states = [h, *(state + every[:, 0] for state, every in zip(others, inner, strict=True))]
-    again = op.run(op.Call(x + y, states, *options))
+    again = op.run_op(op.OpCall(x + y, states, *options))
     return *again[:count], y * again[count], gates[:, :, :1]
 
 
@@ -222,7 +222,7 @@ def test_a_tensor_given_twice_gets_each_of_its_gradients_once(name):
     starts = [state] * 2 * len(spec.state_sizes)
 
     def run(x, state, *weights):
-        results = op.run(op.Call(x, starts, [*weights] * 2, [], None, None, [op.CellCall(spec)] * 2, save=True))
+        results = op.run_op(op.OpCall(x, starts, [*weights] * 2, [], None, None, [op.CellCall(spec)] * 2, save=True))
         return results[: 2 * len(spec.state_sizes) + 2]
 
     loss = sum(part.square().sum() for part in run(x, state, *weights))
@@ -240,7 +240,7 @@ def test_a_graph_of_the_gradients_of_what_is_partly_frozen(steps, name):
     spec = CELLS[name]
     lower, upper = [w.detach() for w in chain(spec)[1:]], chain(spec)[1:]
     x, cells = torch.randn(BATCH, steps, 2).double(), [op.CellCall(spec)] * 2
-    out = op.run(op.Call(x, [], [*lower, *upper], [], None, None, cells, save=True))
+    out = op.run_op(op.OpCall(x, [], [*lower, *upper], [], None, None, cells, save=True))
     loss = sum(part.square().sum() for part in out if part.requires_grad)
     plain = torch.autograd.grad(loss, upper, retain_graph=True)
     for a, b in zip(torch.autograd.grad(loss, upper, create_graph=True, allow_unused=True), plain, strict=True):

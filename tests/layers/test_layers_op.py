@@ -407,7 +407,7 @@ def one_of_each(**kwargs):
 def test_a_stack_called_as_a_cell_is_one_call_of_the_op(monkeypatch):
     stacked = one_of_each()
     calls = []
-    monkeypatch.setattr(op, "run", lambda *args, inner=op.run: calls.append(args) or inner(*args))
+    monkeypatch.setattr(op, "run_op", lambda *args, inner=op.run_op: calls.append(args) or inner(*args))
     x = torch.randn(2, 3)
     states = [[torch.randn(2, size) for size in cell.spec.state_sizes.values()] for cell in stacked.cells]
     y, ends = stacked(x, states)
@@ -425,7 +425,7 @@ def test_a_stack_is_split_only_where_necessary(monkeypatch, loops, training):
     cells = [layers.LSTMCell(3), layers.GRUCell(3, dropout=0.5), layers.GRUCell(3)]
     cells += [layers.SimpleRNNCell(3, activation="gelu" if loops else "tanh"), layers.LSTMCell(3)]
     calls = []
-    monkeypatch.setattr(op, "run", lambda *args, inner=op.run: calls.append(len(args[0].cells)) or inner(*args))
+    monkeypatch.setattr(op, "run_op", lambda *args, inner=op.run_op: calls.append(len(args[0].cells)) or inner(*args))
     layers.RNN(cells)(torch.randn(2, 4, 3), training=training)
     below = [1, 2] if training else [3]
     assert calls == ([*below, 1] if loops else [*below[:-1], below[-1] + 2])
@@ -650,7 +650,7 @@ def test_rounding_errors_are_close_to_those_of_pytorch():
         theirs, x = torch.nn.LSTM(width, units), torch.randn(30, 4, width)
         cell = op.CellCall(CellSpec(width, units), torch_layout=True)
         with torch.no_grad():
-            ours = op.run(op.Call(x.transpose(0, 1), [], list(theirs.parameters()), [], None, None, [cell]))[-1]
+            ours = op.run_op(op.OpCall(x.transpose(0, 1), [], list(theirs.parameters()), [], None, None, [cell]))[-1]
             plain, exact = theirs(x)[0], theirs.double()(x.double())[0]
         errors = [float((y.double() - exact).square().mean().sqrt()) for y in (ours.transpose(0, 1), plain)]
         ratios.append(errors[0] / errors[1])

@@ -12,7 +12,7 @@ import pytest
 from data import COLUMNS, expected, make_net, make_rows, outputs, same, write
 
 from cellstack.scale import Scorer, score_files
-from cellstack.scale.folder import Folder, Source
+from cellstack.scale.folder import Folder, InputFile
 from cellstack.scale.job import Job
 from cellstack.scale.on_ray import run_on_ray
 from cellstack.train import UsageError
@@ -99,7 +99,7 @@ def killed(folder, times):
 
 def job_of(scorer, tmp_path):
     sources = [(path, path.name) for path in sorted((tmp_path / "data").rglob("*.parquet"))]
-    sources = [Source(path, f"{name[0]}/{name}") for path, name in sources]
+    sources = [InputFile(path, f"{name[0]}/{name}") for path, name in sources]
     chains = [tuple(source for source in sources if source.output.startswith(site)) for site in "ab"]
     (tmp_path / "out").mkdir()
     return Job(scorer, Folder(tmp_path / "out"), True, 5), chains

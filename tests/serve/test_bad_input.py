@@ -546,10 +546,14 @@ def test_names_of_the_server(short):
     with raw(short, b"GET /models HTTP/1.0\r\n\r\n") as connection:  # without a name: no browser
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
     local = {"localhost", "127.0.0.1", "[::1]"}
-    assert server.hosts(server.Settings(allow_hosts=("Example.org",))) == {*local, "example.org"}
-    assert server.hosts(server.Settings(host="127.1.2.3")) == {*local, "127.1.2.3"}
-    assert server.hosts(server.Settings(host="::1")) == local
-    for settings in (server.Settings(host="0.0.0.0"), server.Settings(host=""), server.Settings(tokens=("a",))):
+    assert server.hosts(server.ServerSettings(allow_hosts=("Example.org",))) == {*local, "example.org"}
+    assert server.hosts(server.ServerSettings(host="127.1.2.3")) == {*local, "127.1.2.3"}
+    assert server.hosts(server.ServerSettings(host="::1")) == local
+    for settings in (
+        server.ServerSettings(host="0.0.0.0"),
+        server.ServerSettings(host=""),
+        server.ServerSettings(tokens=("a",)),
+    ):
         assert not server.hosts(settings)
 
 

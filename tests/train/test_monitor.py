@@ -254,12 +254,12 @@ def test_the_repeated_run_equals_the_call(seed, monkeypatch):
             found.extend(torch.autograd.grad(outputs, weights, given, retain_graph=True, materialize_grads=True))
         return own(outputs, states, given)
 
-    eager_run, own = observer.eager.run, observer._gradients
+    eager_run, own = observer.eager.run_eagerly, observer._gradients
     with TrainingMonitor(layer) as monitor:
         results = layer(x, **given)
         parts = torch.utils._pytree.tree_leaves(results)
         sum((part * torch.randn_like(part)).sum() for part in parts).backward()
-        monkeypatch.setattr(observer.eager, "run", run)
+        monkeypatch.setattr(observer.eager, "run_eagerly", run)
         monkeypatch.setattr(observer, "_gradients", gradients)
         assert monitor.epoch().layers
     wanted = [array.grad for cell in layer.cells for array in cell.arrays()]

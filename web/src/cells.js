@@ -36,7 +36,7 @@ function symbolicShapes(kind, spec) {
   const symbols = symbolsOf(kind, spec);
   const has = (need) => need === "" || Boolean(settings[need.replace("not ", "")]) !== need.startsWith("not ");
   const own = kind.arrays.filter(([, , needs]) => needs.split(" and ").every(has));
-  return Object.fromEntries(own.map(([name, shape]) => [name, shape.split(" ").map((symbol) => symbols[symbol]).filter((axis) => axis !== null)]));
+  return Object.fromEntries(own.map(([name, shape]) => [name, shape.split(" ").map((one) => (one in symbols ? symbols[one] : [Number(one), ""])).filter((axis) => axis !== null)]));
 }
 
 // The form of a cell, as far as the engine needs it where the kernel runs the cell; `where` is for messages.

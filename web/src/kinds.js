@@ -77,6 +77,15 @@ export const KINDS = {
     scalar: "timespans",
     settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "timespans": false, "mode": "default", "backbone_units": 0, "backbone_activation": "scaled_tanh(1.7159, 0.666)", "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
+  sru: {
+    gates: ["g", "f", "r", "s"],
+    states: ["h", "c"],
+    trace: ["g", "f", "r", "s", "c", "h"],
+    slots: {"g": "activation", "f": "recurrent_activation", "r": "recurrent_activation", "s": "activation", "cell": "activation"},
+    arrays: [["kernel", "I S", "use_kernel"], ["bias", "biases S", "use_bias"], ["cell_vectors", "2 H", ""], ["initial_h", "P", "learn_initial_state"], ["initial_c", "H", "learn_initial_state"]],
+    scalar: "",
+    settings: {"activation": "linear", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "use_kernel": true, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+  },
 };
 
 // The settings that the kernel takes as numbers, with their defaults, and the options of texts.
@@ -84,5 +93,5 @@ export const FLAGS = [["use_bias", true, []], ["peepholes", false, []], ["couple
 
 // The kernel's codes of activations, its order of a cell's arrays, and those that are matrices.
 export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive"];
-export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "gate_kernel", "gate_bias", "initial_h", "initial_c"];
+export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "gate_kernel", "gate_bias", "cell_vectors", "initial_h", "initial_c"];
 export const MATRICES = ["kernel", "recurrent_kernel", "projection", "gate_kernel"];

@@ -12,8 +12,11 @@ from cellstack.cells.mingru import MIN_GRU
 from cellstack.cells.minlstm import MIN_LSTM
 from cellstack.cells.rnn import SIMPLE_RNN
 from cellstack.cells.slstm import SLSTM
+from cellstack.cells.sru import SRU
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN, MIN_GRU, MIN_LSTM, LI_GRU, SLSTM, CFC)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN, MIN_GRU, MIN_LSTM, LI_GRU, SLSTM, CFC, SRU)
+}
 """Every kind of cell by its name in a `CellSpec`, which is also its name in the kernel."""
 
 

@@ -15,7 +15,7 @@ class Array(NamedTuple):
 
     Args:
         name: its name in every part.
-        shape: its axes, symbols of `symbols` with spaces between them: `"I S"`, `"H P"`, `"G-1 H"`.
+        shape: its axes, numbers or symbols of `symbols` with spaces between them: `"I S"`, `"2 H"`, `"G-1 H"`.
         first: its first values: those of the initializer that a layer's `kernel_initializer`, `recurrent_initializer`
             or `bias_initializer` sets, `"kernel"`, `"recurrent"` or `"bias"`; or `"zeros"` or `"ones"`.
         needs: the settings with which a cell has it, such as `"layer_norm and not joint"`; "": always.
@@ -78,7 +78,11 @@ def axes_of(spec: CellSpec) -> dict[str, tuple[Axis, ...]]:
     """
     settings, known = vars(spec) | {"joint": spec.joint}, symbols(spec)
     return {
-        array.name: tuple(axis for axis in map(known.__getitem__, array.shape.split()) if axis is not None)
+        array.name: tuple(
+            axis
+            for axis in (known[symbol] if symbol in known else (int(symbol), "") for symbol in array.shape.split())
+            if axis is not None
+        )
         for array in spec.of_kind.every_array
         if array.of(settings)
     }

@@ -20,7 +20,7 @@ from cellstack.train.checks import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cellstack.serve.server import Settings
+    from cellstack.serve.server import ServerSettings
 
 TOKEN = "CELLSTACK_TOKEN"  # of the environment
 
@@ -65,7 +65,7 @@ def serve(args: argparse.Namespace) -> int:
     """
     try:
         from cellstack.serve import Limits, ServeError
-        from cellstack.serve.server import Settings, prepare_process
+        from cellstack.serve.server import ServerSettings, prepare_process
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
     for name, least in (("port", 0), ("sessions", 1), ("idle", 0), ("connections", 1), ("message", 1024), ("rate", 0)):
@@ -79,7 +79,7 @@ def serve(args: argparse.Namespace) -> int:
     if args.tls_cert:
         _check_certificate(args.tls_cert, args.tls_key)
     limits = Limits(args.sessions, args.idle, message=args.message, rate=args.rate)
-    settings = Settings(
+    settings = ServerSettings(
         host=args.host,
         port=args.port,
         durable=Path(args.durable) if args.durable else None,
@@ -115,7 +115,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def _run(
     args: argparse.Namespace,
-    settings: Settings,
+    settings: ServerSettings,
     listens: Callable[[dict[str, Any]], None],
     report: Callable[[str], None],
 ) -> int:

@@ -19,7 +19,7 @@ from cellstack.formats import tirex, xlstm
 from cellstack.formats.files import parse
 from cellstack.formats.safetensors_weights import Tensor, tensors_in
 from cellstack.formats.xlstm import blocks
-from cellstack.formats.xlstm.large import Settings
+from cellstack.formats.xlstm.large import LargeSettings
 from cellstack.network import Network
 
 NAME = "checkpoint folders"
@@ -142,21 +142,21 @@ def _files(path: str) -> list[str]:
 # ── configurations ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _large_settings(path: str, config: dict[str, Any]) -> Settings:
+def _large_settings(path: str, config: dict[str, Any]) -> LargeSettings:
     """Return the settings of an xLSTMLarge, or of Transformers' xLSTM."""
-    values = Settings()._asdict()
+    values = LargeSettings()._asdict()
     for name in values:
         value = config.get(name, values[name])
         optional = value is None and name.endswith("cap")
         if not optional and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0):
             raise FormatError(f"{path}: config: expected {name} to be a number above 0, found {value!r:.80}")
         values[name] = value
-    return Settings(**values)
+    return LargeSettings(**values)
 
 
-def _block_settings(path: str, config: dict[str, Any]) -> blocks.Settings:
+def _block_settings(path: str, config: dict[str, Any]) -> blocks.BlockSettings:
     """Return the settings of a block stack or of its language model."""
-    values = blocks.Settings()._asdict()
+    values = blocks.BlockSettings()._asdict()
     for part, name, known in (("slstm", "function", blocks.CELLS), ("feedforward", "act_fn", blocks.ACTIVATIONS)):
         block = config.get("slstm_block")
         own = block.get(part) if isinstance(block, dict) else None
@@ -165,7 +165,7 @@ def _block_settings(path: str, config: dict[str, Any]) -> blocks.Settings:
             where = f"config: slstm_block.{part}.{name}"
             found = f"found {values[name]!r:.80}"
             raise FormatError(f"{path}: {where}: expected one of {', '.join(known)}, {found}")
-    return blocks.Settings(**values)
+    return blocks.BlockSettings(**values)
 
 
 def _check_sizes(path: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from cellstack.formats.pytorch.names import (
     with_dense,
 )
 from cellstack.formats.pytorch.order import in_order
-from cellstack.formats.pytorch.saved import Source
+from cellstack.formats.pytorch.saved import SavedFile
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import Contents
 from cellstack.formats.tirex import is_second, of_folder
@@ -88,7 +88,7 @@ def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None 
     if order is None and is_second(tensors):
         return of_folder(path, tensors)
     if order is not None:
-        network = in_order(Contents(tensors), Source(path, Scripts(path, lambda _: "")), order)
+        network = in_order(Contents(tensors), SavedFile(path, Scripts(path, lambda _: "")), order)
     else:
         network = network_of(tensors, path)
     return keep_bfloat16(network, tensors)

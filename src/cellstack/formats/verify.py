@@ -14,6 +14,7 @@ from cellstack.cells.errors import ShapeError
 from cellstack.formats import runtimes
 from cellstack.formats.files import check_readable
 from cellstack.formats.runtimes.answers import CannotRunError, Inputs, OtherSizesError, named
+from cellstack.formats.runtimes.differences import apart
 from cellstack.formats.runtimes.in_memory import is_module, run_module
 from cellstack.network import Network
 from cellstack.network.layouts import one_row
@@ -258,7 +259,7 @@ def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
     weights = runtimes.c.weights_of(path) if path.lower().endswith(".c") else None
     y, states = net.run(inputs, weights=weights)
     try:
-        theirs = runtimes.run(net, path, inputs)
+        theirs = runtimes.run_file(net, path, inputs)
     except OtherSizesError:
         raise
     except CannotRunError as error:
@@ -340,11 +341,9 @@ def _rounded(net: Network, inputs: Inputs) -> tuple[tuple[Rounding, ...], str]:
         return (), str(error).removeprefix("Stream: ")
     for weights, answers in zip(list(WEIGHTS)[1:], others, strict=True):
         for name, exact, rounded in zip(net.outputs, whole, answers, strict=True):
-            apart = np.nan_to_num(np.abs(rounded.astype(np.float64) - exact), nan=np.inf, posinf=np.inf)
-            apart[(rounded == exact) | (np.isnan(rounded) & np.isnan(exact))] = 0.0
-            largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0)) or 1.0
-            most, mean = float(apart.max(initial=0.0)), float(apart.mean()) if apart.size else 0.0
-            found.append(Rounding(weights, name, most, mean, most / largest, mean / largest))
+            differences, largest = apart(rounded, exact)
+            most, mean = float(differences.max(initial=0.0)), float(differences.mean()) if differences.size else 0.0
+            found.append(Rounding(weights, name, most, mean, most / (largest or 1.0), mean / (largest or 1.0)))
     return tuple(found), ""
 
 
@@ -382,12 +381,6 @@ def drawn(net: Network, seed: int, batch: int, steps: int) -> dict[str, Array]:
 def _difference(name: str, ours: Array | None, theirs: Array) -> Difference:
     if ours is None or ours.shape != theirs.shape:
         return Difference(name, () if ours is None else ours.shape, theirs.shape, float("inf"), float("inf"))
-    if not ours.size:
-        return Difference(name, ours.shape, theirs.shape, 0.0, 0.0)
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(a - b)
-    apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0  # two infinities, two NaN
-    absolute = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
-    largest = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
-    return Difference(name, ours.shape, theirs.shape, absolute, absolute / largest if largest else absolute)
+    differences, largest = apart(ours, theirs)
+    absolute = float(differences.max(initial=0.0))
+    return Difference(name, ours.shape, theirs.shape, absolute, absolute / (largest or 1.0))

@@ -4,7 +4,17 @@
 from typing import Any
 from cellstack.keras.recurrent import Recurrent
 
-__all__ = ["GRU", "LSTM", "SLSTM", "CfC", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "SLSTM",
+    "SRU",
+    "CfC",
+    "LiGRU",
+    "MinGRU",
+    "MinLSTM",
+    "SimpleRNN"
+]
 
 class LSTM(Recurrent):
     def __init__(
@@ -112,4 +122,15 @@ class CfC(Recurrent):
         backbone_activation: Any = 'scaled_tanh(1.7159, 0.666)', gate_activations: Any = (),
         layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
         zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False, **kwargs: Any
+    ) -> None: ...
+
+class SRU(Recurrent):
+    def __init__(
+        self, units: int, activation: Any = 'linear', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: Any = 'glorot_uniform', bias_initializer: Any = 'zeros', kernel_regularizer: Any = None,
+        bias_regularizer: Any = None, activity_regularizer: Any = None, kernel_constraint: Any = None,
+        bias_constraint: Any = None, dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
+        gate_activations: Any = (), clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        return_gates: bool = False, **kwargs: Any
     ) -> None: ...

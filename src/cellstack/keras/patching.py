@@ -42,7 +42,7 @@ def _inner_loop(original: Callable[..., Any]) -> Callable[..., Any]:
         results, why = None, reason(self, sequences, used, training)
         if not why:
             given = list(initial_state) if keras.tree.is_nested(initial_state) else [initial_state]
-            results, why = torch_backend.run(self, sequences, given, used, training)
+            results, why = torch_backend.run_keras_layers(self, sequences, given, used, training)
         if not torch_backend.symbolic(sequences):
             count(why)
         return original(self, sequences, initial_state, mask, training=training) if results is None else results
@@ -81,7 +81,7 @@ def _run_directly(layer: Any, sequences: Any, mask: Any) -> Any:
     used = mask[0] if isinstance(mask, (list, tuple)) else mask
     if reason(layer, sequences, used, False):
         return None
-    results, _ = torch_backend.run(layer, sequences, (), used, False)
+    results, _ = torch_backend.run_keras_layers(layer, sequences, (), used, False)
     if results is None:
         return None
     count("")

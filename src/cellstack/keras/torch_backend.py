@@ -60,7 +60,7 @@ def draw(cells: Sequence[Any], step: Tensor) -> None:
         cell.get_recurrent_dropout_mask(step)
 
 
-def run(
+def run_keras_layers(
     layer: Any, x: Tensor, initial_state: Sequence[Any], mask: Tensor | None, training: Any
 ) -> tuple[tuple[Any, ...] | None, str]:
     """Run a supported layer over `x [B, T, I]` from `initial_state`, or from zeros if that is empty.
@@ -96,7 +96,7 @@ def run(
         state = list(islice(queue, count))
         runs.append(CellRun(_cell_call(own.spec_of(cell, width)), group, state, _masks(cell, training)))
         width = cell.units
-    results = forward.run(runs, x, used, None, directions=(reverse,), sequences=sequences)
+    results = forward.run_layers(runs, x, used, None, directions=(reverse,), sequences=sequences)
     y, last, ends = results.y if sequences else None, results.last, keras.tree.flatten(results.states)
     if used is not None:
         start = runs[-1].state[0] if starts else None
@@ -184,7 +184,7 @@ def run_layer(
     functions = [eager.function_of(activation) for activation in spec.activations]
     cell = CellRun(_cell_call(spec), arrays, states, drawn, "fused" if fused else "loop", False, functions)
     used, begins = (None if flags is None else flags.to(torch.bool) for flags in (mask, reset))
-    y, last, ends, traces = forward.run([cell], x, used, begins, directions=(reverse,), traced=traced)
+    y, last, ends, traces = forward.run_layers([cell], x, used, begins, directions=(reverse,), traced=traced)
     every = list(traces[0]) if traced else []
     if reverse:
         y, every = y.flip(1), [part.flip(1) for part in every]

@@ -263,7 +263,7 @@ class _Sequence(Accelerated, nn.RNNBase):
                 return _padded(dropout(_packed(y.transpose(0, 1), packed), share), packed)[0]
             return dropout(y.transpose(0, 1), share).transpose(0, 1)
 
-        y, _, ends, traces = forward.run(
+        y, _, ends, traces = forward.run_layers(
             runs,
             x,
             used,
@@ -349,7 +349,7 @@ class _Step(Accelerated, nn.RNNCellBase):
         cell, trace = _cell(mode, self.input_size, self.hidden_size, 0, self.bias), None
         if return_gates:
             run = CellRun(cell, weights, states)
-            _, _, (ends,), (every,) = forward.run([run], x.unsqueeze(1), None, None, traced=True)
+            _, _, (ends,), (every,) = forward.run_layers([run], x.unsqueeze(1), None, None, traced=True)
             trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
         else:
             ends = op.step(x, states, weights, cell, keep)

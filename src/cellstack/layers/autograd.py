@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cellstack.layers import eager
-from cellstack.layers.cell_call import Call
+from cellstack.layers.cell_call import OpCall
 from cellstack.layers.kernel_calls import backward, fake_backward, fake_forward, forward, in_columns
 from cellstack.layers.tracing import batched, direct, transformed
 
@@ -44,21 +44,21 @@ def _of_op(
     wanted: Sequence[bool],
     threads: int,
     time_major: bool,
-) -> tuple[Call, Sequence[Tensor], Sequence[Tensor | None], Sequence[bool]]:
+) -> tuple[OpCall, Sequence[Tensor], Sequence[Tensor | None], Sequence[bool]]:
     """Return the arguments of `backward` from those of the op."""
-    call = Call.of_op(x, starts, weights, drops, mask, reset, cells, reverse, True, True, threads, time_major)
+    call = OpCall.of_op(x, starts, weights, drops, mask, reset, cells, reverse, True, True, threads, time_major)
     return call, saved, grads, wanted
 
 
 def _dispatched(
-    call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    call: OpCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Call the backward op with the arguments of `backward`."""
     *tensors, cells, reverse, _, _, threads, time_major = call.as_op()
     return torch.ops.cellstack.recurrent_backward(*tensors, saved, grads, cells, reverse, wanted, threads, time_major)
 
 
-def _keep(ctx: Any, call: Call, output: Sequence[Tensor]) -> None:
+def _keep(ctx: Any, call: OpCall, output: Sequence[Tensor]) -> None:
     """Save what the backward pass needs of the op's inputs and results."""
     x, starts, weights, drops, mask, reset, *rest = call
     flags = [t for t in (mask, reset) if t is not None]
@@ -74,7 +74,7 @@ def _keep(ctx: Any, call: Call, output: Sequence[Tensor]) -> None:
 
 
 def _keep_of_op(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    _keep(ctx, Call.of_op(*inputs), output)
+    _keep(ctx, OpCall.of_op(*inputs), output)
 
 
 # ── Batches of gradients: vmap over the backward pass ─────────────────────────────────────────────────────────────────
@@ -128,7 +128,7 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
             specs, functions = [cell.spec for cell in cells], [cell.functions for cell in cells]
             left = iter(weights)
             arrays = [a for cell in cells for a in in_columns(cell, list(islice(left, len(cell.shapes))))]
-            outputs = eager.run(x, starts, arrays, drops, mask, reset, specs, functions, reverse, True, True)
+            outputs = eager.run_eagerly(x, starts, arrays, drops, mask, reset, specs, functions, reverse, True, True)
             if time_major:
                 first = sum(len(cell.sizes) for cell in cells)
                 ys = slice(first, first + len(specs))
@@ -143,7 +143,7 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
                 allow_unused=True,
             )
     else:
-        call = Call(x, starts, weights, drops, mask, reset, *rest)
+        call = OpCall(x, starts, weights, drops, mask, reset, *rest)
         through = backward if x.is_cpu and direct(x) and not transformed() else _dispatched
 
         def back(grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -169,7 +169,7 @@ class _Direct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: OpCall, *flat: Tensor) -> tuple[Tensor, ...]:
         output = forward(call)
         _keep(ctx, call, output)
         return tuple(output)
@@ -183,17 +183,17 @@ class _Direct(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _Direct).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def differentiable(call: Call) -> list[Tensor]:
+def differentiable(call: OpCall) -> list[Tensor]:
     """Run a call with `save`, without torch's dispatcher."""
     return list(_apply(call, call.x, *call.starts, *call.weights))
 
 
-_LIBRARY.impl("recurrent", lambda *given: forward(Call.of_op(*given)), "CPU")
+_LIBRARY.impl("recurrent", lambda *given: forward(OpCall.of_op(*given)), "CPU")
 _LIBRARY.impl("recurrent_backward", lambda *given: backward(*_of_op(*given)), "CPU")
 
 
 def _fake(*given: Any) -> list[Tensor]:
-    return fake_forward(Call.of_op(*given))
+    return fake_forward(OpCall.of_op(*given))
 
 
 def _fake_back(*given: Any) -> list[Tensor]:

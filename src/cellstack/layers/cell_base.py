@@ -462,12 +462,12 @@ class Cell(Layer):
         drops = op_masks([masks], [self._call], self._like)
         if self.route(arrays[0])[0] != "fused":
             rest = [self._spec], [self._functions], False, False, False
-            return tuple(eager.run(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))
+            return tuple(eager.run_eagerly(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))
         save = needs_grad(x, *starts, *arrays)
         if not save and not drops and x.is_cpu and op.direct(x):
             return op.step(x, starts, arrays, self._call)
-        call = op.Call(x.unsqueeze(1), starts, arrays, drops, None, None, [self._call], sequences=False, save=save)
-        out = op.run(call)
+        call = op.OpCall(x.unsqueeze(1), starts, arrays, drops, None, None, [self._call], sequences=False, save=save)
+        out = op.run_op(call)
         return tuple(out[: len(self._sizes)])
 
 

@@ -120,7 +120,7 @@ class Saved(NamedTuple):
     intermediate: Any
 
 
-class Call(NamedTuple):
+class OpCall(NamedTuple):
     """The arguments of the op; see `cellstack.layers.op`."""
 
     x: Tensor
@@ -137,7 +137,7 @@ class Call(NamedTuple):
     time_major: bool = False
 
     @classmethod
-    def of_op(cls, *arguments: Any) -> Call:
+    def of_op(cls, *arguments: Any) -> OpCall:
         """Return the record of the op's own arguments, which have the cells as texts."""
         call = cls(*arguments)
         return call._replace(cells=[of_text(text) for text in arguments[6]])

@@ -6,7 +6,17 @@ import torch
 from cellstack.layers import weights
 from cellstack.layers.cell_base import Cell
 
-__all__ = ["CfCCell", "GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
+__all__ = [
+    "CfCCell",
+    "GRUCell",
+    "LSTMCell",
+    "LiGRUCell",
+    "MinGRUCell",
+    "MinLSTMCell",
+    "SLSTMCell",
+    "SRUCell",
+    "SimpleRNNCell"
+]
 
 class LSTMCell(Cell):
     def __init__(
@@ -118,4 +128,15 @@ class CfCCell(Cell):
         layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
         zoneout: float = 0.0, learn_initial_state: bool = False, input_size: int | None = None,
         dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
+    ) -> None: ...
+
+class SRUCell(Cell):
+    def __init__(
+        self, units: int, activation: Any = 'linear', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', bias_initializer: weights.Given = 'zeros',
+        kernel_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        kernel_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
+        seed: int | None = None, *, gate_activations: Any = (), clip: float | None = None, zoneout: float = 0.0,
+        learn_initial_state: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None,
+        device: Any = None, name: str | None = None
     ) -> None: ...

@@ -152,7 +152,7 @@ def as_function(given: str | Function | None) -> Function:
 # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(
+def run_eagerly(
     x: Tensor,
     starts: Sequence[Tensor],
     weights: Sequence[Tensor],

@@ -41,7 +41,7 @@ class Results(NamedTuple):
     traces: list[Any]  # one trace per cell; empty unless `traced`
 
 
-def run(
+def run_layers(
     cells: Sequence[CellRun],
     x: Tensor,
     used: Tensor | None,
@@ -130,7 +130,7 @@ def _call(
     traced: bool,
     recompute: bool,
     time_major: bool,
-) -> op.Call:
+) -> op.OpCall:
     """Return the call of the op for some cells; without `wanted`, it doesn't return y."""
     calls, begin, weights, masks = [], [], [], []
     for cell in cells:  # faster than four comprehensions
@@ -142,10 +142,10 @@ def _call(
     save = traced or needs_grad(x, *begin, *weights)
     if recompute and save and not traced:
         calls = [call.recomputing for call in calls]
-    return op.Call(x, begin, weights, dropped, used, reset, calls, reverse, wanted, save, 0, time_major)
+    return op.OpCall(x, begin, weights, dropped, used, reset, calls, reverse, wanted, save, 0, time_major)
 
 
-def _elsewhere(cell: CellRun, call: op.Call, traced: bool) -> tuple[op.Call, list[Tensor]]:
+def _elsewhere(cell: CellRun, call: op.OpCall, traced: bool) -> tuple[op.OpCall, list[Tensor]]:
     """Run the call of one cell without the fused kernel; return it, changed to match its results, and these."""
     x, begin, weights, dropped, used, reset, reverse = *call[:6], call.reverse
     spec, save = cell.call.spec, False
@@ -155,11 +155,11 @@ def _elsewhere(cell: CellRun, call: op.Call, traced: bool) -> tuple[op.Call, lis
         out = [*eager.cudnn_lstm(x, begin, weights, reverse)]
     else:
         save = traced
-        out = eager.run(x, begin, weights, dropped, used, reset, [spec], [cell.functions], reverse, True, save)
+        out = eager.run_eagerly(x, begin, weights, dropped, used, reset, [spec], [cell.functions], reverse, True, save)
     return call._replace(cells=[cell.call], sequences=True, save=save), out
 
 
-def _results(call: op.Call, out: Sequence[Tensor], traced: bool) -> tuple[list[Any], Sequence[Any], Tensor]:
+def _results(call: op.OpCall, out: Sequence[Tensor], traced: bool) -> tuple[list[Any], Sequence[Any], Tensor]:
     """Return the final states, the traces, and y of the top cell; x instead of a y that the call doesn't return."""
     calls, time_major = call.cells, call.time_major
     ends, stop = [], 0

@@ -25,7 +25,7 @@ from cellstack.layers.forward import CellRun
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Part(NamedTuple):
+class ParameterPart(NamedTuple):
     """A block `[units, inputs]` of a matrix, a range `[units]` of a vector, or a constant vector.
 
     Args:
@@ -54,7 +54,7 @@ class Part(NamedTuple):
         found = _narrowed(_narrowed(whole, 0, first), 1, second)
         return found.t() if self.transposed else found
 
-    def joined(self, other: Part) -> Part | None:
+    def joined(self, other: ParameterPart) -> ParameterPart | None:
         """Return this part followed by the rows of another one as one part; None if they aren't adjacent."""
         if not self.name and not other.name and self.value == other.value:
             return self._replace(rows=(0, self.rows[1] + other.rows[1]))
@@ -82,7 +82,7 @@ class Weight(NamedTuple):
         shape: the shape that the op takes; a matrix `[units, inputs]` is transposed if this is `[inputs, units]`.
     """
 
-    terms: tuple[tuple[Part, ...], ...]
+    terms: tuple[tuple[ParameterPart, ...], ...]
     shape: tuple[int, ...]
 
     def of(self, module: nn.Module, like: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ class Weight(NamedTuple):
         return total.t() if total.shape == self.shape[::-1] else total.view(self.shape)
 
 
-def weight(terms: Sequence[Sequence[Part]], shape: tuple[int, ...]) -> Weight:
+def weight(terms: Sequence[Sequence[ParameterPart]], shape: tuple[int, ...]) -> Weight:
     """Return a weight of this shape; adjacent parts are joined."""
     made = []
     for parts in terms:
-        joined: list[Part] = []
+        joined: list[ParameterPart] = []
         for part in parts:
             both = joined[-1].joined(part) if joined else None
             joined[-1:] = [both] if both is not None else [*joined[-1:], part]
@@ -194,7 +194,7 @@ class Known:
     protocols: Mapping[Any, Protocol]
     names: Mapping[str, Any]
     training: bool
-    settings: Settings
+    settings: ModuleSettings
 
     @cached_property
     def steps(self) -> bool:
@@ -220,7 +220,7 @@ class Known:
         return (NotImplemented if values is None else form_of(values, tensors)), tensors
 
 
-class Settings(NamedTuple):
+class ModuleSettings(NamedTuple):
     """What a module's computation depends on in addition to its parameters.
 
     Args:
@@ -235,7 +235,7 @@ class Settings(NamedTuple):
     values: dict[str, Any]
     methods: frozenset[str]
     absent: list[str]
-    inner: dict[str, Settings]
+    inner: dict[str, ModuleSettings]
 
     def hold(self, module: nn.Module) -> bool:
         """Whether a module has these settings; its own class isn't compared."""
@@ -256,10 +256,10 @@ def _absent(module: nn.Module) -> list[str]:
     return [name for name, array in module._parameters.items() if array is None]
 
 
-def settings_of(module: nn.Module) -> Settings:
+def settings_of(module: nn.Module) -> ModuleSettings:
     """Return the settings of a module."""
     kind, own = original_of(type(module)), vars(module)
-    return Settings(
+    return ModuleSettings(
         kind,
         {name: value for name, value in own.items() if type(value) in _SETTINGS and name not in _CHANGING},
         frozenset(name for name in dir(kind) if name not in own and callable(getattr(kind, name, None))),
@@ -329,7 +329,7 @@ def run_layers(
     cells = zip(known.layers, arrays, states, strict=True)
     runs = [CellRun(layer.call, own, state) for layer, own, state in cells]
     sequence = x.transpose(0, 1) if time_major else x
-    y, _, ends, _ = forward.run(runs, sequence, None, None, time_major=time_major, packed=packed)
+    y, _, ends, _ = forward.run_layers(runs, sequence, None, None, time_major=time_major, packed=packed)
     return y, ends
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cellstack import native
 from cellstack.cells.errors import ShapeError
 from cellstack.cells.spec import ARRAYS
-from cellstack.layers.cell_call import Call, CellCall, Saved, by_layer, saved_by_layer
+from cellstack.layers.cell_call import CellCall, OpCall, Saved, by_layer, saved_by_layer
 from cellstack.layers.memory import Reused
 
 
@@ -143,7 +143,7 @@ def kept_weights(kept: Kept, layer: int, cell: CellCall, weights: Sequence[Tenso
     return found[1]
 
 
-def _sequences(call: Call) -> tuple[native.Sequences, list[Any]]:
+def _sequences(call: OpCall) -> tuple[native.Sequences, list[Any]]:
     """Return the kernel's object for the input of a call, and the tensors that must outlive it."""
     x, mask, reset = call.x.resolve_neg(), call.mask, call.reset
     (batch, steps, width), (stride_batch, stride_time, stride) = x.shape, x.stride()
@@ -178,21 +178,21 @@ _NOTHING = Saved(None, None, (), None)
 _saved = lru_cache(maxsize=1024)(CellCall.saved)
 
 
-def forward(call: Call, keep: Kept | None = None) -> list[Tensor]:
+def forward(call: OpCall, keep: Kept | None = None) -> list[Tensor]:
     """Return the results of the op."""
     sequences, layers, results, _held = _prepared(call, keep)
     native.forward(sequences, layers, call.threads or torch.get_num_threads())
     return results
 
 
-def forward_each(calls: Sequence[Call], keeps: Sequence[Kept | None]) -> list[list[Tensor]]:
+def forward_each(calls: Sequence[OpCall], keeps: Sequence[Kept | None]) -> list[list[Tensor]]:
     """Return the results of independent calls, which run at the same time where that is faster."""
     prepared = [_prepared(call, keep) for call, keep in zip(calls, keeps, strict=True)]
     native.forward_each([(one[0], one[1]) for one in prepared], torch.get_num_threads())
     return [one[2] for one in prepared]
 
 
-def _prepared(call: Call, keep: Kept | None) -> tuple[native.Sequences, list[native.Layer], list[Tensor], list[Any]]:
+def _prepared(call: OpCall, keep: Kept | None) -> tuple[native.Sequences, list[native.Layer], list[Tensor], list[Any]]:
     """Return the kernel's objects for a call, the results that it writes, and what must outlive it."""
     x, cells = call.x, call.cells
     batch, steps, _ = x.shape
@@ -247,7 +247,7 @@ def step_of(
 
 
 def backward(
-    call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    call: OpCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Return the wanted gradients of `[x, *starts, *weights]`, in that order, as new contiguous tensors.
 
@@ -295,7 +295,7 @@ def backward(
     return [result for result in results if result is not None]
 
 
-def _empty_gradients(call: Call, wanted: Sequence[bool]) -> list[Tensor | None]:
+def _empty_gradients(call: OpCall, wanted: Sequence[bool]) -> list[Tensor | None]:
     """Allocate a tensor for each wanted gradient of `[x, *starts, *weights]`."""
     x = call.x
     (batch, steps, width), (want, *rest) = x.shape, wanted
@@ -306,7 +306,7 @@ def _empty_gradients(call: Call, wanted: Sequence[bool]) -> list[Tensor | None]:
     return [dx, *[torch.empty_like(t, memory_format=plain) if w else None for t, w in zip(others, rest, strict=True)]]
 
 
-def fake_forward(call: Call) -> list[Tensor]:
+def fake_forward(call: OpCall) -> list[Tensor]:
     """Return tensors in the shapes of the results of `forward`."""
     x, (batch, steps, _) = call.x, call.x.shape
     shapes: list[tuple[int, ...]] = [(batch, size) for cell in call.cells for size in cell.sizes]
@@ -317,6 +317,6 @@ def fake_forward(call: Call) -> list[Tensor]:
     return [x.new_empty(shape) for shape in shapes]
 
 
-def fake_backward(call: Call, wanted: Sequence[bool]) -> list[Tensor]:
+def fake_backward(call: OpCall, wanted: Sequence[bool]) -> list[Tensor]:
     """Return tensors in the shapes of the results of `backward`."""
     return [t for t in _empty_gradients(call, wanted) if t is not None]

@@ -11,10 +11,21 @@ from cellstack.layers.cell_classes import LiGRUCell
 from cellstack.layers.cell_classes import MinGRUCell
 from cellstack.layers.cell_classes import MinLSTMCell
 from cellstack.layers.cell_classes import SLSTMCell
+from cellstack.layers.cell_classes import SRUCell
 from cellstack.layers.cell_classes import SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "SLSTM", "CfC", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "SLSTM",
+    "SRU",
+    "CfC",
+    "LiGRU",
+    "MinGRU",
+    "MinLSTM",
+    "SimpleRNN"
+]
 
 class LSTM(SingleCellRNN):
     cell: LSTMCell
@@ -151,4 +162,19 @@ class CfC(SingleCellRNN):
         layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
         zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
         dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
+    ) -> None: ...
+
+class SRU(SingleCellRNN):
+    cell: SRUCell
+    def __init__(
+        self, units: int, activation: Any = 'linear', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', bias_initializer: weights.Given = 'zeros',
+        kernel_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        activity_regularizer: weights.Given = None, kernel_constraint: weights.Given = None,
+        bias_constraint: weights.Given = None, dropout: float = 0.0, seed: int | None = None,
+        return_sequences: bool = False, return_state: bool = False, go_backwards: bool = False, stateful: bool = False,
+        unroll: bool = False, zero_output_for_mask: bool = False, *, gate_activations: Any = (),
+        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False,
+        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        name: str | None = None
     ) -> None: ...

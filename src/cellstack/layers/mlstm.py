@@ -127,7 +127,9 @@ def _memory(sizes: MemorySizes, keeps_state: bool, x: Tensor, mask: Any, reset: 
     return _Memory.apply(sizes, keeps_state, keeps_scores, x, mask, reset, *before)
 
 
-def run(sizes: MemorySizes, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True) -> tuple[Tensor, ...]:
+def run_memory(
+    sizes: MemorySizes, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True
+) -> tuple[Tensor, ...]:
     """Return h `[B, T, sizes.units]` and, if it is to be kept, the state after the last step, C, n and m.
 
     Args:

@@ -19,7 +19,7 @@ from cellstack.layers.cell_base import Cell, Masks, op_masks
 from cellstack.layers.forward import CellRun, Results, trace_of
 from cellstack.layers.rnn import RNN
 from cellstack.layers.sequences import at_last_used, shifted
-from cellstack.layers.stack import Call
+from cellstack.layers.stack import StackCall
 
 
 class Lags(NamedTuple):
@@ -61,7 +61,7 @@ class Observer:
         self.through_gates = False  # whether the loss also depends on gates or c of every step, which isn't traced back
         self._lock = threading.Lock()
         self._hooks: list[Any] = []
-        self._call: Call | None = None
+        self._call: StackCall | None = None
         self._first = 0
         self._given: dict[int, Tensor] = {}  # gradients of the call's results, by position
         self._norms: dict[tuple[int, str], Tensor] = {}
@@ -86,7 +86,7 @@ class Observer:
             hook.remove()
         self._hooks = []
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: StackCall) -> None:
         """Record a call: copy its arguments, and set hooks for the gradients of its results."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not min(call.x.shape[:2]):
             return
@@ -116,7 +116,7 @@ class Observer:
                     if array.requires_grad:
                         self._hooks.append(array.register_hook(self._array_hook(n, name)))
 
-    def _part(self, call: Call) -> tuple[Tensor, int]:
+    def _part(self, call: StackCall) -> tuple[Tensor, int]:
         """Return which rows to run again, and from which step on, in the order processed."""
         batch, steps = call.x.shape[:2]
         if call.used is None:
@@ -162,7 +162,7 @@ def _results(finals: Sequence[Any], y: Tensor) -> list[Tensor]:
     return [*(part for state in finals for part in state), y]
 
 
-def _copied(call: Call, rows: Tensor) -> Call:
+def _copied(call: StackCall, rows: Tensor) -> StackCall:
     """Copy the arguments of a call for some rows, so that it can be run again after the originals change."""
 
     def of(tensor: Tensor | None) -> Tensor | None:
@@ -188,7 +188,7 @@ def _copied(call: Call, rows: Tensor) -> Call:
 
 
 def _run_again(
-    call: Call, first: int, given: dict[int, Tensor], norms: dict[tuple[int, str], Tensor]
+    call: StackCall, first: int, given: dict[int, Tensor], norms: dict[tuple[int, str], Tensor]
 ) -> list[CellObservation]:
     """Run a call's last steps again, cell by cell, and compute the gradients of its states at each step.
 
@@ -221,7 +221,7 @@ def _run_again(
         arrays = [array.requires_grad_() for array in run.arrays]
         specs, functions = [cell._spec], [cell._functions]
         own = y[:, first:], state, arrays, dropped, late, begun
-        (ends,), (saved,) = op.by_layer(specs, eager.run(*own, specs, functions, False, True, True, seen))
+        (ends,), (saved,) = op.by_layer(specs, eager.run_eagerly(*own, specs, functions, False, True, True, seen))
         output = saved.y
         finals.append(cell.State(*ends))
         traces.append(trace_of(cell.kind, saved))
@@ -265,7 +265,7 @@ def _early(
     masks = masks.at(slice(0, first))._replace(input=None)
     used, reset = (None if flag is None else flag[:, :first] for flag in (used, reset))
     route = "fused" if cell.route(run.arrays[0])[0] == "fused" else "loop"
-    results = forward.run([run._replace(masks=masks, route=route, residual=False)], x, used, reset)
+    results = forward.run_layers([run._replace(masks=masks, route=route, residual=False)], x, used, reset)
     return results.states[0], results.y
 
 

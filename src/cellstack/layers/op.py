@@ -3,7 +3,7 @@
     recurrent(x, starts[], weights[], drops[], mask?, reset?, cells[], reverse, sequences, save, threads, time_major)
 
 runs a stack of L layers in one call of the fused kernel. `cells` has a `CellCall.text` per layer; in Python, a call is
-a `Call` record, in which it has the `CellCall` itself. Results, in order:
+a `OpCall` record, in which it has the `CellCall` itself. Results, in order:
 
     final states, layer by layer: h [B, P], and the kind's other states [B, H] (`CellSpec.state_sizes`),
     with save: y [B, T, P] of every layer; gates [B, T, planes, H] of every layer; the states other than h, [B, T, H]
@@ -34,8 +34,8 @@ from cellstack.layers.autocast import autocast as autocast
 from cellstack.layers.autocast import uses_bfloat16
 from cellstack.layers.autograd import differentiable
 from cellstack.layers.autograd import recurrent as recurrent
-from cellstack.layers.cell_call import Call as Call
 from cellstack.layers.cell_call import CellCall as CellCall
+from cellstack.layers.cell_call import OpCall as OpCall
 from cellstack.layers.cell_call import Saved as Saved
 from cellstack.layers.cell_call import by_layer as by_layer
 from cellstack.layers.dropout_masks import dropout_mask as dropout_mask
@@ -51,7 +51,7 @@ from cellstack.layers.tracing import wraps as wraps
 isa = native.isa
 
 
-def run(call: Call, keep: Kept | None = None) -> list[Tensor]:
+def run_op(call: OpCall, keep: Kept | None = None) -> list[Tensor]:
     """Run the op on CPU tensors, without torch's dispatcher if possible.
 
     With `keep` direct calls without `save` pack the weights only once: the caller ensures that they don't change.
@@ -63,11 +63,11 @@ def run(call: Call, keep: Kept | None = None) -> list[Tensor]:
     return differentiable(call) if call.save else forward(call, keep)
 
 
-def run_each(calls: Sequence[Call], keeps: Sequence[Kept | None]) -> list[list[Tensor]]:
+def run_each(calls: Sequence[OpCall], keeps: Sequence[Kept | None]) -> list[list[Tensor]]:
     """Run independent calls over the same x as `run` does; without gradients, at the same time where that is faster."""
     x = calls[0].x
     if len(calls) == 1 or any(call.save for call in calls) or not x.is_cpu or not direct(x):
-        return [run(call, keep) for call, keep in zip(calls, keeps, strict=True)]
+        return [run_op(call, keep) for call, keep in zip(calls, keeps, strict=True)]
     if uses_bfloat16(x):
         calls = [call._replace(cells=[cell.in_bf16 for cell in call.cells]) for call in calls]
     return forward_each(calls, keeps)

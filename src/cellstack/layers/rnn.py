@@ -18,7 +18,7 @@ from cellstack.layers.base import Layer, as_input, of_cell, own
 from cellstack.layers.cell_base import Cell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, unpack
-from cellstack.layers.stack import Call, StackedRNNCells, run_cells
+from cellstack.layers.stack import StackCall, StackedRNNCells, run_cells
 from cellstack.layers.state import StatefulLayer
 
 FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask", "remat")
@@ -63,7 +63,7 @@ class RNN(StatefulLayer):
     ((2, 3, 5), (2, 2, 4), (1, 2, 5))
     """
 
-    _observers: tuple[Callable[[Call], None], ...] = ()  # called after each call, see `observer`
+    _observers: tuple[Callable[[StackCall], None], ...] = ()  # called after each call, see `observer`
     remat = False
 
     def __init__(

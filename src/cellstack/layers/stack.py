@@ -144,7 +144,7 @@ class StackedRNNCells(Layer):
         return y, new_states
 
 
-class Call(NamedTuple):
+class StackCall(NamedTuple):
     """Arguments and results of a call of `run_cells`, for observers."""
 
     cells: Sequence[Cell]
@@ -168,7 +168,7 @@ def run_cells(
     reverse: bool = False,
     sequences: bool = True,
     residual: bool = False,
-    observers: Sequence[Callable[[Call], None]] = (),
+    observers: Sequence[Callable[[StackCall], None]] = (),
     remat: bool = False,
 ) -> Results:
     """Run built cells over a sequence.
@@ -179,9 +179,9 @@ def run_cells(
         training: whether dropout and zoneout are active.
         reverse: run from the last step to the first; y has the order of x.
         residual: see `StackedRNNCells`.
-        observers: are called with the `Call`.
+        observers: are called with the `StackCall`.
         remat: see `RNN`.
-        x, used, reset, traced, sequences: see `forward.run`.
+        x, used, reset, traced, sequences: see `forward.run_layers`.
     """
     cells = list(cells)  # slicing a ModuleList takes as long as a short step
     batch, steps, _ = x.shape
@@ -208,9 +208,9 @@ def run_cells(
         added = residual and n > 0 and cell.input_size == cell.output_size
         run = CellRun(cell._call, arrays[n], state, masks[n], route, added, cell._functions)
         runs.append(run)
-    results = forward.run(
+    results = forward.run_layers(
         runs, x, used, reset, directions=(reverse,), sequences=sequences, traced=traced, recompute=remat
     )
     for observer in observers:
-        observer(Call(cells, runs, x, used, reset, reverse, results))
+        observer(StackCall(cells, runs, x, used, reset, reverse, results))
     return results

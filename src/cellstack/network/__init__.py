@@ -1,5 +1,4 @@
 """`Network`: a graph of nodes as data, which nodes run together, how it runs, and its description."""
 
 from cellstack.network.network import Network as Network
-from cellstack.network.plan import Call as Stage  # noqa: F401  # its name in pickles of older versions
 from cellstack.network.running import processors as processors

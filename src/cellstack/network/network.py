@@ -24,8 +24,8 @@ from cellstack.network.construction import (
 from cellstack.network.delegated import Delegated
 from cellstack.network.description import as_text, plan_lines
 from cellstack.network.graph import Graph, Inputs, wired
-from cellstack.network.plan import Calls
-from cellstack.network.running import processors, run
+from cellstack.network.plan import PlannedCalls
+from cellstack.network.running import processors, run_network
 from cellstack.nodes.base import Array, CellState, Node, Shape
 from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Products
@@ -126,7 +126,7 @@ class Network(Delegated):
     patches: tuple[Patch, ...]
     initial_state_sources: tuple[str, ...]
     has_state_values: bool
-    calls: Calls
+    calls: PlannedCalls
     patches_by_cell: tuple[CellPatches | None, ...]
 
     def __init__(
@@ -169,7 +169,7 @@ class Network(Delegated):
             # For each cell, which values it starts from, or "".
             "initial_state_sources": initial_state_sources(nodes, names, graph),
             "has_state_values": any(graph.states),
-            "calls": Calls(nodes, names, graph, (patch.node for patch in patches)),
+            "calls": PlannedCalls(nodes, names, graph, (patch.node for patch in patches)),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -303,7 +303,7 @@ class Network(Delegated):
             ValueError: threads below 1 or above 2^31 - 1; unknown weights; ids out of range; resets for a node that
                 combines steps; neither mask nor lengths for a network that needs them.
         """
-        return run(self, x, state, mask, lengths, reset, threads, weights, record)
+        return run_network(self, x, state, mask, lengths, reset, threads, weights, record)
 
     def as_inputs(self, owner: str, x: Any) -> dict[str, Array]:
         """Return the inputs by name as arrays of real numbers, cast to the network's dtype except for ids.

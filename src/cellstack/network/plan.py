@@ -12,7 +12,7 @@ from cellstack.nodes.base import KernelLayers, Node
 from cellstack.nodes.recurrent import Recurrent
 
 
-class Call(NamedTuple):
+class PlannedCall(NamedTuple):
     """A unit of execution: one node, or consecutive nodes that run in one call of the kernel.
 
     Attributes:
@@ -28,7 +28,7 @@ class Call(NamedTuple):
     layers: KernelLayers | None = None
 
 
-class Calls:
+class PlannedCalls:
     """The calls of a network, in order: for whole sequences, for single steps, and for the whole network.
 
     In one call, threads can work on different layers, and no values are stored between them. The bits are the same.
@@ -44,10 +44,10 @@ class Calls:
         self._nodes, self._names, self._graph, self._patched = nodes, names, graph, frozenset(patched)
 
     @cached_property
-    def sequences(self) -> tuple[Call, ...]:
+    def sequences(self) -> tuple[PlannedCall, ...]:
         """The calls of a run over sequences, with masks, resets and states: consecutive cells are joined."""
 
-        def joins(call: Call, below: KernelLayers, above: KernelLayers, name: str) -> bool:
+        def joins(call: PlannedCall, below: KernelLayers, above: KernelLayers, name: str) -> bool:
             if not (below.only_cells and above.only_cells) or below.last_step or below.zeros_at_masked or above.reverse:
                 return False  # a backward node reverses its sequence, so only the lowest may run backwards
             # Patches above a backward node count the steps of its output, which is in reverse order.
@@ -61,10 +61,10 @@ class Calls:
         )
 
     @cached_property
-    def steps(self) -> tuple[Call, ...]:
+    def steps(self) -> tuple[PlannedCall, ...]:
         """The calls for single steps and chunks of steps, as in a stream, which include dense layers around states."""
 
-        def joins(call: Call, below: KernelLayers, above: KernelLayers, name: str) -> bool:
+        def joins(call: PlannedCall, below: KernelLayers, above: KernelLayers, name: str) -> bool:
             return not ((below.has_memories and above.has_cells) or (below.has_cells and above.has_memories))
 
         # Step by step, the output of a node and its state are the same value.
@@ -81,7 +81,7 @@ class Calls:
         if any(node.memory is not None for node in self._nodes):
             return None
 
-        def joins(call: Call, below: KernelLayers, above: KernelLayers, name: str) -> bool:
+        def joins(call: PlannedCall, below: KernelLayers, above: KernelLayers, name: str) -> bool:
             return not above.reverse and not (below.last_step and above.has_cells)
 
         first, *others = self._joined(joins)
@@ -93,16 +93,16 @@ class Calls:
 
     def _joined(
         self,
-        joins: Callable[[Call, KernelLayers, KernelLayers, str], bool],
+        joins: Callable[[PlannedCall, KernelLayers, KernelLayers, str], bool],
         value: Callable[[str], str] = str,
-    ) -> list[Call]:
+    ) -> list[PlannedCall]:
         """Return the calls, given whether the next node can be part of the call below it.
 
         Args:
             joins: decides, from the call, its layers, and the layers and the name of the next node.
             value: returns the value that is used, from its name.
         """
-        calls: list[Call] = []
+        calls: list[PlannedCall] = []
         used = Counter(map(value, (*self._graph.outputs, *(name for names in self._graph.wires for name in names))))
         for number, (node, sources) in enumerate(zip(self._nodes, self._graph.wires, strict=True)):
             above, call = node.kernel_layers, calls[-1] if calls else None
@@ -112,9 +112,9 @@ class Calls:
                 if alone and joins(call, below, above, self._names[number]):
                     calls[-1] = call._replace(nodes=(*call.nodes, number), layers=below.then(above))
                     continue
-            calls.append(Call((number,), node, sources, above))
+            calls.append(PlannedCall((number,), node, sources, above))
         return calls
 
-    def _separate(self, call: Call) -> list[Call]:
+    def _separate(self, call: PlannedCall) -> list[PlannedCall]:
         """Return a call for each node: dense layers without cells may have inputs with more axes than the kernel's."""
-        return [Call((number,), self._nodes[number], self._graph.wires[number]) for number in call.nodes]
+        return [PlannedCall((number,), self._nodes[number], self._graph.wires[number]) for number in call.nodes]

@@ -31,7 +31,7 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def run(
+def run_network(
     network: Network,
     x: Any,
     state: Any,

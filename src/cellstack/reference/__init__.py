@@ -69,6 +69,11 @@ sLSTM, gates i f g o, states h c n m:
     c_new = f⊙c_prev + i⊙g                     n_new = f⊙n_prev + i
     h_new = o⊙c_new / n_new
 
+SRU, gates g f r s, states h c; without recurrent_kernel, v_f and v_r are the rows of cell_vectors:
+    a = x·kernel + bias
+    g = φ(a_g)    f = σ(a_f + v_f⊙c_prev)    r = σ(a_r + v_r⊙c_prev)    s = φ(a_s)
+    c_new = f⊙c_prev + (1 - f)⊙g               h_new = r⊙φ(c_new) + (1 - r)⊙s
+
 The slope of a clip is 0 at its bounds, as it is beyond them. For every kind, with k random masks in training and the
 rates themselves in inference:
     h = k_h⊙h_prev + (1 - k_h)⊙h_new           c = k_c⊙c_prev + (1 - k_c)⊙c_new            zoneout, zoneout_cell
@@ -108,6 +113,8 @@ Ref, and where we differ:
         their h is k, and our 1 - t is their σ(-f·τ), with an additional offset, -z_t, as in ncps. Their products with
         the state and x pass through a network first, the backbone: one dense layer here, with backbone_units, or none,
         as in ncps's networks with wirings.
+    Lei et al. 2018, "Simple Recurrent Units for Highly Parallelizable Recurrence", eq. 1 to 4: the SRU, without φ and
+        a_s = x where x is as wide as the units.
     torchaudio's RNN-T (`torchaudio.models.RNNT`): layer_norm="joint".
 """
 

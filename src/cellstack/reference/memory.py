@@ -114,6 +114,11 @@ def chunks(
 
     D[t, s] = i[s]·f[s+1]·…·f[t] is the share of step s in the state after step t, and e[t] = f[0]·…·f[t] that of the
     state before the chunk; with S = (Q·Kᵀ)∘D, the sums that h divides are S·V + e∘(Q·C₋).
+
+    For example, two steps change C₋ to C = f₁·(f₀·C₋ + i₀·k₀·v₀ᵀ) + i₁·k₁·v₁ᵀ, of which q₁ reads
+    f₁·i₀·(q₁·k₀)·v₀ + i₁·(q₁·k₁)·v₁ + f₀·f₁·C₋ᵀ·q₁. No step needs the C of the step before it: the last row of
+    D = [[i₀, 0], [f₁·i₀, i₁]] has the factors of v₀ and v₁, and the last entry of e = [f₀, f₀·f₁] that of C₋. So a
+    chunk is a few products of matrices, and C is computed once per chunk.
     """
     C, n, m = state
     gates, scale = gates_of(inputs, m), inputs.q.shape[-1] ** -0.5

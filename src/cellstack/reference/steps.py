@@ -394,6 +394,30 @@ class _SLSTM(_Cell):
         return dx, dh_in, (0.0, dc * f, dn * f, dkept)
 
 
+class _SRU(_Cell):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        (_, c_prev), (v_f, v_r) = state, self.w["cell_vectors"]
+        a_g, a_f, a_r, a_s = np.split(self.product(s, "kernel", x) + self.w.get("bias", 0.0), 4, axis=1)
+        g, f = self.activate(s, "g", a_g), self.activate(s, "f", a_f + v_f * c_prev)
+        r, skip = self.activate(s, "r", a_r + v_r * c_prev), self.activate(s, "s", a_s)
+        c_new = f * c_prev + (1.0 - f) * g
+        c_act = self.activate(s, "cell", self.patched("c", c_new, c_prev))
+        s.state, s.gates = (r * c_act + (1.0 - r) * skip, c_new), (g, f, r, skip)
+        s.c_prev, s.c_act = c_prev, c_act
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        (dh, dc), (g, f, r, skip), (dg, df, dr, ds), (v_f, v_r) = dstate, s.gates, dgates, self.w["cell_vectors"]
+        dc = dc + dh * r * s.slopes["cell"]
+        dz_g, dz_f = (dg + dc * (1.0 - f)) * s.slopes["g"], (df + dc * (s.c_prev - g)) * s.slopes["f"]
+        dz_r, dz_s = (dr + dh * (s.c_act - skip)) * s.slopes["r"], (ds + dh * (1.0 - r)) * s.slopes["s"]
+        d["cell_vectors"] += [(dz_f * s.c_prev).sum(axis=0), (dz_r * s.c_prev).sum(axis=0)]
+        da = np.concatenate([dz_g, dz_f, dz_r, dz_s], axis=1)
+        if self.spec.use_bias:
+            d["bias"] += da.sum(axis=0)
+        dx = self.product_back(s, d, "kernel", da)
+        return dx, np.zeros_like(dh), (0.0, dc * f + dz_f * v_f + dz_r * v_r)
+
+
 CELLS = {
     "lstm": _LSTM,
     "gru": _GRU,
@@ -403,4 +427,5 @@ CELLS = {
     "ligru": _LiGRU,
     "cfc": _CfC,
     "slstm": _SLSTM,
+    "sru": _SRU,
 }

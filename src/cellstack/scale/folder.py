@@ -24,7 +24,7 @@ KEY = b"cellstack"  # of the metadata of an output
 VERSION = 1
 
 
-class Source(NamedTuple):
+class InputFile(NamedTuple):
     """An input file: its path, and its output's name below the output folder."""
 
     path: Path
@@ -114,7 +114,7 @@ class Folder(NamedTuple):
                 "options, or name another folder (-o)"
             )
 
-    def check_unchanged(self, source: Source) -> None:
+    def check_unchanged(self, source: InputFile) -> None:
         """Raise `UsageError` if a file has changed since it was scored."""
         path = self.output(source.output)
         with readable(path):

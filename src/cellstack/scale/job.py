@@ -12,19 +12,19 @@ import pyarrow.parquet as pq
 
 from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.formats.files import replacing
-from cellstack.scale.folder import KEY, Folder, Source
+from cellstack.scale.folder import KEY, Folder, InputFile
 from cellstack.scale.reading import batches
 from cellstack.scale.scorer import Scorer
 from cellstack.scale.states import States
 from cellstack.train.checks import UsageError
 
-Chain = tuple[Source, ...]  # files that are scored one after the other
+Chain = tuple[InputFile, ...]  # files that are scored one after the other
 
 
 class Scored(NamedTuple):
     """What became of a file: its rows and its new ids, or why it couldn't be scored."""
 
-    source: Source
+    source: InputFile
     rows: int = 0
     ids: list[Any] = []  # noqa: RUF012 (never changed)
     error: str = ""
@@ -72,7 +72,7 @@ class Job:
                 yield Scored(source, error=str(error))
                 return
 
-    def _states_before(self, source: Source) -> States:
+    def _states_before(self, source: InputFile) -> States:
         """Return the states with which a file begins."""
         states = States(self.scorer)
         last = self.folder.last_beside(source.output) if self.carries else None
@@ -80,7 +80,7 @@ class Job:
             states.load(self.folder.state(last))
         return states
 
-    def _score(self, source: Source, states: States, progress: Callable[[int], None]) -> Scored:
+    def _score(self, source: InputFile, states: States, progress: Callable[[int], None]) -> Scored:
         """Write the output of a file, and the states after it if sequences continue."""
         path, count, known = self.folder.output(source.output), 0, len(states)
         metadata = {KEY: json.dumps(source.identity).encode()}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cellstack.cells.errors import FormatError
 from cellstack.formats import load
 from cellstack.formats.files import digest_of, found
-from cellstack.scale.folder import Folder, Source
+from cellstack.scale.folder import Folder, InputFile
 from cellstack.scale.job import Chain, Job, Scored
 from cellstack.scale.on_ray import run_on_ray
 from cellstack.scale.reading import SUFFIXES, batches, check_file
@@ -179,13 +179,13 @@ def _folder_of(name: str) -> str:
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find(patterns: Sequence[str | os.PathLike[str]], folder: Folder) -> list[Source]:
+def find(patterns: Sequence[str | os.PathLike[str]], folder: Folder) -> list[InputFile]:
     """Return the input files of patterns in the order of their outputs.
 
     Raises:
         UsageError: no file, a file in the output folder or of another kind, two files with the same output.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[str, InputFile] = {}
     for pattern in [os.fspath(pattern) for pattern in patterns]:
         if os.path.isdir(pattern):
             top, paths = Path(pattern), [path for path in Path(pattern).rglob("*") if path.suffix.lower() in SUFFIXES]
@@ -204,13 +204,13 @@ def find(patterns: Sequence[str | os.PathLike[str]], folder: Folder) -> list[Sou
                     f"{path}: is in the output folder: name a folder (-o) that the pattern doesn't include"
                 )
             name = path.relative_to(top.absolute()).with_suffix(".parquet").as_posix()
-            other = sources.setdefault(name, Source(path, name))
+            other = sources.setdefault(name, InputFile(path, name))
             if other.path != path:
                 raise UsageError(f"{other.path} and {path} have the same output, {name}")
     return [sources[name] for name in sorted(sources)]
 
 
-def _chains(sources: Sequence[Source], folder: Folder, scorer: Scorer, carries: bool, report: Report) -> list[Chain]:
+def _chains(sources: Sequence[InputFile], folder: Folder, scorer: Scorer, carries: bool, report: Report) -> list[Chain]:
     """Return the files that aren't complete, as chains: one per folder if sequences continue, else one per file."""
     complete = set(folder.outputs())
     left = []
@@ -226,7 +226,7 @@ def _chains(sources: Sequence[Source], folder: Folder, scorer: Scorer, carries: 
                 "files follow those that are complete, in the order of their names"
             )
         left.append(source)
-    chains: dict[str, list[Source]] = {}
+    chains: dict[str, list[InputFile]] = {}
     for source in left:
         chains.setdefault(_folder_of(source.output) if carries else source.output, []).append(source)
     return [tuple(chain) for chain in chains.values()]

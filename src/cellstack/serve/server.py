@@ -43,7 +43,7 @@ SWITCH_SECONDS = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """How a server serves.
 
     Attributes:
@@ -73,7 +73,7 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def hosts(settings: Settings) -> set[str]:
+def hosts(settings: ServerSettings) -> set[str]:
     """Return the names that are accepted in the header Host, none for any.
 
     A server without tokens on this machine's own address is protected only by that address, which a page of another
@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
 
     Args:
         models: the models, which are loaded.
-        settings: see `Settings`.
+        settings: see `ServerSettings`.
         report: called with what an operator should know, such as the result of a reload.
         listens: called with the URL and the descriptions of the models when it listens.
 
@@ -120,7 +120,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         models: Models,
-        settings: Settings,
+        settings: ServerSettings,
         report: Callable[[str], None] = print,
         listens: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:

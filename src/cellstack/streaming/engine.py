@@ -25,7 +25,7 @@ from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
 
 if TYPE_CHECKING:
     from cellstack.network import Network
-    from cellstack.network.plan import Call
+    from cellstack.network.plan import PlannedCall
     from cellstack.nodes import MLSTM, Dense
     from cellstack.nodes.base import Array, CellState
     from cellstack.nodes.patches import CellPatches
@@ -103,7 +103,7 @@ class Engine:
         self._stateful.append(part)
         return self._add(part.run, on)
 
-    def _kernel_call(self, call: Call, on: tuple[int, ...]) -> int:
+    def _kernel_call(self, call: PlannedCall, on: tuple[int, ...]) -> int:
         """Add the parts of a call of the kernel and return the index of the output."""
         assert call.layers is not None
         names = (self.network.names[number] for number in call.nodes)

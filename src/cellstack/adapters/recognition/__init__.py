@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cellstack.adapters.recognition.calls import Call, accepted, guesses, protocol_of, shortened
+from cellstack.adapters.recognition.calls import ModuleCall, accepted, guesses, protocol_of, shortened
 from cellstack.adapters.recognition.comparison import compare, effect_of, is_steady, verify
 from cellstack.adapters.recognition.origins import Origins, layer_of
 from cellstack.adapters.recognition.values import NotReplaced, as_float64, copy_of, experiments, fill, put
@@ -75,7 +75,7 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
         if len(known.layers) > 1 and not recorded:
             seen += accepted(copied, islice(guesses(copied, len(known.layers)), MOST_CALLS))
         fill(copied, -0.4, 0.4, 3)
-        chosen, refused = dict[Any, Call](), NotReplaced("")
+        chosen, refused = dict[Any, ModuleCall](), NotReplaced("")
         protocols: dict[Any, Protocol] = {}
         for call in seen:
             if call.form not in protocols:
@@ -95,7 +95,7 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
 
 
 def _traced(
-    module: nn.Module, calls: Sequence[Call], one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
+    module: nn.Module, calls: Sequence[ModuleCall], one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
 ) -> Known:
     """Return what a module computes, without protocols: its cells in the trace of the first call that has some.
 
@@ -124,7 +124,7 @@ def _traced(
     raise NotReplaced(str(why)) from why
 
 
-def _exported(module: nn.Module, call: Call, values: Mapping[str, np.ndarray]) -> list[Cell]:
+def _exported(module: nn.Module, call: ModuleCall, values: Mapping[str, np.ndarray]) -> list[Cell]:
     """Return the cells in the graph of a call of a module whose parameters have these values."""
     put(module, values)
     with tempfile.TemporaryDirectory() as folder:

@@ -56,7 +56,7 @@ def _with_states(x: Tensor, hidden: int, layers: int) -> Iterator[tuple[Any, ...
     yield x, None
 
 
-class Call(NamedTuple):
+class ModuleCall(NamedTuple):
     """A call of a module: its arguments, their form, and the tensors: x and the states."""
 
     args: tuple[Any, ...]
@@ -64,7 +64,7 @@ class Call(NamedTuple):
     tensors: list[Tensor]
 
 
-def call_of(module: nn.Module, args: tuple[Any, ...]) -> Call | None:
+def call_of(module: nn.Module, args: tuple[Any, ...]) -> ModuleCall | None:
     """Return a call with these arguments; None if the module rejects them, or they aren't x and states as floats."""
     tensors: list[Tensor] = []
     given = arguments_of(names_of(module), args, {})
@@ -81,7 +81,7 @@ def call_of(module: nn.Module, args: tuple[Any, ...]) -> Call | None:
             module(*args)
     except Exception:  # the module takes other arguments
         return None
-    return Call(given, form, tensors)
+    return ModuleCall(given, form, tensors)
 
 
 def shortened(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -92,9 +92,9 @@ def shortened(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [(x[:, :STEPS], *args[1:]), (x[:STEPS], *args[1:]), args]
 
 
-def accepted(module: nn.Module, calls: Iterable[tuple[Any, ...]]) -> list[Call]:
+def accepted(module: nn.Module, calls: Iterable[tuple[Any, ...]]) -> list[ModuleCall]:
     """Return the calls that a module accepts, one for each combination of shapes; those with the most states first."""
-    found: dict[Any, Call] = {}
+    found: dict[Any, ModuleCall] = {}
     for args in calls:
         call = call_of(module, args)
         if call is not None:
@@ -102,7 +102,7 @@ def accepted(module: nn.Module, calls: Iterable[tuple[Any, ...]]) -> list[Call]:
     return sorted(found.values(), key=lambda call: -len(call.tensors))
 
 
-def protocol_of(module: nn.Module, known: Known, call: Call) -> Protocol:
+def protocol_of(module: nn.Module, known: Known, call: ModuleCall) -> Protocol:
     """Return how the arguments and results of a call correspond to x, y and the states."""
     x, *given = call.tensors
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from cellstack.adapters.recognition.calls import Call, call_of, outputs_of
+from cellstack.adapters.recognition.calls import ModuleCall, call_of, outputs_of
 from cellstack.adapters.recognition.values import TOLERANCE, NotReplaced, difference, flat, mapped, same
 from cellstack.formats.compiled.probes import value_reads
 from cellstack.layers.handwritten import Known, Protocol, result_of
@@ -20,7 +20,7 @@ SIZES = ((1, 1), (2, 3), (5, 7))  # rows and steps, at each scale
 LARGEST, GROWTH = (17, 33), 1000.0  # rows and steps at scale 1 only; factor of the tolerance, as rounding errors grow
 
 
-def verify(module: nn.Module, known: Known, calls: Mapping[Any, Call]) -> None:
+def verify(module: nn.Module, known: Known, calls: Mapping[Any, ModuleCall]) -> None:
     """Compare a module with the kernel on random inputs of several scales and sizes.
 
     Raises:
@@ -78,7 +78,7 @@ def _with_gradients(module: nn.Module, function: Any, args: tuple[Any, ...]) -> 
 
 
 def _resized(
-    call: Call, protocol: Protocol, rows: int, steps: int, scale: float, random: torch.Generator
+    call: ModuleCall, protocol: Protocol, rows: int, steps: int, scale: float, random: torch.Generator
 ) -> tuple[Any, ...]:
     """Return the arguments of a call with other numbers of rows and steps, and random values."""
     first = True
@@ -102,7 +102,7 @@ def _leaves(value: Any) -> Any:
     return mapped(lambda tensor: tensor.clone().requires_grad_(), value)
 
 
-def is_steady(module: nn.Module, calls: Mapping[Any, Call], protocols: Mapping[Any, Protocol]) -> bool:
+def is_steady(module: nn.Module, calls: Mapping[Any, ModuleCall], protocols: Mapping[Any, Protocol]) -> bool:
     """Whether a module computes the same in training as in evaluation, without side effects."""
     call = next(calls[form] for form in protocols)
     with torch.no_grad():

@@ -14,7 +14,7 @@ import numpy as np
 from cellstack.adapters.recognition.values import NotReplaced
 from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.layers import op
-from cellstack.layers.handwritten import Layer, Part, weight
+from cellstack.layers.handwritten import Layer, ParameterPart, weight
 from cellstack.nodes.cell_arrays import Cell
 
 
@@ -49,7 +49,7 @@ class Origins:
         place = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.names[place], int(index - self.starts[place])
 
-    def matrix(self, one: np.ndarray, other: np.ndarray) -> Part:
+    def matrix(self, one: np.ndarray, other: np.ndarray) -> ParameterPart:
         """Return the part that is a matrix `[units, inputs]`, given its values in both traces."""
         apart = one - other
         index = int(self._find(apart[:1, :1].reshape(-1))[0])
@@ -62,12 +62,12 @@ class Origins:
                 block = slice(r, r + rows), slice(c, c + columns)
                 found = [((whole.T if transposed else whole)[block], wanted) for whole, wanted in pairs]
                 if all(a.shape == b.shape and np.allclose(a, b, rtol=0, atol=1e-11) for a, b in found):
-                    return Part(name, (r, r + rows), (c, c + columns), transposed)
+                    return ParameterPart(name, (r, r + rows), (c, c + columns), transposed)
         raise NotReplaced("the weights of its gates aren't parts of its parameters: it computes them from other values")
 
-    def vector(self, one: np.ndarray, other: np.ndarray) -> list[Part]:
+    def vector(self, one: np.ndarray, other: np.ndarray) -> list[ParameterPart]:
         """Return the parts whose sum is a vector, given its values in both traces."""
-        apart, parts = one - other, list[Part]()
+        apart, parts = one - other, list[ParameterPart]()
         if np.abs(apart).max() > 1e-11:
             single = int(self._find(apart[:1])[0])
             pairs = [(single,)] if single >= 0 else []
@@ -86,12 +86,12 @@ class Origins:
         if np.ptp(rest) > 1e-11:
             raise NotReplaced("its biases contain constants that differ between units")
         value = float(np.round(rest[0], 10))
-        return [*parts, *([Part("", (0, len(one)), value=value)] if value or not parts else [])]
+        return [*parts, *([ParameterPart("", (0, len(one)), value=value)] if value or not parts else [])]
 
-    def _vector(self, index: int, count: int) -> Part | None:
+    def _vector(self, index: int, count: int) -> ParameterPart | None:
         name, offset = self._at(index)
         fits = offset + count <= self.apart[name].size
-        return Part(name, (offset, offset + count)) if fits else None
+        return ParameterPart(name, (offset, offset + count)) if fits else None
 
 
 def layer_of(origins: Origins, one: Cell, other: Cell) -> Layer:
@@ -121,13 +121,16 @@ def layer_of(origins: Origins, one: Cell, other: Cell) -> Layer:
     return Layer(op.CellCall(spec), tuple(weights))
 
 
-def _terms(row: Sequence[list[Part]]) -> list[list[Part]]:
+def _terms(row: Sequence[list[ParameterPart]]) -> list[list[ParameterPart]]:
     """Return one vector per gate, each a sum of parts, as a sum of vectors over all gates: the parts of each."""
     count = max(map(len, row))
-    return [[parts[n] if n < len(parts) else Part("", (0, _length(parts[0]))) for parts in row] for n in range(count)]
+    return [
+        [parts[n] if n < len(parts) else ParameterPart("", (0, _length(parts[0]))) for parts in row]
+        for n in range(count)
+    ]
 
 
-def _length(part: Part) -> int:
+def _length(part: ParameterPart) -> int:
     return part.rows[1] - part.rows[0]
 
 
@@ -161,7 +164,7 @@ def _in_torch_layout(spec: CellSpec, blocks: Mapping[str, list[list[Any]]]) -> L
     return Layer(call, tuple(weights))
 
 
-def _apart(pair: Sequence[list[Part]], fixed: bool) -> tuple[Part, Part]:
+def _apart(pair: Sequence[list[ParameterPart]], fixed: bool) -> tuple[ParameterPart, ParameterPart]:
     """Return the biases of a gate as two vectors.
 
     Args:
@@ -170,7 +173,7 @@ def _apart(pair: Sequence[list[Part]], fixed: bool) -> tuple[Part, Part]:
             matters.
     """
     units = _length(pair[0][0])
-    zeros = Part("", (0, units))
+    zeros = ParameterPart("", (0, units))
     if fixed:
         if any(len(parts) > 1 for parts in pair):
             raise NotReplaced("its candidate's biases are sums of several parameters")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.formats.compiled.copied import duplicate
+from cellstack.formats.runtimes.differences import apart
 
 TOLERANCE = 1e-9  # largest difference in float64, relative to the largest value
 
@@ -103,6 +104,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 def difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference, divided by the largest value of `other` or by 1; infinity if `one` isn't."""
-    if not bool(torch.isfinite(one).all()) or not one.numel():
-        return float("inf") if one.numel() else 0.0
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1.0))
+    if not bool(torch.isfinite(one).all()):
+        return float("inf")
+    differences, largest = apart(one.detach(), other.detach())
+    return float(differences.max(initial=0.0)) / max(largest, 1.0)

@@ -11,6 +11,7 @@ import numpy as np
 from cellstack.formats.compiled.copied import duplicate
 from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
 from cellstack.formats.runtimes.axes import parted
+from cellstack.formats.runtimes.differences import apart
 from cellstack.network import Network
 from cellstack.network.layouts import Layout, layout_of
 
@@ -263,12 +264,6 @@ def agree(ours: Any, theirs: Any, tolerance: float, squeezed: bool = False) -> b
 
 
 def _off(ours: Any, theirs: Any) -> float:
-    """Return the greatest difference of two arrays of the same shape, relative to the largest finite value of `theirs`.
-
-    Where both are NaN, or the same infinity, they don't differ; where only one is, they differ infinitely.
-    """
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(ours - theirs)
-    alike = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
-    apart = np.where(alike, 0, np.nan_to_num(apart, nan=np.inf, posinf=np.inf))
-    return float(apart.max(initial=0.0) / max(np.abs(theirs[np.isfinite(theirs)]).max(initial=0.0), 1e-30))
+    """Return the greatest difference of two arrays of the same shape, relative to the largest value of `theirs`."""
+    differences, largest = apart(ours, theirs)
+    return float(differences.max(initial=0.0)) / max(largest, 1e-30)

@@ -21,7 +21,7 @@ from cellstack.formats.build import HINT, Builder, ProblemsError
 from cellstack.formats.files import check_unedited
 from cellstack.formats.keras.cells import found_cudnn
 from cellstack.formats.keras.config import Model, model_of
-from cellstack.formats.keras.files import HDF5_HEAD, LEGACY, Source, opened, parse, short
+from cellstack.formats.keras.files import HDF5_HEAD, LEGACY, ModelFile, opened, parse, short
 from cellstack.formats.keras.graph import Reader
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
@@ -121,7 +121,7 @@ def of_model(model: Any) -> Network:
     if package not in ("keras", "tf_keras", "tensorflow") or kind not in ("Sequential", "Functional", "Model"):
         raise TypeError(f"load: expected a Sequential or functional model of Keras, got {type(model).__name__}")
     version = getattr(sys.modules.get(package), "__version__", None)
-    source = Source("load", LEGACY, "2" if package == "tensorflow" else version)
+    source = ModelFile("load", LEGACY, "2" if package == "tensorflow" else version)
     source.config = {"class_name": kind, "config": _plain(model.get_config())}
     for layer in model.layers:
         names = []
@@ -173,7 +173,7 @@ def _plain(config: Any) -> Any:
     return [_plain(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
-def _described(source: Source, architecture: Architecture | None) -> Model:
+def _described(source: ModelFile, architecture: Architecture | None) -> Model:
     config = source.config
     if architecture is not None:
         if config is not None:
@@ -204,7 +204,7 @@ def _given(architecture: Architecture) -> Any:
         return parse(text, file.read())
 
 
-def _metadata(source: Source) -> dict[str, Any]:
+def _metadata(source: ModelFile) -> dict[str, Any]:
     about: dict[str, Any] = {"format": "keras"}
     about["producer"] = f"Keras {source.version or source.major}"
     if source.assumed:
@@ -212,7 +212,7 @@ def _metadata(source: Source) -> dict[str, Any]:
     return {"source": about}
 
 
-def _alone(source: Source, name: str, nodes: list[Node]) -> Network:
+def _alone(source: ModelFile, name: str, nodes: list[Node]) -> Network:
     builder = Builder()
     wire = builder.input("x")
     for node in nodes:
@@ -221,7 +221,7 @@ def _alone(source: Source, name: str, nodes: list[Node]) -> Network:
     return builder.network(_metadata(source))
 
 
-def _wired(source: Source, model: Model, built: Built) -> Network:
+def _wired(source: ModelFile, model: Model, built: Built) -> Network:
     try:
         return Reader(built, source.major).network(model, source.note | _metadata(source))
     except ProblemsError as error:
@@ -232,13 +232,13 @@ def _wired(source: Source, model: Model, built: Built) -> Network:
         raise FormatError(f"{source.path}: {text[:300]}") from None
 
 
-def _check_all_used(source: Source) -> None:
+def _check_all_used(source: ModelFile) -> None:
     unused = source.unused
     if unused:
         raise FormatError(f"{source.path}: no layer uses the weights {', '.join(map(short, unused[:20]))}")
 
 
-def _extract_cudnn(source: Source) -> dict[str, Network]:
+def _extract_cudnn(source: ModelFile) -> dict[str, Network]:
     found, unknown = {}, []
     for name, weights in source.orders.items():
         leaves = {weight.split("/")[-1].split(":")[0]: weight for weight in weights}

@@ -1,7 +1,7 @@
 """Reads the model descriptions of all Keras versions: layers, and the tensors that they take from each other.
 
 Keras 1 and 2 list a layer's inputs as `[[["lstm_1", 0, 0, {}]]]`, Keras 3 as arguments in which tensors are dicts with
-a `keras_history`. Both become `Call`s here; no other module depends on the difference.
+a `keras_history`. Both become `LayerCall`s here; no other module depends on the difference.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from cellstack.cells.errors import FormatError
-from cellstack.formats.keras.files import Source, short
+from cellstack.formats.keras.files import ModelFile, short
 
 MODELS = ("Sequential", "Functional", "Model", "ModelV2")  # the latter two: Keras 1 and 2
 DEEPEST = 16  # models within models
@@ -32,7 +32,7 @@ class Ref(NamedTuple):
     tensor: int = 0
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a layer: positional tensors and other positional values, then tensors and other values by name.
 
     `arguments` are all positional arguments in their order, on which an operation's result depends: 1 - x isn't x - 1.
@@ -62,7 +62,7 @@ class Layer:
     name: str
     kind: str
     config: dict[str, Any]
-    calls: tuple[Call, ...] = ()
+    calls: tuple[LayerCall, ...] = ()
     model: Model | None = None
     inner: Layer | None = None
 
@@ -156,7 +156,7 @@ def numbered(kinds: list[str]) -> list[str]:
     return names
 
 
-def model_of(source: Source, config: Any) -> Model:
+def model_of(source: ModelFile, config: Any) -> Model:
     """Return the model in a file's description, or in a list of consecutive layers.
 
     Raises:
@@ -208,7 +208,7 @@ def _chain(model: Model, config: Any) -> None:
         model.layers.insert(0, Layer(where, name, "InputLayer", {"batch_shape": shape}))
     before = model.layers[0]
     for layer in model.layers[1:]:
-        layer.calls = (Call((Ref(before.name),)),)
+        layer.calls = (LayerCall((Ref(before.name),)),)
         before = layer
     model.inputs, model.outputs = [Ref(model.layers[0].name)], [Ref(before.name)]
 
@@ -263,7 +263,7 @@ def _class(entry: dict[str, Any]) -> str:
     return kind
 
 
-def _call(where: str, node: Any) -> Call:
+def _call(where: str, node: Any) -> LayerCall:
     if isinstance(node, dict):  # Keras 3
         args, kwargs = node.get("args"), node.get("kwargs")
         if not isinstance(args, list) or not isinstance(kwargs, dict):
@@ -283,7 +283,7 @@ def _call(where: str, node: Any) -> Call:
             named += [(name, _history(where, one)) for one in tensors]
             if not tensors:
                 settings.append((name, value))
-        return Call(tuple(inputs), tuple(others), tuple(named), tuple(settings), arguments)
+        return LayerCall(tuple(inputs), tuple(others), tuple(named), tuple(settings), arguments)
     if isinstance(node, list):  # Keras 1 and 2
         refs, others, places, named, settings = [], [], [], [], []
         alone = bool(node) and isinstance(node[0], str)
@@ -301,7 +301,7 @@ def _call(where: str, node: Any) -> Call:
                 if not tensors and (name, value) not in settings:
                     settings.append((name, _placed(where, value, 0)))
         arguments = tuple(places) if alone or len(places) == 1 else (places,)
-        return Call(tuple(refs), tuple(others), tuple(dict.fromkeys(named)), tuple(settings), arguments)
+        return LayerCall(tuple(refs), tuple(others), tuple(dict.fromkeys(named)), tuple(settings), arguments)
     raise FormatError(f"{where}: expected a call of the layer, found {short(node)}")
 
 

@@ -50,7 +50,7 @@ def guarded(label: str, what: str = "a Keras file") -> Iterator[None]:
 
 
 @dataclass
-class Source:
+class ModelFile:
     """An open file: the model's description, and its weights, which are read one by one.
 
     Attributes:
@@ -132,11 +132,11 @@ def _of_training(name: str) -> bool:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Source]:
+def opened(path: str) -> Iterator[ModelFile]:
     """Open a Keras file of any kind; its arrays can be read until the block ends.
 
     Returns:
-        A context manager over the file's `Source`.
+        A context manager over the file's `ModelFile`.
 
     Raises:
         FormatError: it isn't such a file, or is damaged or hostile.
@@ -265,7 +265,7 @@ def _check_texts(path: str, data: Any, heap: int, sizes: dict[bytes, int]) -> No
         at = data.find(address, at + 1)
 
 
-def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
+def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> ModelFile:
     """Return the contents of an HDF5 file, without reading the datasets."""
     base = _child(h5py, path, file, "model_weights") if "model_weights" in file else file
     names = _texts(h5py, path, base, "layer_names", size)
@@ -274,7 +274,7 @@ def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
         if "nb_layers" in file.attrs:
             raise FormatError(f"{path}: weights of Keras versions before 1 aren't supported")
         raise FormatError(f"{path}: expected weights by layers, found HDF5 that isn't Keras's")
-    source = Source(path, layout, room=room)
+    source = ModelFile(path, layout, room=room)
     for key in ("keras_version", "backend"):
         for group in (file, base):
             text = _texts(h5py, path, group, key, size)
@@ -321,7 +321,7 @@ def _child(h5py: Any, path: str, group: Any, name: str) -> Any:
     return group
 
 
-def _walk(h5py: Any, source: Source, group: Any, prefix: str, depth: int, seen: set[int]) -> None:
+def _walk(h5py: Any, source: ModelFile, group: Any, prefix: str, depth: int, seen: set[int]) -> None:
     """Add every dataset below a group to `source.weights`."""
     if depth > DEEPEST:
         raise FormatError(f"{source.path}: groups are nested more than {DEEPEST} deep at {short(prefix)}")

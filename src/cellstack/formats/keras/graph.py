@@ -12,7 +12,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.formats.build import Builder, TooMuchError
 from cellstack.formats.keras.cells import FLAGGED, RECURRENT, flagged
 from cellstack.formats.keras.composed import composer, returned
-from cellstack.formats.keras.config import Call, Layer, Model, Ref
+from cellstack.formats.keras.config import Layer, LayerCall, Model, Ref
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.frames import at_every_frame
 from cellstack.formats.keras.layer_builder import Followed, LayerBuilder, Pending, Value
@@ -70,7 +70,7 @@ class Reader:
         """
         values: Values = {}
         ready: list[int] = []
-        calls: list[tuple[Layer, int, Call]] = []
+        calls: list[tuple[Layer, int, LayerCall]] = []
         inputs = {ref.layer for ref in model.inputs}
         for ref, value in zip(model.inputs, given, strict=True):
             values[ref.layer, 0] = [value]
@@ -121,7 +121,9 @@ class Reader:
         found[ref.tensor] = made
         return made
 
-    def _call(self, layer: Layer, call: Call, values: Values, scope: str, framed: bool) -> list[Value | Pending | None]:
+    def _call(
+        self, layer: Layer, call: LayerCall, values: Values, scope: str, framed: bool
+    ) -> list[Value | Pending | None]:
         refs = dict.fromkeys(call.refs)
         known = {ref: self._tensor(values, ref, layer.where) for ref in refs}
         count = 1 if layer.model is None else len(layer.model.outputs)
@@ -180,7 +182,7 @@ class Reader:
         self.builder.refuse(text.removeprefix(f"{self.built.path}: "))
 
     def _check_call(
-        self, layer: Layer, call: Call, inputs: list[Value], named: list[tuple[str, Value]], name: str
+        self, layer: Layer, call: LayerCall, inputs: list[Value], named: list[tuple[str, Value]], name: str
     ) -> list[Value]:
         """Return a layer's inputs, with the mask passed to it; raise `FormatError` for an unsupported call."""
         for keyword, value in named:

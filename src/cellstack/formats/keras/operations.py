@@ -11,7 +11,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from cellstack.formats.keras.config import DEEPEST, LAMBDAS, OPERATION, Call, Layer, Ref
+from cellstack.formats.keras.config import DEEPEST, LAMBDAS, OPERATION, Layer, LayerCall, Ref
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.lambdas import as_operation
 from cellstack.formats.keras.layer_builder import LayerBuilder, Pending, Value
@@ -31,7 +31,7 @@ Worker = Callable[[LayerBuilder, Any, dict[str, Any]], Value | list[Pending]]
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
-def operate(build: LayerBuilder, call: Call, look: Callable[[Ref], Value]) -> list[Value | Pending]:
+def operate(build: LayerBuilder, call: LayerCall, look: Callable[[Ref], Value]) -> list[Value | Pending]:
     """Return the results of an operation; `look` returns the value of a reference.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cellstack.cells.errors import FormatError
 from cellstack.formats.keras.cells import RECURRENT, Slot
 from cellstack.formats.keras.config import Layer, Model, numbered
-from cellstack.formats.keras.files import LEGACY, V3_ROOTS, Source, short
+from cellstack.formats.keras.files import LEGACY, V3_ROOTS, ModelFile, short
 from cellstack.formats.keras.layers import nodes, slots
 from cellstack.nodes import Node
 from cellstack.nodes.base import Array
@@ -21,7 +21,7 @@ OLD_LEAF = re.compile(r"(?:^|_)((?:W|U|b)(?:_[ifcozrh])?|gamma|beta|running_mean
 ROUNDED = "8-bit weights are dequantised; the inputs of such a Dense aren't rounded to 8 bits, as Keras rounds them"
 
 
-class Part(NamedTuple):
+class WeightedLayer(NamedTuple):
     """A layer that isn't a model: its name in the network, its path in Keras 3's weights, and the layer around it."""
 
     layer: Layer
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 def parts_of(
     model: Model, scope: str = "", place: str = "layers", top: Layer | None = None, trained: bool = True
-) -> list[Part]:
+) -> list[WeightedLayer]:
     """Return every layer of a model and of its nested models, in the file's order."""
     found = []
     layers = [layer for layer in model.layers if not layer.operation]
@@ -42,7 +42,7 @@ def parts_of(
         while layer.inner is not None:
             below, layer, name, at = below and layer.flag("trainable", True), layer.inner, name, f"{at}/layer"
         if layer.model is None:
-            found.append(Part(layer, name, at, around, below))
+            found.append(WeightedLayer(layer, name, at, around, below))
         else:
             found += parts_of(layer.model, f"{name}.", f"{at}/layers", around, below and layer.flag("trainable", True))
     return found
@@ -58,7 +58,7 @@ class Built:
         path: the file, for messages.
     """
 
-    def __init__(self, source: Source, model: Model) -> None:
+    def __init__(self, source: ModelFile, model: Model) -> None:
         self.path, self.parts = source.path, parts_of(model)
         self.nodes: dict[int, list[Node]] = {}
         self.refused: dict[int, str] = {}
@@ -72,25 +72,25 @@ class Built:
             if arrays is not None and id(part.layer) not in self.refused:
                 self._try(part, partial(self._build, arrays))
 
-    def _slots(self, part: Part) -> list[Slot]:
+    def _slots(self, part: WeightedLayer) -> list[Slot]:
         return [slot.below(part.place, part.trained) for slot in slots(part.layer, self._source.major)]
 
-    def _build(self, arrays: list[Array], part: Part) -> None:
+    def _build(self, arrays: list[Array], part: WeightedLayer) -> None:
         source = self._source
         self.nodes[id(part.layer)] = nodes(part.layer, iter(arrays), source.major, source.backend)
 
-    def _try(self, part: Part, work: Callable[[Part], None]) -> None:
+    def _try(self, part: WeightedLayer, work: Callable[[WeightedLayer], None]) -> None:
         """Call `work` for a layer and record its error, so that the message can name all layers with errors."""
         try:
             work(part)
         except FormatError as error:
             self._refuse(part, error)
 
-    def _refuse(self, part: Part, error: FormatError) -> None:
+    def _refuse(self, part: WeightedLayer, error: FormatError) -> None:
         self.refused.setdefault(id(part.layer), str(error).removeprefix(f"{self._source.path}: "))
 
     @property
-    def recurrent(self) -> list[Part]:
+    def recurrent(self) -> list[WeightedLayer]:
         """The recurrent layers."""
         return [part for part in self.parts if part.layer.kind in RECURRENT]
 
@@ -114,7 +114,7 @@ class Built:
 
     def _by_order(self, wanted: dict[int, list[Slot]]) -> dict[int, list[Array]]:
         source = self._source
-        tops: dict[int, list[Part]] = {}
+        tops: dict[int, list[WeightedLayer]] = {}
         for part in self.parts:
             tops.setdefault(id(part.top), []).append(part)
         groups = self._groups(
@@ -149,7 +149,7 @@ class Built:
         return given
 
     def _assign(
-        self, given: dict[int, list[Array]], wanted: dict[int, list[Slot]], part: Part, names: list[str]
+        self, given: dict[int, list[Array]], wanted: dict[int, list[Slot]], part: WeightedLayer, names: list[str]
     ) -> None:
         """Read the named weights of a layer; a `count` isn't used, and so isn't read."""
         source, slots = self._source, wanted[id(part.layer)]
@@ -162,7 +162,7 @@ class Built:
         if part.layer.kind == "Dense" and any(slot.whole for slot in slots):
             source.assumed = ROUNDED if source.assumed in (None, ROUNDED) else f"{source.assumed}; {ROUNDED}"
 
-    def _groups(self, tops: list[list[Part]]) -> dict[int, str]:
+    def _groups(self, tops: list[list[WeightedLayer]]) -> dict[int, str]:
         """Return the file's name for each layer that has weights: the same name, or else that at the same position."""
         names = [parts[0].top.name for parts in tops]
         orders = [name for name, weights in self._source.orders.items() if weights]

@@ -5,6 +5,12 @@ unify their variables, and operators that need a role assign it: an LSTM assigns
 all unified axes. Two roles for one axis are a contradiction, and are reported. Conventions decide only what no operator
 determines: in a file of products and sums alone, inputs are `[B, T, F]`.
 
+For example, a file takes X with three open axes, a, b and c. Transpose (1, 0, 2) gives b, a, c, without a role for
+either. An LSTM takes the result, and needs T, B, F: so b is time, a the batch and c the features, and X is `BTF`. Its Y
+is summed over the directions, and added to a second input with axes d, e, f: Add unifies d with b, e with a and f with
+Y's axis of features, so the second input is `TBF`. Were it also the X of another LSTM by way of the Transpose, d would
+be the batch as well as time: a contradiction, which is reported with both operators.
+
 A file may have no batch axis, where each call is one row: `[T, F]`. Such a file adds the axis of length 1 itself, where
 an operator needs a batch.
 """

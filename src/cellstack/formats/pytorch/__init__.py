@@ -37,7 +37,7 @@ from cellstack.formats.pytorch.names import (
 from cellstack.formats.pytorch.names import NAME as WEIGHT
 from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.pickles import Standin
-from cellstack.formats.pytorch.saved import MissingSettingError, Saved, Source
+from cellstack.formats.pytorch.saved import MissingSettingError, Saved, SavedFile
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import OUR_PACKAGE, Contents, attributes_of, contents, kind_of, within
 from cellstack.formats.pytorch.writer import save
@@ -91,7 +91,7 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
     if order is None and xlstm.recognises(found.tensors):
         return xlstm.network_of(found.tensors, path)
     if order is not None:
-        return in_order(found, Source(path, scripts), order)
+        return in_order(found, SavedFile(path, scripts), order)
     place, module = next(iter(found.roots.items())) if len(found.roots) == 1 else ((), None)
     if module is None or not _whole(path, found, module):
         for name, one in found.modules.items():
@@ -101,7 +101,7 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
                 break
         return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)
     reader = Reader()
-    network = _network(path, Saved(Source(path, scripts), module), ".".join(place), reader)
+    network = _network(path, Saved(SavedFile(path, scripts), module), ".".join(place), reader)
     for doubt in reader.doubts:
         warnings.warn(f"load: {path}: {doubt}", stacklevel=4)  # the call of cellstack.load
     return network
@@ -155,7 +155,7 @@ def extract(path: str) -> dict[str, Network]:
     with records(path) as file:
         scripts = Scripts(path, file.code)
         found = contents(path, _model(file.read())[0], scripts)
-        source = Source(path, scripts)
+        source = SavedFile(path, scripts)
         networks = {name: _network(path, Saved(source, module), name) for name, module in found.ours.items()}
         others = {name: tensor for name, tensor in found.tensors.items() if not any(within(name, o) for o in networks)}
         networks |= networks_of(others, path, found.activations, found.directions, found.axes)

@@ -23,7 +23,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import from_rows
 from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.build import HINT, Builder, listed
-from cellstack.formats.pytorch import ours, pararnn
+from cellstack.formats.pytorch import ours, pararnn, sru
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import either, of_units
 from cellstack.formats.pytorch.tensors import array, short
@@ -53,7 +53,7 @@ MOST_OF_A_MODULE = 4  # how many tensors of a module a message lists
 
 
 @dataclass
-class Part:
+class RecurrentTensors:
     """The tensors of one recurrent module.
 
     Attributes:
@@ -79,9 +79,9 @@ class Part:
         return list(self.names.values())
 
 
-def parts_of(names: Iterable[str]) -> list[Part]:
+def parts_of(names: Iterable[str]) -> list[RecurrentTensors]:
     """Return the recurrent modules to which these names of tensors belong, in their order."""
-    found: dict[tuple[str, bool], Part] = {}
+    found: dict[tuple[str, bool], RecurrentTensors] = {}
     others: dict[str, list[str]] = {}
     names = list(names)
     raw = _raw_weights(names)
@@ -95,7 +95,7 @@ def parts_of(names: Iterable[str]) -> list[Part]:
             others.setdefault(prefix, []).append(name)
             continue
         key = (match["prefix"], match["layer"] is not None)
-        part = found.setdefault(key, Part(*key))
+        part = found.setdefault(key, RecurrentTensors(*key))
         part.names[match["what"], int(match["layer"] or 0), match["back"] is not None] = name
     for name, whole in raw.items():
         match = NAME.fullmatch(name)
@@ -123,9 +123,9 @@ def _raw_weights(names: list[str]) -> dict[str, str]:
     return found
 
 
-def layers_of(tensors: Mapping[str, Any]) -> list[ours.Layer | pararnn.Layer]:
-    """Return the layers with names of their own to which these tensors belong: ours and ParaRNN's."""
-    return [*ours.layers_of(tensors), *pararnn.layers_of(tensors)]
+def layers_of(tensors: Mapping[str, Any]) -> list[ours.Layer | pararnn.Layer | sru.Layer]:
+    """Return the layers with names of their own to which these tensors belong: ours, ParaRNN's and those of sru."""
+    return [*ours.layers_of(tensors), *pararnn.layers_of(tensors), *sru.layers_of(tensors)]
 
 
 def networks_of(
@@ -166,6 +166,8 @@ def networks_of(
         title = layer.title if layer.title not in networks else layer.prefix
         if isinstance(layer, ours.Layer):
             networks[title] = ours.network_of_layer(layer, tensors, where)
+        elif isinstance(layer, sru.Layer):
+            networks[title] = sru.network_of_layer(layer, tensors, where)
         else:
             networks[title] = pararnn.network_of_layer(layer, tensors, where)
     return networks
@@ -303,7 +305,7 @@ def _listed(entries: list[str]) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str | None) -> Network:
+def _network(part: RecurrentTensors, tensors: Mapping[str, Any], where: str, activation: str | None) -> Network:
     """Return the network of one recurrent module."""
     names = part.names
     depth = 1 + max(layer for _, layer, _ in names)

@@ -11,7 +11,7 @@ from cellstack.formats.build import listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import Reader
 from cellstack.formats.pytorch.names import OPTIMISER, by_module, dense, networks_of, say_left_out
-from cellstack.formats.pytorch.saved import MissingSettingError, Saved, Source
+from cellstack.formats.pytorch.saved import MissingSettingError, Saved, SavedFile
 from cellstack.formats.pytorch.tensors import array, short
 from cellstack.formats.pytorch.tree import Contents, within
 from cellstack.network import Network
@@ -24,7 +24,7 @@ MOST_NAMES = 8  # how many of a file's modules a message lists
 KINDS = ("Linear", "Embedding")  # modules that may consist of one matrix
 
 
-def in_order(found: Contents, source: Source, order: Sequence[str | Node]) -> Network:
+def in_order(found: Contents, source: SavedFile, order: Sequence[str | Node]) -> Network:
     """Return the network that runs a file's modules in the given order, see `cellstack.load`.
 
     Raises:

@@ -192,7 +192,8 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     try:
         for kind in KINDS.values():
             first = _alike(len(kind.gates), recurrent)[:1] if not backbone else [kind]
-            if kind not in first or (backbone and "backbone_units" not in kind.settings):
+            needed = {one.name for one in kind.arrays if not one.needs and one.name != "recurrent_kernel"}
+            if kind not in first or (backbone and "backbone_units" not in kind.settings) or not needed <= shapes.keys():
                 continue
             wide = units or max(1, columns // len(kind.gates))
             own: dict[str, Any] = flags | {name: value for name, value in some.items() if name in kind.settings}

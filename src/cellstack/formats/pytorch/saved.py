@@ -32,7 +32,7 @@ class MissingSettingError(AttributeError):
 
 
 @dataclass
-class Source:
+class SavedFile:
     """What the modules of a file share.
 
     Attributes:
@@ -57,7 +57,7 @@ class Saved:
         changed: why TorchScript's source computes something else than its class; "" if it doesn't.
     """
 
-    def __init__(self, source: Source, standin: Standin) -> None:
+    def __init__(self, source: SavedFile, standin: Standin) -> None:
         source.left -= 1
         if source.left < 0:
             raise FormatError(f"{source.where}: more than {MOST} modules aren't supported")

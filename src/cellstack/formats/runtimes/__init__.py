@@ -20,7 +20,7 @@ from cellstack.network import Network
 from cellstack.nodes.base import Array
 
 
-def run(net: Network, path: str, inputs: Inputs) -> Answers:
+def run_file(net: Network, path: str, inputs: Inputs) -> Answers:
     """Run a file in its own runtime, which is determined by its suffix, or else by its content.
 
     Args:

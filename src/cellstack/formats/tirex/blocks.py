@@ -107,7 +107,7 @@ def _block(graph: Graph, weights: Weights, x: str, design: Design, number: int) 
 
 def _mlstm(graph: Graph, weights: Weights, x: str, design: Design, heads: int) -> str:
     weights.take("igate_preact.weight", heads, design.width)  # only to check the number of heads
-    return large.mlstm_layer(graph, weights, x, large.Settings())
+    return large.mlstm_layer(graph, weights, x, large.LargeSettings())
 
 
 def _slstm(graph: Graph, weights: Weights, x: str, design: Design, heads: int) -> str:

@@ -59,7 +59,7 @@ def add_model(builder: Builder, x: str, kind: str, config: Any, tensors: Mapping
     """
     weights, graph = Weights(tensors, where), Graph(builder)
     if kind in PACKAGES["xlstm.xlstm_large.model"]:
-        settings = large.Settings(*(getattr(config, name) for name in large.Settings._fields))
+        settings = large.LargeSettings(*(getattr(config, name) for name in large.LargeSettings._fields))
         read = large.language_model if kind == "xLSTMLarge" else large.block_stack
         wire = read(graph, weights, x, settings)
     elif kind == "mLSTMLayer":
@@ -76,16 +76,16 @@ def add_model(builder: Builder, x: str, kind: str, config: Any, tensors: Mapping
     return wire
 
 
-def _settings(config: Any) -> blocks.Settings:
+def _settings(config: Any) -> blocks.BlockSettings:
     """Return the settings in the configuration of a model, a block or a part of one."""
     block = getattr(config, "slstm_block", config)
     slstm, ffn = (getattr(block, name, None) or config for name in ("slstm", "feedforward"))
-    usual = blocks.Settings()
-    return blocks.Settings(getattr(slstm, "function", usual.function), getattr(ffn, "act_fn", usual.act_fn))
+    usual = blocks.BlockSettings()
+    return blocks.BlockSettings(getattr(slstm, "function", usual.function), getattr(ffn, "act_fn", usual.act_fn))
 
 
 def network_of(
-    tensors: Mapping[str, Any], where: str, settings: large.Settings | blocks.Settings | None = None
+    tensors: Mapping[str, Any], where: str, settings: large.LargeSettings | blocks.BlockSettings | None = None
 ) -> Network:
     """Return the network of weights in a file.
 
@@ -105,12 +105,12 @@ def network_of(
     weights, graph, x = Weights(tensors, where), Graph(builder), builder.input("x")
     metadata: dict[str, Any] = {"source": {"format": "xlstm"}}
     if is_large(tensors):
-        chosen = settings if isinstance(settings, large.Settings) else large.Settings()
+        chosen = settings if isinstance(settings, large.LargeSettings) else large.LargeSettings()
         whole = weights.has("embedding") or weights.has("backbone")
         wire = (large.language_model if whole else large.block_stack)(graph, weights, x, chosen)
         assumed = [LARGE_ASSUMED]
     else:
-        own = settings if isinstance(settings, blocks.Settings) else blocks.Settings()
+        own = settings if isinstance(settings, blocks.BlockSettings) else blocks.BlockSettings()
         whole = weights.has("token_embedding")
         wire = (blocks.language_model if whole else blocks.block_stack)(graph, weights, x, own)
         assumed = [FEED_FORWARD_ASSUMED] * any(".ffn." in name for name in tensors)

@@ -41,7 +41,7 @@ ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "relu^2": "relu", "sigmoid": "sig
 CELLS = ("slstm", "lstm")
 
 
-class Settings(NamedTuple):
+class BlockSettings(NamedTuple):
     """What the weights of the model don't tell.
 
     Attributes:
@@ -112,7 +112,7 @@ def mlstm_layer(graph: Graph, weights: Weights, x: str) -> str:
 # ── sLSTM ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def slstm_layer(graph: Graph, weights: Weights, x: str, settings: Settings) -> str:
+def slstm_layer(graph: Graph, weights: Weights, x: str, settings: BlockSettings) -> str:
     """Add an `sLSTMLayer`, and return the wire of its output."""
     function = settings.function
     if function not in CELLS:
@@ -155,7 +155,7 @@ def _cell_arrays(weights: Weights, heads: int, size: int) -> tuple[Array, Array]
 # ── blocks ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def feed_forward(graph: Graph, weights: Weights, x: str, settings: Settings) -> str:
+def feed_forward(graph: Graph, weights: Weights, x: str, settings: BlockSettings) -> str:
     """Add a `GatedFeedForward`, and return the wire of its output."""
     name = settings.act_fn
     if name not in ACTIVATIONS:
@@ -169,7 +169,7 @@ def feed_forward(graph: Graph, weights: Weights, x: str, settings: Settings) -> 
     return graph.add("proj_down", linear(weights.under("proj_down"), inner), y)
 
 
-def block(graph: Graph, weights: Weights, x: str, settings: Settings) -> str:
+def block(graph: Graph, weights: Weights, x: str, settings: BlockSettings) -> str:
     """Add an `mLSTMBlock` or an `sLSTMBlock`, and return the wire of its output."""
 
     def layer(wire: str) -> str:
@@ -187,7 +187,7 @@ def block(graph: Graph, weights: Weights, x: str, settings: Settings) -> str:
     return graph.residual("ffn_residual", y, ffn) if weights.has("ffn") else y
 
 
-def block_stack(graph: Graph, weights: Weights, x: str, settings: Settings) -> str:
+def block_stack(graph: Graph, weights: Weights, x: str, settings: BlockSettings) -> str:
     """Add an `xLSTMBlockStack`, and return the wire of its output."""
     count = weights.count("blocks")
     if not count:
@@ -201,7 +201,7 @@ def block_stack(graph: Graph, weights: Weights, x: str, settings: Settings) -> s
     return graph.add("post_blocks_norm", _layer_norm(weights.under("post_blocks_norm"), width), x)
 
 
-def language_model(graph: Graph, weights: Weights, ids: str, settings: Settings) -> str:
+def language_model(graph: Graph, weights: Weights, ids: str, settings: BlockSettings) -> str:
     """Add an `xLSTMLMModel`, which takes ids, and return the wire of the logits."""
     table = weights.take("token_embedding.weight", "V", "D")
     x = graph.add("token_embedding", Embedding(table), ids)

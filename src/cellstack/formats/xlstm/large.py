@@ -14,7 +14,7 @@ from cellstack.formats.xlstm.weights import Graph, Weights, cut, joined, linear
 from cellstack.nodes import MLSTM, Dense, Embedding, GroupNorm, RMSNorm
 
 
-class Settings(NamedTuple):
+class LargeSettings(NamedTuple):
     """What the weights of the model don't tell.
 
     Attributes:
@@ -39,7 +39,7 @@ def _rms_norm(weights: Weights, epsilon: float) -> RMSNorm:
     return RMSNorm(gain, weights.maybe("bias", len(gain)), epsilon)
 
 
-def mlstm_layer(graph: Graph, weights: Weights, x: str, settings: Settings) -> str:
+def mlstm_layer(graph: Graph, weights: Weights, x: str, settings: LargeSettings) -> str:
     """Add an `mLSTMLayer`, and return the wire of its output."""
     down = linear(weights.under("out_proj"))
     values = down.kernel.shape[0]
@@ -78,7 +78,7 @@ def feed_forward(graph: Graph, weights: Weights, x: str) -> str:
     return graph.add("proj_down", down, y)
 
 
-def block_stack(graph: Graph, weights: Weights, x: str, settings: Settings) -> str:
+def block_stack(graph: Graph, weights: Weights, x: str, settings: LargeSettings) -> str:
     """Add an `xLSTMLargeBlockStack`, and return the wire of its output."""
     for number in range(weights.count("blocks")):
         own, name = weights.under(f"blocks.{number}"), f"blocks.{number}"
@@ -98,7 +98,7 @@ def block_stack(graph: Graph, weights: Weights, x: str, settings: Settings) -> s
     return graph.add("out_norm", _rms_norm(weights.under("out_norm"), settings.norm_eps), x)
 
 
-def language_model(graph: Graph, weights: Weights, ids: str, settings: Settings) -> str:
+def language_model(graph: Graph, weights: Weights, ids: str, settings: LargeSettings) -> str:
     """Add an `xLSTMLarge`, which takes ids, and return the wire of the logits.
 
     The name of its table of embeddings is `embedding` in the package xlstm, `backbone.embeddings` in Transformers.

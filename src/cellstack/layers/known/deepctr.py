@@ -41,7 +41,7 @@ class AttentionGRU(HandWritten):
         x = pad_packed_sequence(PackedSequence(both, sizes))[0].transpose(0, 1)
         used = None if sizes[-1] == sizes[0] else torch.arange(len(x))[:, None] < sizes
         state = [] if hx is None else [hx[: len(x)]]
-        y = forward.run([CellRun(op.CellCall(spec), arrays, state)], x, used, None).y
+        y = forward.run_layers([CellRun(op.CellCall(spec), arrays, state)], x, used, None).y
         return PackedSequence(pack(y, PackedSequence(inputs.data, inputs.batch_sizes)).data, *inputs[1:])
 
 

@@ -63,12 +63,12 @@ class ClosedForm(HandWritten):
             CellRun(op.CellCall(spec), own, start) for (_, spec), own, start in zip(cells, arrays, starts, strict=True)
         ]
         if timespans is None:
-            y, _, states, _ = forward.run(runs, x, None, None)
+            y, _, states, _ = forward.run_layers(runs, x, None, None)
         else:
             y, states, times = x, [], timespans.reshape(1, -1, 1)
             for (_, spec), each in zip(cells, runs, strict=True):
                 timed = op.CellCall(replace(spec, input_size=spec.input_size + 1, timespans=True))
-                found = forward.run([each._replace(call=timed)], torch.cat([y, times], -1), None, None)
+                found = forward.run_layers([each._replace(call=timed)], torch.cat([y, times], -1), None, None)
                 y, states = found.y, [*states, *found.states]
         read = module.fc(y if module.return_sequences else y[:, -1])
         if module.return_sequences and not module.batch_first:

@@ -45,7 +45,7 @@ class LightGRU(HandWritten):
         masks = NO_MASKS
         if drop.shape != (1,) or drop.item() != 1.0:
             masks = Masks(recurrent=drop.to(w.dtype).expand(w.shape[0], units))
-        y = forward.run([CellRun(op.CellCall(spec), arrays, [start], masks)], w, None, None).y
+        y = forward.run_layers([CellRun(op.CellCall(spec), arrays, [start], masks)], w, None, None).y
         return y.clone() if y.requires_grad else y
 
 

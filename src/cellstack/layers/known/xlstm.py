@@ -44,7 +44,7 @@ class HeadedSLSTM(HandWritten):
         before = [] if state is None else [*state]
         if input.ndim != 3 or not self.runs([input, *before], spec.input_size, arrays):
             return super().forward(input, state, lengths)
-        found = forward.run([CellRun(op.CellCall(spec), arrays, before)], input, None, None)
+        found = forward.run_layers([CellRun(op.CellCall(spec), arrays, before)], input, None, None)
         y = found.y.unflatten(-1, (spec.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
         return y, torch.stack([*found.states[0]])
 
@@ -94,7 +94,7 @@ class MatrixMemory(HandWritten):
         x = torch.cat([parts, module.igate(parts), module.fgate(parts)], -1)
         if x.ndim != 3 or not self.runs([x], sizes.core, [module.igate.weight, module.fgate.weight]):
             return None
-        h, *after = mlstm.run(sizes, x, before, keeps_state)
+        h, *after = mlstm.run_memory(sizes, x, before, keeps_state)
         heads = h.unflatten(-1, (sizes.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
         return [module.outnorm(heads).transpose(1, 2).flatten(2), *after]
 
@@ -135,7 +135,7 @@ class LargeMemory(HandWritten):
         x = torch.cat([*heads, i.transpose(1, 2), f.transpose(1, 2)], -1)
         if not self.runs([x, *given], sizes.core, [module.out_proj.weight]):
             return self._modules["mlstm_backend"](q, k, v, i, f, *before)  # type: ignore[misc]
-        h, C, n, m = mlstm.run(sizes, x, given)
+        h, C, n, m = mlstm.run_memory(sizes, x, given)
         return h.unflatten(-1, (sizes.heads, -1)).transpose(1, 2), (scale * C, scale * n, m.unsqueeze(-1))
 
 

@@ -1,6 +1,12 @@
 """Reads values of a graph as sums of products of values and constants, term by term.
 
-A sum may have products with matrices, normalised or not, elementwise products, such as peepholes, and constants.
+A sum may have products with matrices, normalised or not, elementwise products, such as peepholes, and constants. A cut
+of a sum, by which a graph divides a product into gates, is the same sum with fewer rows of each constant.
+
+For example, with z = Gemm(x, W, b) + Gemm(h, R) and i, f, g, o = Split(z), where W and R have 4·H rows, f is the sum of
+rows H to 2·H of W times x, of the same rows of R times h, and of the same entries of b: as in a graph with a matrix for
+each gate. A cut of steps, z[:, t], is one of the `moves` of a term instead: it says which step of x is multiplied, and
+leaves the rows as they are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,21 @@
 """Recognises steps of cells in a graph by comparing it with the step of each kind of cell, written as a graph.
 
-Both graphs are read in the same form (`sums`), starting from h; sums and products match in any order.
+A `Form` is the step of a kind with one choice of flags, written as a graph in which each number and each activation
+says what it is: all numbers of a block of an array are equal, and each slot has an `elu` with a parameter of its own.
+The `Matcher` compares a value of the file that may be h with the form's h, and goes on to what each is computed from.
+Both graphs are read in the same way (`sums`); terms and factors match in any order, so there may be several matches.
+Where the form has a slot, a block or a state, the match notes what the file has there; a second place must have the
+same.
+
+For example, the form of a minGRU is, with its differences multiplied out,
+
+    h = h₋ - z·h₋ + z·g    z = elu(0.5) of 2·x + 4    g = elu(1.5) of 3·x + 5
+
+and a file computes y = (1 - a)·s + a·b, with a = Sigmoid(A·x + p) and b = Tanh(B·x + q). This is s - a·s + a·b: terms
+with as many factors and the same signs. The term with the most operators comes first: z·g is a·b. Its factor z can be
+a: slot z is "sigmoid", the kernel's block of z is A, its bias p, and the input is x. So g is b: slot g is "tanh", with
+B and q. (z as b and g as a match too, but fail at the next term.) Then z·h₋ is a·s, as z is a: h₋ is s, and the term h₋
+is s as well. `cell_of` joins A and B to the kernel, and p and q to the bias.
 """
 
 from __future__ import annotations
