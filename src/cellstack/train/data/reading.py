@@ -75,7 +75,7 @@ def read_sequences(
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: expected a file with one of the suffixes {', '.join(SUFFIXES)}")
     if suffix in (".ts", ".npz"):
-        own = {"y": y, "id": id, "time": time, "weight": weight, "resample": resample, **reading}
+        own = {"y": y, "id": id, "time": time, "sample_weight": weight, "resample": resample, **reading}
         for name, given in own.items():
             if given is not None:
                 raise UsageError(f"{path}: {name} applies only to tables, not to {suffix}, got {given!r}")
