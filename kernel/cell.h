@@ -1,6 +1,6 @@
 // cellstack's native API: steps and sequences of recurrent cells on the CPU, forward and backward, without Python or
 // PyTorch. kinds.h lists the kinds of cell; for the equations of each, with every flag, see its header and
-// src/cellstack/reference.py.
+// src/cellstack/reference.
 //
 // A matrix has a block of H columns per gate, in the order of `gates` in src/cellstack/cells (without a coupled f). The
 // states of a kind are lists: h [P] first, then its inner states [H], such as c. All arrays belong to the caller, are

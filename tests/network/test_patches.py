@@ -1,4 +1,4 @@
-"""Patches: their effect on gates and states, compared with reference.py; run, traced, streamed, pooled and saved."""
+"""Patches: their effect on gates and states, compared with the reference; run, traced, streamed, pooled and saved."""
 
 import pickle
 
