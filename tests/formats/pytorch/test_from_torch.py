@@ -604,6 +604,8 @@ def test_unsupported_modules_are_named_by_path(case):
 def test_other_objects_are_refused(module):
     with pytest.raises(TypeError, match="load: expected a path, a PyTorch module or a Keras model, got"):
         cs.load(module)
+    with pytest.raises(TypeError, match="load: order: only files take options, got a Linear"):
+        cs.load(nn.Linear(3, 3), order=["fc"])
     with pytest.raises(TypeError, match="expected a module that computes something, got Sequential"):
         cs.load(nn.Sequential(nn.Identity()))
 

@@ -123,6 +123,14 @@ def test_shapes_that_do_not_match_are_refused(tmp_path):
         cs.load(saved(tmp_path, values))
 
 
+def test_cells_that_are_not_numbered_consecutively_are_no_stack(tmp_path):
+    """Between them may be a module without weights, such as an activation."""
+    path = saved(tmp_path, state("layers.0.", LSTM_NAMES) | state("layers.2.", LSTM_NAMES, HIDDEN))
+    with pytest.raises(FormatError, match=r"expected only one recurrent module.*found 2 recurrent"):
+        cs.load(path)
+    assert list(cs.extract(path)) == ["layers.0", "layers.2"]
+
+
 def test_other_modules_beside_the_cells_are_named_and_the_cells_extracted(tmp_path):
     values = state("rnn.layers.0.", LSTM_NAMES) | {"head.weight": draws((2, HIDDEN)), "head.bias": draws((2,))}
     path = saved(tmp_path, values)

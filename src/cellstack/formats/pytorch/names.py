@@ -34,6 +34,9 @@ from cellstack.nodes.dense import Products
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 
 MODULES = {name: KINDS[kind] for name, kind in named("torch").items()}  # of torch.nn
+OTHER_NAMES: tuple[Any, ...] = (ours, pararnn, sru)
+"""The readers of layers whose tensors have other names: cellstack's, ParaRNN's and the package sru's."""
+
 NAME = re.compile(
     r"(?P<prefix>(?:.*[./:])?)(?P<what>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
     r"(?:_l(?P<layer>0|[1-9]\d{0,3})(?P<back>_reverse)?)?",
@@ -123,9 +126,9 @@ def _raw_weights(names: list[str]) -> dict[str, str]:
     return found
 
 
-def layers_of(tensors: Mapping[str, Any]) -> list[ours.Layer | pararnn.Layer | sru.Layer]:
-    """Return the layers with names of their own to which these tensors belong: ours, ParaRNN's and those of sru."""
-    return [*ours.layers_of(tensors), *pararnn.layers_of(tensors), *sru.layers_of(tensors)]
+def layers_of(tensors: Mapping[str, Any]) -> list[Any]:
+    """Return the layers with names of their own to which these tensors belong: see `OTHER_NAMES`."""
+    return [layer for reader in OTHER_NAMES for layer in reader.layers_of(tensors)]
 
 
 def networks_of(
@@ -162,14 +165,10 @@ def networks_of(
     for part in parts_of(tensors):
         title = part.title if part.title not in networks else part.prefix
         networks[title] = _network(part, tensors, where, (activations or {}).get(part.title))
-    for layer in layers_of(tensors):
-        title = layer.title if layer.title not in networks else layer.prefix
-        if isinstance(layer, ours.Layer):
-            networks[title] = ours.network_of_layer(layer, tensors, where)
-        elif isinstance(layer, sru.Layer):
-            networks[title] = sru.network_of_layer(layer, tensors, where)
-        else:
-            networks[title] = pararnn.network_of_layer(layer, tensors, where)
+    for reader in OTHER_NAMES:
+        for layer in reader.layers_of(tensors):
+            title = layer.title if layer.title not in networks else layer.prefix
+            networks[title] = reader.network_of_layer(layer, tensors, where)
     return networks
 
 

@@ -76,7 +76,13 @@ def layers_of(tensors: Mapping[str, Any]) -> list[Layer]:
             match = NUMBERED.fullmatch(prefix)
             stack, number = (match["stack"], int(match["number"])) if match else (prefix, 0)
             stacks.setdefault(stack, {})[number] = names
-    return [Layer(prefix, [stack[number] for number in sorted(stack)]) for prefix, stack in stacks.items()]
+    layers = []
+    for prefix, stack in stacks.items():
+        if sorted(stack) == list(range(len(stack))):
+            layers.append(Layer(prefix, [stack[number] for number in sorted(stack)]))
+        else:  # something else runs between them
+            layers += [Layer(f"{prefix}layers.{number}.", [names]) for number, names in stack.items()]
+    return layers
 
 
 def network_of_layer(layer: Layer, tensors: Mapping[str, Any], where: str) -> Network:

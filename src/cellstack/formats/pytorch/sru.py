@@ -52,7 +52,7 @@ def layers_of(tensors: Mapping[str, Any]) -> list[Layer]:
         found.setdefault(match["prefix"], {}).setdefault(int(match["number"]), {})[match["what"]] = match[0]
     layers = []
     for prefix, cells in found.items():
-        if all(names.keys() >= REQUIRED for names in cells.values()):
+        if sorted(cells) == list(range(len(cells))) and all(names.keys() >= REQUIRED for names in cells.values()):
             first = [f"{prefix}input_to_hidden.weight"] if f"{prefix}input_to_hidden.weight" in tensors else []
             ordered = [cells[number] for number in sorted(cells)]
             layers.append(Layer(prefix, ordered, [*first, *(name for names in ordered for name in names.values())]))
