@@ -16,7 +16,6 @@ from cellstack.cells import activations
 from cellstack.cells.spec import MATRICES
 from cellstack.formats.c.cells import WIDTHS, by_gate, form_key, form_of, shape_text
 from cellstack.formats.c.files import Files, acts
-from cellstack.formats.c.memories import lines_of
 from cellstack.formats.c.step import activate, literal
 from cellstack.network import Network
 from cellstack.nodes import (
@@ -187,12 +186,16 @@ class Writer(Files):
     def _memory(self, owner: str, node: MLSTM, at: str, last: bool) -> tuple[str, int]:
         """Write an mLSTM's memory, whose state starts with zeros."""
         target, state = self._target(at, node.units, last), []
-        for name, shape in node.sizes.state_shapes.items():
+        for name, shape in node.memory.state_shapes.items():
             member = self.identifier(f"{owner}_{name}")
             self.memories.append((member, math.prod(shape), f"{name} of {owner}"))
             self.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")
             state.append(f"s->{member}")
-        self.steps += lines_of(node, at, target, state)
+        sizes = f"{node.heads}, {node.key_size}, {node.value_size}, {literal(node.epsilon)}"
+        self.steps.append(f"    ${{name}}_memory_step({sizes}, {at}, {', '.join(state)}, {target});")
+        if node.output_gate:
+            gate = f"${{name}}_sigmoid({at}[{node.core_size} + j])"
+            self.steps += self.each(node.units, target, f"{target}[j] * {gate}")
         return target, node.units
 
     def recurrent(self, owner: str, node: Recurrent, at: str, last: bool) -> tuple[str, int]:
