@@ -197,8 +197,8 @@ class SequenceWriter(Writer):
                 self._copy("s->value", value, width)
                 value = "s->value"
             scores = value
-            for name, node in scored:
-                scores, self.width = self.node(name, node, scores, self.width, False)
+            for name, scorer in scored:
+                scores, self.width = self.node(name, scorer, scores, self.width, False)
             given = f"{VECTOR}, {width}, {value}, {scores}, {self.width}, s->largest, s->total"
             self.steps += ["", comment(f"    /* {label}: attention pooling */"), f"    ${{name}}_weigh({given});"]
         for name in ("largest", "total"):
