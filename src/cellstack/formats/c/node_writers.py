@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack import nodes
 from cellstack.formats.c.memories import lines_of
-from cellstack.formats.c.step import literal
+from cellstack.formats.c.step import called, literal
+from cellstack.nodes.elementwise import Elementwise
 
 if TYPE_CHECKING:
     from cellstack.formats.c.source import Writer
@@ -49,26 +50,15 @@ def _embedding(out: Writer, owner: str, node: nodes.Embedding, feed: Feed) -> Ou
     return pointer, width
 
 
-def _standardise(out: Writer, owner: str, node: nodes.Standardise, feed: Feed) -> Output:
-    mean, scale = (out.array(owner, name, getattr(node, name), f"[{feed.width}]") for name in ("mean", "scale"))
-    return _elementwise(out, feed, f"({feed.at}[j] - {mean}[j]) / {scale}[j]")
-
-
-def _scale(out: Writer, owner: str, node: nodes.Scale, feed: Feed) -> Output:
-    scale, shift = (out.array(owner, name, getattr(node, name), f"[{feed.width}]") for name in ("scale", "shift"))
-    return _elementwise(out, feed, f"{feed.at}[j] * {scale}[j] + {shift}[j]")
-
-
-def _clip(out: Writer, owner: str, node: nodes.Clip, feed: Feed) -> Output:
-    x = f"{feed.at}[j]"
-    below = "" if node.low is None else f"{x} < {literal(node.low)} ? {literal(node.low)} : "
-    above = "" if node.high is None else f"{x} > {literal(node.high)} ? {literal(node.high)} : "
-    return _elementwise(out, feed, f"{below}{above}{x}")
-
-
-def _elementwise(out: Writer, feed: Feed, expression: str) -> Output:
+def _elementwise(out: Writer, owner: str, node: Elementwise, feed: Feed) -> Output:
     target = out.target(feed, feed.width)
-    out.steps += out.each(feed.width, target, expression)
+
+    def constant(value: Any) -> str:
+        if isinstance(value, float):
+            return literal(value)
+        return f"{out.array(owner, node.name_of(value), value, f'[{feed.width}]')}[j]"
+
+    out.steps += out.each(feed.width, target, node.formula.written(f"{feed.at}[j]", called, constant))
     return target, feed.width
 
 
@@ -139,10 +129,8 @@ def _conv(out: Writer, owner: str, node: nodes.Conv1D, feed: Feed) -> Output:
 
 
 WRITERS: dict[type[nodes.Node], Callable[[Writer, str, Any, Feed], Output]] = {
-    nodes.Standardise: _standardise,
-    nodes.Scale: _scale,
+    **{node: _elementwise for node in nodes.NODES.values() if issubclass(node, Elementwise)},
     nodes.LayerNorm: _layer_norm,
-    nodes.Clip: _clip,
     nodes.Embedding: _embedding,
     nodes.Dense: _dense,
     nodes.Activation: _activation,
