@@ -615,8 +615,10 @@ def test_unsupported_nodes_are_refused_by_name(tmp_path):
         export(Network([Embedding(np.ones((4, 3), "f4"), mask_zero=True), ahead]), tmp_path)
     spec = CellSpec(16, 4, use_kernel=False)
     without = Cell(spec, *(np.ones(shape, "f4") for shape in spec.shapes.values()))
-    with pytest.raises(ValueError, match="layer_0: cells with use_kernel=False aren't supported"):
-        export(Network([Recurrent((without,))]), tmp_path)
+    sums, back = Recurrent((without,)), Recurrent((without,), go_backwards=True)
+    for node in (sums, back, Bidirectional(sums, back)):
+        with pytest.raises(ValueError, match="layer_0: cells with use_kernel=False aren't supported"):
+            export(Network([node]), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
