@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from cellstack.train.loop import learn
 from cellstack.train.options import Architecture, FitOptions
-from cellstack.train.text.data import Parts, Text, content, measured
+from cellstack.train.text.data import Text, TextParts, content, measured
 from cellstack.train.text.model import Chunks, TextModel
 from cellstack.train.text.workflow import adam
 
@@ -119,7 +119,7 @@ def main():
     parts = text.parts()
     # The number of characters for this many steps, in parallel streams of the training part.
     most = min(parts.training[1], args.steps * args.batch * args.chunk + 1)
-    chunks = Timed(text, Parts((0, most), parts.validation, parts.test), args.batch, args.chunk)
+    chunks = Timed(text, TextParts((0, most), parts.validation, parts.test), args.batch, args.chunk)
     print(
         f"{text.summary(parts)}; {chunks.steps} steps of {chunks.streams.rows} x {args.chunk}, {args.threads} threads"
     )

@@ -16,7 +16,7 @@ from cellstack.cli.jobs import Job
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.backtest import Backtest
-from cellstack.train.forecasting.parts import Parts
+from cellstack.train.forecasting.parts import OriginParts
 from cellstack.train.forecasting.plan import planned, takes_long, understood
 from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.prepare import describe, prepared, refit_epochs
@@ -39,7 +39,7 @@ class ForecastJob(Job):
     described: dict[str, Any]
     given: dict[str, Any]
     test: Backtest | None = None
-    ready: tuple[Windows, Parts] | None = None
+    ready: tuple[Windows, OriginParts] | None = None
 
     def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come; prepares the data for it, and measures how long that takes."""

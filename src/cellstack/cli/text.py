@@ -16,7 +16,7 @@ from cellstack.cli.jobs import Job
 from cellstack.train.checks import UsageError
 from cellstack.train.options import Architecture, FitOptions
 from cellstack.train.sizes import size_of
-from cellstack.train.text.data import Parts, Streams, Text, alphabet_of, bits_per_character, content, usual_batch
+from cellstack.train.text.data import Streams, Text, TextParts, alphabet_of, bits_per_character, content, usual_batch
 from cellstack.train.text.sampling import generate as characters_of
 
 SUFFIXES = (".txt", ".md")
@@ -27,7 +27,7 @@ class TextJob(Job):
     """A text to train on."""
 
     text: Text
-    parts: Parts
+    parts: TextParts
     test: Text | None
     understood: list[str]
     described: dict[str, Any]

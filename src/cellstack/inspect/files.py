@@ -21,7 +21,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.formats import safetensors as native_format
 from cellstack.formats.files import check_replaceable
 from cellstack.inspect.memories import MemoryTrace
-from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
+from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, TraceContents
 from cellstack.inspect.values import alone, as_tuple
 from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.recording import Record
@@ -192,7 +192,7 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
     for name, array in values:
         if name in aligned and array.shape[1:2] != steps.shape:
             raise FormatError(f"{path}: {name}: expected {len(steps)} steps, as in 'steps', found {list(array.shape)}")
-    parts = Parts(steps, aligned, nodes, masks, said["whole"] is True)
+    parts = TraceContents(steps, aligned, nodes, masks, said["whole"] is True)
     return NetworkTrace(network, alone(ys), state, parts)
 
 

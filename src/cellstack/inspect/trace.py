@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cellstack.nodes.cell_arrays import Cell
 
 
-class Parts(NamedTuple):
+class TraceContents(NamedTuple):
     """The contents of a trace."""
 
     steps: Array
@@ -199,16 +199,16 @@ class NetworkTrace(Mapping[str, NodeTrace]):
     """
 
     def __init__(
-        self, network: Network, y: Any, state: tuple[CellState, ...], parts: Parts | Callable[[], Parts]
+        self, network: Network, y: Any, state: tuple[CellState, ...], parts: TraceContents | Callable[[], TraceContents]
     ) -> None:
         self.network, self.y, self.state = network, y, state
         self._made = parts
 
     @property
-    def _parts(self) -> Parts:
+    def _parts(self) -> TraceContents:
         """The contents of the trace, built at the first access, which keeps short runs fast."""
         made = self._made
-        if not isinstance(made, Parts):
+        if not isinstance(made, TraceContents):
             made = self._made = made()
         return made
 
@@ -266,7 +266,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         state = tuple(type(one)(*(array[some] for array in one)) for one in self.state)
         masks = {name: of_value(mask, name) for name, mask in masks.items()}
         whole = whole and rows is None and steps is None and units is None
-        return NetworkTrace(self.network, alone(ys), state, Parts(numbers[at], aligned, nodes, masks, whole))
+        return NetworkTrace(self.network, alone(ys), state, TraceContents(numbers[at], aligned, nodes, masks, whole))
 
     def _copied(self) -> NetworkTrace:
         """Return the trace with copied arrays, so that the memory of the full run can be freed."""
@@ -277,7 +277,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             nodes[name] = node._part(x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells), np.copy)
         y = alone(tuple(array.copy() for array in as_tuple(self.y)))
         masks = {name: mask.copy() for name, mask in masks.items()}
-        return NetworkTrace(self.network, y, self.state, Parts(numbers, aligned, nodes, masks, whole))
+        return NetworkTrace(self.network, y, self.state, TraceContents(numbers, aligned, nodes, masks, whole))
 
     def gradient(self, unit: int, step: int = -1, output: str | None = None) -> dict[str, Array]:
         """Return the gradient of one number of every row with respect to each input and each node's output.

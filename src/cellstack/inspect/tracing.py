@@ -13,7 +13,7 @@ import numpy as np
 from cellstack.cells.errors import ShapeError
 from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.pre_activations import pre_activations
-from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
+from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, TraceContents
 from cellstack.inspect.values import Index, alone
 from cellstack.network.arguments import OwnState, as_states
 from cellstack.nodes.along import Select
@@ -74,7 +74,7 @@ def _numbers(network: Network) -> dict[str, range]:
     return numbers
 
 
-def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bool) -> Parts:
+def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bool) -> TraceContents:
     """Return the parts of a trace from a run's records."""
     numbers = _numbers(network)
     records, flows = _in_own_order(network, recording, numbers)
@@ -99,7 +99,7 @@ def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bo
             kept[name] = NodeTrace(node, alone(values), flows[name].x, tuple(cells))
     lengths = {name: flows[name].x.shape[1] for name in network.inputs if network.graph.timed(name)}
     masks = {name: flow.mask for name, flow in flows.items() if flow.mask is not None}
-    return Parts(np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept, masks)
+    return TraceContents(np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept, masks)
 
 
 def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:

@@ -278,7 +278,7 @@ class Indexed:
         training, validation: indices into `examples`; the latter may be empty.
         batch: maximum batch size in training.
         seed: of the order and the noise.
-        noise, offset: see `Settings`.
+        noise, offset: see `FitOptions`.
         gap: see `batches`; 1 for batches of one length each, without padding.
 
     Raises:
@@ -337,7 +337,7 @@ def batching(lengths: NDArray[np.int64], gap: float) -> dict[str, str]:
 
 
 def augment(batch: Batch, inputs: Inputs, noise: float, offset: float, draw: tuple[int, int, int]) -> Batch:
-    """Return a batch with noise added: see `Settings`.
+    """Return a batch with noise added: see `FitOptions`.
 
     Args:
         batch: raw examples, `x [B, T, I]`.

@@ -18,7 +18,7 @@ from cellstack.train.examples import GAP, Data, Indexed, Inputs, Labelled, split
 from cellstack.train.options import Architecture, FitOptions
 
 
-class Parts(NamedTuple):
+class TrainingParts(NamedTuple):
     """The training part's `y` and `weight`, the size of the validation part, and functions that make `Data`."""
 
     y: NDArray
@@ -34,7 +34,7 @@ def parts_of(
     class_weight: Any,
     options: FitOptions,
     gap: float = GAP,
-) -> Parts:
+) -> TrainingParts:
     """Return the parts of sequences.
 
     Args:
@@ -54,7 +54,7 @@ def parts_of(
         return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, gap)
 
     measure = partial(Inputs.measure, examples, kept, called=whole.channel)
-    return Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
+    return TrainingParts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
 
 
 def check(training: Sequences, validation: Sequences | None, test: Sequences | None, class_weight: Any) -> None:

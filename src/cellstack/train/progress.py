@@ -36,7 +36,7 @@ class Bar:
 
     Args:
         shown: whether to show it.
-        expected: the epochs of each fit to come, at most; () = one fit, of `Settings.epochs`. May be replaced between
+        expected: the epochs of each fit to come, at most; () = one fit, of `FitOptions.epochs`. May be replaced between
             two fits.
     """
 

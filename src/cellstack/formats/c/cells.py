@@ -105,40 +105,10 @@ static void ${name}_weigh($real *sum, size_t n, const $real *value, const $real 
     }
 }
 """,
-    "silu": """
-static $real ${name}_silu($real z)
-{
-    return z / (1.0$f + exp$f(-z));
-}
-""",
     "gelu": """
 static $real ${name}_gelu($real z)
 {
     return z * (0.5$f + 0.5$f * erf$f(z * 0.70710678118654752$f));
-}
-""",
-    "gelu_tanh": """
-static $real ${name}_gelu_tanh($real z)
-{
-    return 0.5$f * z * (1.0$f + tanh$f(0.79788456080286536$f * (z + 0.044715$f * z * z * z)));
-}
-""",
-    "selu": """
-static $real ${name}_selu($real z)
-{
-    return 1.0507009873554805$f * (z > 0.0$f ? z : 1.6732632423543772$f * expm1$f(z));
-}
-""",
-    "exponential": """
-static $real ${name}_exponential($real z)
-{
-    return exp$f(z);
-}
-""",
-    "relu6": """
-static $real ${name}_relu6($real z)
-{
-    return z < 0.0$f ? 0.0$f : z > 6.0$f ? 6.0$f : z;
 }
 """,
     "sigmoid": """

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.cells.layout import Array, CellArrays, reorder, to_rows
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.onnx.cells import (
     FLAGS,
     ONNX_NAMES,
@@ -27,7 +28,14 @@ from cellstack.network import Network
 from cellstack.nodes import MLSTM, Bidirectional, Cell, Node, Recurrent
 from cellstack.nodes.values import MemoryCell
 
-NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "attention": False, "use_kernel": True}
+NOT_IN_ONNX = {
+    "heads": 1,
+    "proj_size": 0,
+    "layer_norm": False,
+    "cell_clip": None,
+    "attention": False,
+    "use_kernel": True,
+}
 
 
 class Written(NamedTuple):
@@ -45,33 +53,43 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
         ValueError: a flag or an activation that the operator lacks, or a flag that differs between the directions.
     """
     cells = tuple(cell.one_head for cell in cells)
-    first = cells[0].spec
-    kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
-    if operator is None:
-        raise ValueError(f"save: {where}: ONNX has no operator for {kind.title}")
-    for cell in cells:
-        for flag, usual in (NOT_IN_ONNX | dict.fromkeys(kind.zoneout.values(), 0.0)).items():
-            if getattr(cell.spec, flag) != usual:
-                raise ValueError(f"save: {where}: ONNX's {operator} has no {flag}")
-        alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
-        for flag in alike:
-            if getattr(cell.spec, flag) != getattr(first, flag):
-                raise ValueError(f"save: {where}: ONNX needs the same {flag} forward and backward")
-        named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
-        usual, *others = [gate for gate in gates_of(kind) if gate in cell.spec.gates] or [""]
-        for gate in others:
-            if named[gate] != named[usual]:
-                raise ValueError(f"save: {where}: ONNX needs the same activation for gates {usual} and {gate}")
+    operator, attributes = operator_of_specs(f"save: {where}", [cell.spec for cell in cells], direction)
     rows = [_rows(cell) for cell in cells]
     arrays = {key: np.ascontiguousarray(np.stack([row[key] for row in rows])) for key in rows[0]}
+    return Written(operator, arrays, attributes)
+
+
+def operator_of_specs(where: str, specs: Sequence[CellSpec], direction: str) -> tuple[str, dict[str, Any]]:
+    """Return the recurrent operator of cells, one per direction, and its attributes.
+
+    Raises:
+        ValueError: a flag or an activation that the operator lacks, or a flag that differs between the directions.
+    """
+    first = specs[0]
+    kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
+    if operator is None:
+        raise ValueError(f"{where}: ONNX has no operator for {kind.title}")
+    for spec in specs:
+        for flag, usual in (NOT_IN_ONNX | dict.fromkeys(kind.zoneout.values(), 0.0)).items():
+            if getattr(spec, flag) != usual:
+                raise ValueError(f"{where}: ONNX's {operator} has no {flag}")
+        alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
+        for flag in alike:
+            if getattr(spec, flag) != getattr(first, flag):
+                raise ValueError(f"{where}: ONNX needs the same {flag} forward and backward")
+        named = dict(zip(spec.slots, spec.activations, strict=True))
+        usual, *others = [gate for gate in gates_of(kind) if gate in spec.gates] or [""]
+        for gate in others:
+            if named[gate] != named[usual]:
+                raise ValueError(f"{where}: ONNX needs the same activation for gates {usual} and {gate}")
     attributes: dict[str, Any] = {"hidden_size": first.units, "direction": direction}
-    attributes |= _written_activations(cells)
+    attributes |= _written_activations(where, specs)
     if first.clip is not None:
         attributes["clip"] = float(first.clip)
     for ours, theirs in FLAGS.items():
         if ours in kind.settings and getattr(first, ours):
             attributes[theirs] = 1
-    return Written(operator, arrays, attributes)
+    return operator, attributes
 
 
 def _rows(cell: Cell) -> dict[str, Array]:
@@ -96,14 +114,14 @@ def _rows(cell: Cell) -> dict[str, Array]:
     return rows
 
 
-def _written_activations(cells: tuple[Cell, ...]) -> dict[str, Any]:
+def _written_activations(where: str, specs: Sequence[CellSpec]) -> dict[str, Any]:
     names, alphas, betas = [], [], []
-    for cell in cells:
-        named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
-        for slot in slots_of(cell.spec.of_kind):
+    for spec in specs:
+        named = dict(zip(spec.slots, spec.activations, strict=True))
+        for slot in slots_of(spec.of_kind):
             name, alpha, beta = named[slot]
             if name not in ONNX_NAMES:
-                raise ValueError(f"save: ONNX has no activation {name}")
+                raise ValueError(f"{where}: ONNX has no activation {name}")
             names.append(ONNX_NAMES[name])
             count = len(PARAMETERS.get(names[-1], ()))
             if count:

@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 LEAST_STEPS, MOST_STEPS = 20, 50  # training steps of an epoch
 
 
-class Parts(NamedTuple):
+class OriginParts(NamedTuple):
     """Rows of the origins to train, validate and test on, and the ends of each series' first two parts, `[S]`."""
 
     training: Ints
@@ -30,7 +30,7 @@ class Parts(NamedTuple):
     validation_ends: Ints
 
 
-def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts:
+def parts(table: Table, recipe: Recipe, validation: float, test: float) -> OriginParts:
     """Return the origins to train on, to validate on and to test on, in chronological order in each series.
 
     The last `test` share of a series' rows is its test part, the `validation` share before it its validation part. An
@@ -59,7 +59,7 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
                 "shares"
             )
         found.append(origins)
-    return Parts(found[0], found[1], found[2], ends[0], ends[1])
+    return OriginParts(found[0], found[1], found[2], ends[0], ends[1])
 
 
 def can_validate(table: Table, recipe: Recipe, validation: float, test: float) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting import calendar
-from cellstack.train.forecasting.parts import Parts, can_validate, epoch_steps, parts
+from cellstack.train.forecasting.parts import OriginParts, can_validate, epoch_steps, parts
 from cellstack.train.forecasting.recipe import LONGEST_WINDOW, NAIVE, SCALES, SHORTEST_WINDOW, Category, Recipe
 from cellstack.train.forecasting.seasons import find
 from cellstack.train.options import FitOptions, ForecastOptions
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     """The recipe, the table's parts, the default options of the networks and the fit, and the validation share."""
 
     recipe: Recipe
-    parts: Parts
+    parts: OriginParts
     defaults: dict[str, Any]
     validation: float
 
@@ -185,7 +185,7 @@ def step_seconds(table: Table) -> float:
     return table.spacing.months * calendar.YEAR * calendar.DAY / 12 or table.spacing.seconds
 
 
-def understood(table: Table, recipe: Recipe, asked: ForecastOptions, cut: Parts) -> list[str]:
+def understood(table: Table, recipe: Recipe, asked: ForecastOptions, cut: OriginParts) -> list[str]:
     """Describe a table and a recipe, in sentences, the most important first; `cut` are the parts of the table."""
     seasons = " and ".join(f"{season:,}" for season in recipe.seasons)
     source = "as requested" if asked.seasons is not None else "detected in the series"
@@ -225,7 +225,7 @@ def understood(table: Table, recipe: Recipe, asked: ForecastOptions, cut: Parts)
     return [*table.understood(leave_out=recipe.targets), *said, *_too_short(table, cut)]
 
 
-def _too_short(table: Table, cut: Parts) -> list[str]:
+def _too_short(table: Table, cut: OriginParts) -> list[str]:
     """Name the series that are too short to train on, or to test on."""
     sentences = []
     for what, origins in (("train on", cut.training), ("test on", cut.test)):

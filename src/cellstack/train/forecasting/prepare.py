@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cellstack.train.examples import Inputs
 from cellstack.train.forecasting import smoothing
 from cellstack.train.forecasting.backtest import MOST_ORIGINS
-from cellstack.train.forecasting.parts import Parts, epoch_steps, floors, parts, typical_errors
+from cellstack.train.forecasting.parts import OriginParts, epoch_steps, floors, parts, typical_errors
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.rules import rules
 from cellstack.train.forecasting.smoothing import Smoothing
@@ -29,7 +29,7 @@ CONTINUED = 1 / 3  # share of the epochs for continued training with the validat
 
 def prepared(
     table: Table, recipe: Recipe, request: ForecastOptions, validation: float, test: float
-) -> tuple[Windows, Parts]:
+) -> tuple[Windows, OriginParts]:
     """Return the windows of the training part followed by the validation part, with a complete recipe, and the parts.
 
     The rule is smoothing, or the naive one if no series is long enough. If the logarithm is smoothed, the unit is the
@@ -79,7 +79,7 @@ def refit_epochs(best: int, long: bool) -> int:
 
 
 def describe(
-    windows: Windows, cut: Parts, build: Architecture, options: FitOptions
+    windows: Windows, cut: OriginParts, build: Architecture, options: FitOptions
 ) -> tuple[list[str], dict[str, Any]]:
     """Describe the training to come on windows that `prepared` returned, in sentences and as plain values."""
     table, recipe = windows.table, windows.recipe

@@ -17,7 +17,7 @@ from cellstack.train.checks import UsageError, is_count, unmasked
 from cellstack.train.forecasting.tirex_scaling import (
     Floats,
     Scaling,
-    Settings,
+    ScalingSettings,
     differences,
     finished,
     has_trend,
@@ -58,7 +58,7 @@ class TiRexForecaster:
         if weights is not None:
             check_choice("TiRexForecaster", "weights", weights, WEIGHTS)
         self.network, self.weights = network, weights
-        self.settings = Settings.of(network.metadata)
+        self.settings = ScalingSettings.of(network.metadata)
         self._networks: dict[int, Network] = {}  # by the number of steps that they return
 
     @property
@@ -313,7 +313,7 @@ class _Prepared:
         last: the last observation of each, `[B]`.
     """
 
-    def __init__(self, rows: Sequence[Floats], scaling: Scaling | None, settings: Settings) -> None:
+    def __init__(self, rows: Sequence[Floats], scaling: Scaling | None, settings: ScalingSettings) -> None:
         if scaling is None:
             self.differenced = np.array([settings.difference and has_trend(row) for row in rows])
         else:
@@ -391,14 +391,14 @@ def _begun(row: Floats) -> Floats:
     return row[min(int(np.isnan(row).argmin()), len(row) - 1) :]
 
 
-def _context(values: Floats, settings: Settings, pad: bool) -> Floats:
+def _context(values: Floats, settings: ScalingSettings, pad: bool) -> Floats:
     """Return the last observations `[B, T]`, at most a context, as whole patches."""
     values = values[:, -settings.context :]
     whole = settings.context if pad else -(-values.shape[1] // settings.patch) * settings.patch
     return np.pad(values, ((0, 0), (whole - values.shape[1], 0)), constant_values=np.nan)
 
 
-def _tokens(scaled: Floats, settings: Settings, missing: int) -> NDArray[np.float32]:
+def _tokens(scaled: Floats, settings: ScalingSettings, missing: int) -> NDArray[np.float32]:
     """Return scaled observations `[B, n·patch]` as the network's input, and `missing` patches without any."""
     if (np.abs(scaled) > LARGEST).any():  # with the scaling of other observations
         raise UsageError(

@@ -24,7 +24,7 @@ FEWEST = 4  # observations with which a trend is looked for
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScalingSettings:
     """What a network's metadata says about the series that it takes.
 
     Attributes:
@@ -52,7 +52,7 @@ class Settings:
     sign_flip: bool = False
 
     @classmethod
-    def of(cls, metadata: Any) -> Settings:
+    def of(cls, metadata: Any) -> ScalingSettings:
         """Return the settings in a network's metadata.
 
         Raises:
@@ -91,7 +91,7 @@ class Scaling(NamedTuple):
     differenced: Flags
 
     @classmethod
-    def of(cls, values: Floats, differenced: Flags, settings: Settings) -> Scaling:
+    def of(cls, values: Floats, differenced: Flags, settings: ScalingSettings) -> Scaling:
         """Return the scaling for a context, `[B, T]`, whose rows are already differenced where they should be."""
         there = ~np.isnan(values)
         count = np.maximum(there.sum(axis=-1, keepdims=True), 1)
@@ -107,12 +107,12 @@ class Scaling(NamedTuple):
             binary = ((values == 0) | (values == 1) | ~there).all(axis=-1, keepdims=True)
         return cls(np.where(binary, 0.0, loc), np.where(binary, 1.0, scale), binary, differenced[:, None])
 
-    def apply(self, values: Floats, settings: Settings) -> Floats:
+    def apply(self, values: Floats, settings: ScalingSettings) -> Floats:
         """Return values `[B, T]` scaled."""
         scaled = (values - self.loc) / self.scale
         return np.where(self.binary, scaled, np.arcsinh(scaled)) if settings.arcsinh else scaled
 
-    def undo(self, outputs: Floats, settings: Settings) -> Floats:
+    def undo(self, outputs: Floats, settings: ScalingSettings) -> Floats:
         """Return outputs of the network `[B, T, Q]` in the units of the series or of its differences."""
         loc, scale, binary, _ = (part[..., None] for part in self)
         if settings.arcsinh:
@@ -148,7 +148,7 @@ def last_observed(row: Floats) -> float:
     return float(row[there[-1]]) if len(there) else 0.0
 
 
-def finished(outputs: Floats, differenced: Flags, last: Floats, settings: Settings) -> Floats:
+def finished(outputs: Floats, differenced: Flags, last: Floats, settings: ScalingSettings) -> Floats:
     """Return the forecasts of TiRex-2: widen the intervals with the horizon, and sum differences.
 
     Args:
@@ -171,7 +171,7 @@ def finished(outputs: Floats, differenced: Flags, last: Floats, settings: Settin
     return np.where(differenced[:, None, None], summed, raw)
 
 
-def mirrored(settings: Settings) -> list[int]:
+def mirrored(settings: ScalingSettings) -> list[int]:
     """Return for each quantile the index of its complement, with which a negated series is forecast.
 
     Raises:

@@ -28,7 +28,7 @@ from cellstack.train.fitting import Result, fitted
 from cellstack.train.forecasting import backtest
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
-from cellstack.train.forecasting.parts import Parts, WindowData, spread_out
+from cellstack.train.forecasting.parts import OriginParts, WindowData, spread_out
 from cellstack.train.forecasting.plan import plan, takes_long, understood
 from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.predict import forecasts_of, outputs
@@ -113,7 +113,7 @@ def train_forecast(
     options: FitOptions,
     test: float = 0.2,
     recipe: Recipe | None = None,
-    ready: tuple[Windows, Parts] | None = None,
+    ready: tuple[Windows, OriginParts] | None = None,
 ) -> Trained:
     """Train on each series' earlier rows, and measure the errors of forecasts in its last rows.
 
@@ -172,7 +172,7 @@ def train_forecast(
     return Trained(result, recipe, found, said)
 
 
-def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts) -> backtest.Backtest:
+def measured(network: Network, windows: Windows, inputs: Inputs, cut: OriginParts) -> backtest.Backtest:
     """Return the forecasts of a network and of its baselines on the test part."""
     table, recipe, typical = windows.table, windows.recipe, windows.typical
     assert typical is not None
@@ -186,7 +186,7 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts) -> 
 class _Fits:
     """The fits of a training, and their combined result."""
 
-    def __init__(self, build: Architecture, options: FitOptions, windows: Windows, cut: Parts):
+    def __init__(self, build: Architecture, options: FitOptions, windows: Windows, cut: OriginParts):
         self.build, self.windows = build, windows
         self.kept = np.arange(len(cut.training))
         self.held = np.arange(len(cut.training), len(windows.origins))

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.dates import Dates
-from cellstack.train.tables.source import Series, Source
+from cellstack.train.tables.source import Series, TableCells
 
 
 def zoned(
-    given: Source, found: Dates, codes: NDArray[np.int64], zone: str | None
+    given: TableCells, found: Dates, codes: NDArray[np.int64], zone: str | None
 ) -> tuple[NDArray[np.datetime64] | None, str | None]:
     """Return the times in UTC, None if no zone is known, and the wall clock's zone; add assumptions to the notes.
 
@@ -77,7 +77,7 @@ def utc_of(wall: NDArray[np.datetime64], zone: str | None) -> NDArray[np.datetim
     )
 
 
-def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -> tuple[Series, str]:
+def to_utc(source: TableCells, times: Series, codes: NDArray[np.int64], zone: str) -> tuple[Series, str]:
     """Convert local times to UTC; return them and a note on what was assumed.
 
     In an hour that occurs twice, the earlier rows are taken as those before the clock is set back.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
-from cellstack.train.tables.source import Series, Source
+from cellstack.train.tables.source import Series, TableCells
 
 LARGEST = float(np.finfo(np.float32).max)
 MOST_LABELS = 1000
@@ -36,7 +36,7 @@ class CategoryColumn:
     labels: tuple[str, ...]
 
 
-def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str:
+def decimal_sign(source: TableCells, names: Sequence[str], asked: str | None) -> str:
     """Return the decimal separator: as requested, else as detected in the cells.
 
     Raises:
@@ -97,7 +97,7 @@ def are_decimals(cells: Series, decimal: str) -> bool:
 
 
 def convert(
-    source: Source, name: str, decimal: str, as_text: bool
+    source: TableCells, name: str, decimal: str, as_text: bool
 ) -> tuple[NDArray[np.float64] | CategoryColumn | str, str]:
     """Return a column as float64 numbers `[N]`, as a category, or why it can't be used; and a note on assumptions.
 
@@ -147,7 +147,7 @@ def convert(
 
 
 def _of_text(
-    source: Source, name: str, cells: Series, decimal: str
+    source: TableCells, name: str, cells: Series, decimal: str
 ) -> tuple[NDArray[np.float64] | CategoryColumn | str, str]:
     present = cells.dropna()
     form, groups = (COMMA, f".{BLANKS}") if decimal == "," else (POINT, f",{BLANKS}")
@@ -186,7 +186,7 @@ def _of_text(
     return _checked(source, name, values), said
 
 
-def _checked(source: Source, name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+def _checked(source: TableCells, name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
     beyond = np.abs(values) > LARGEST
     if beyond.any():
         row = int(np.argmax(beyond))

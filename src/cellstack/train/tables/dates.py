@@ -19,7 +19,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.forms import OFFSET, forms, parsed, says_day_first
 from cellstack.train.tables.grid import even_share
-from cellstack.train.tables.source import Frame, Series, Source, listed
+from cellstack.train.tables.source import Frame, Series, TableCells, listed
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIX = (datetime(1971, 1, 1).timestamp(), datetime(2100, 1, 1).timestamp())
@@ -55,13 +55,13 @@ class Dates:
     note: str = ""
     zone: str | None = None
 
-    def shown(self, source: Source, row: int) -> str:
+    def shown(self, source: TableCells, row: int) -> str:
         """Return the cells of a row's date as written in the table."""
         names = [self.name] if self.name in source.frame else self.name.split(",")
         return " ".join(source.quote(row, name.strip()) for name in names)
 
 
-def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | None:
+def find(source: TableCells, ids: Sequence[str], codes: NDArray[np.int64]) -> str | None:
     """Return the name of the date column, or of several that form the dates together; None if none looks like dates.
 
     Text that looks like dates has priority, then columns for the year and its parts, then numbers that are dates
@@ -206,7 +206,7 @@ def _unix_unit(values: NDArray[np.float64]) -> str | None:
     return None
 
 
-def read(source: Source, name: str, codes: NDArray[np.int64], day_first: bool | None, form: str | None) -> Dates:
+def read(source: TableCells, name: str, codes: NDArray[np.int64], day_first: bool | None, form: str | None) -> Dates:
     """Return the dates of a column, or of several.
 
     Args:
@@ -247,14 +247,14 @@ def read(source: Source, name: str, codes: NDArray[np.int64], day_first: bool | 
     return _of_text(source, cells, name, names, codes, day_first, form)
 
 
-def _complete(source: Source, cells: Series, name: str) -> Series:
+def _complete(source: TableCells, cells: Series, name: str) -> Series:
     if cells.isna().any():
         row = int(np.argmax(cells.isna().to_numpy()))
         raise FormatError(f"{source.at(row)}: expected a date in column {name}, found {source.quote(row, name)}")
     return cells
 
 
-def _of_numbers(source: Source, cells: Series, name: str, form: str | None) -> Dates | None:
+def _of_numbers(source: TableCells, cells: Series, name: str, form: str | None) -> Dates | None:
     """Return the dates of Unix times or Excel's day numbers; None for dates written in digits."""
     import pandas as pd
 
@@ -281,7 +281,7 @@ def _of_numbers(source: Source, cells: Series, name: str, form: str | None) -> D
     return Dates(name, whole.astype("int64").astype("datetime64[us]"), ("UTC",), unit, note)
 
 
-def _joined(source: Source, names: list[str]) -> Series:
+def _joined(source: TableCells, names: list[str]) -> Series:
     """Join several columns to one of text: years, quarters, months, days; or a day and its hour or time of day."""
     import pandas as pd
 
@@ -313,7 +313,7 @@ def _joined(source: Source, names: list[str]) -> Series:
 
 
 def _of_text(
-    source: Source,
+    source: TableCells,
     cells: Series,
     name: str,
     names: list[str],
@@ -366,7 +366,7 @@ def _order(form: str) -> str:
 
 
 def _chosen(
-    source: Source,
+    source: TableCells,
     cells: Series,
     name: str,
     read: dict[str, Series],

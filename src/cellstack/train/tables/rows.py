@@ -13,7 +13,7 @@ from cellstack.train.tables import grid
 from cellstack.train.tables.clock import wall_clock, zoned
 from cellstack.train.tables.dates import HOURS, Dates
 from cellstack.train.tables.grid import Spacing
-from cellstack.train.tables.source import Frame, Source
+from cellstack.train.tables.source import Frame, TableCells
 
 LATEST = np.datetime64("9999-01-01")  # the calendar ends a year later
 
@@ -41,7 +41,7 @@ class Placed(NamedTuple):
     form: str | None = None
 
 
-def series_of(given: Source, ids: tuple[str, ...]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def series_of(given: TableCells, ids: tuple[str, ...]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Return the number of each row's series, int64 `[R]`, and the series' names, in order of first appearance.
 
     Raises:
@@ -89,7 +89,7 @@ def in_order(codes: NDArray[np.int64], count: int) -> Placed:
     return Placed(place, starts, Filled(*np.zeros((2, count), np.int64)))
 
 
-def by_dates(given: Source, found: Dates, codes: NDArray[np.int64], zone: str | None, freq: str | None) -> Placed:
+def by_dates(given: TableCells, found: Dates, codes: NDArray[np.int64], zone: str | None, freq: str | None) -> Placed:
     """Place rows with dates on an even grid; exact duplicates of rows are removed from `given`.
 
     Args:
@@ -121,7 +121,7 @@ def by_dates(given: Source, found: Dates, codes: NDArray[np.int64], zone: str | 
 
 
 def _on_grid(
-    given: Source,
+    given: TableCells,
     found: Dates,
     times: NDArray[np.datetime64],
     codes: NDArray[np.int64],
@@ -174,7 +174,7 @@ def _on_grid(
 
 
 def _refuse_other_steps(
-    given: Source, spacing: Spacing, steps: NDArray[np.int64], codes: NDArray[np.int64], order: NDArray[np.int64]
+    given: TableCells, spacing: Spacing, steps: NDArray[np.int64], codes: NDArray[np.int64], order: NDArray[np.int64]
 ) -> None:
     """Raise `FormatError` if a series of at least 5 rows never has a step of the common spacing."""
     same = np.diff(codes) == 0
@@ -197,7 +197,7 @@ def _falls(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> bool:
 
 
 def _untwinned(
-    given: Source, found: Dates, times: NDArray[np.datetime64], codes: NDArray[np.int64], zone: str | None
+    given: TableCells, found: Dates, times: NDArray[np.datetime64], codes: NDArray[np.int64], zone: str | None
 ) -> NDArray[np.bool_]:
     """Return which rows to keep: exact duplicates are dropped, with a note.
 

@@ -37,7 +37,7 @@ BINARY = {b"PK\x03\x04": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an old Exc
 
 
 @dataclass
-class Source:
+class TableCells:
     """The cells of a table as given, before they are interpreted.
 
     Args:
@@ -106,7 +106,7 @@ class Source:
         return self.written[name]
 
 
-def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...] = ()) -> Source:
+def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...] = ()) -> TableCells:
     """Return the cells of a file or a data frame.
 
     Args:
@@ -156,7 +156,7 @@ def _parquet(path: Path) -> Frame:
         raise FormatError(f"{path}: expected a Parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _of_frame(path: str, frame: Frame) -> Source:
+def _of_frame(path: str, frame: Frame) -> TableCells:
     import pandas as pd
 
     if isinstance(frame.columns, pd.MultiIndex):
@@ -174,7 +174,7 @@ def _of_frame(path: str, frame: Frame) -> Source:
         index = names
     frame = frame.rename(columns=str).reset_index(drop=True)
     _check_names(path, list(frame.columns))
-    return Source(path, frame, index=tuple(index))
+    return TableCells(path, frame, index=tuple(index))
 
 
 def _counts(index: Any) -> bool:
@@ -184,7 +184,7 @@ def _counts(index: Any) -> bool:
     return isinstance(index, pd.RangeIndex) or pd.api.types.is_integer_dtype(index.dtype)
 
 
-def _of_text(path: Path, encoding: str | None, texts: tuple[str, ...]) -> Source:
+def _of_text(path: Path, encoding: str | None, texts: tuple[str, ...]) -> TableCells:
     notes: list[str] = []
     with open(path, "rb") as file:
         head = file.read(4096)
@@ -222,7 +222,7 @@ def _undecodable(path: Path, encoding: str, error: UnicodeError) -> str:
     return f"expected {encoding} text ({error})"
 
 
-def _of_lines(path: Path, encoding: str, texts: tuple[str, ...], notes: list[str]) -> Source:
+def _of_lines(path: Path, encoding: str, texts: tuple[str, ...], notes: list[str]) -> TableCells:
     separator = _separator(path, encoding)
     with open(path, encoding=encoding, newline="") as file:
         rows = _rows(path, file, separator)
@@ -253,7 +253,7 @@ def _of_lines(path: Path, encoding: str, texts: tuple[str, ...], notes: list[str
         last = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
         notes.append(f"{len(frame) - last} empty rows at the end dropped")
         frame, lines = frame.iloc[:last], lines[:last]
-    return Source(str(path), frame, np.array(lines, np.int64), index, notes, separator, encoding)
+    return TableCells(str(path), frame, np.array(lines, np.int64), index, notes, separator, encoding)
 
 
 def _stripped(cells: Series) -> Series:

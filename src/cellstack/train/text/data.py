@@ -238,7 +238,7 @@ class Text:
             raise UsageError(f"{name}: expected a text with at least two distinct {alphabet.unit}, found one")
         return cls(name, ids, alphabet, counts)
 
-    def parts(self, validation: float = 0.05, test: float = 0.05) -> Parts:
+    def parts(self, validation: float = 0.05, test: float = 0.05) -> TextParts:
         """Divide the text into a training part and, at the end, a validation and a test part.
 
         Args:
@@ -255,9 +255,9 @@ class Text:
         count = len(self.ids)
         sizes = [max(1, round(count * share)) if share else 0 for share in (validation, test)]
         first = count - sum(sizes)
-        return Parts((0, first), (first, first + sizes[0]), (first + sizes[0], count))
+        return TextParts((0, first), (first, first + sizes[0]), (first + sizes[0], count))
 
-    def summary(self, parts: Parts) -> str:
+    def summary(self, parts: TextParts) -> str:
         """Describe the text and its parts in one line."""
         unit, different = self.alphabet.unit, int(np.count_nonzero(self.counts))
         sizes = [end - begin for begin, end in parts]
@@ -279,7 +279,7 @@ class Text:
         return "; ".join(said)
 
 
-class Parts(NamedTuple):
+class TextParts(NamedTuple):
     """Start and end of each part of a text."""
 
     training: tuple[int, int]

@@ -16,7 +16,7 @@ from cellstack.train.examples import Batch, digest
 from cellstack.train.model import Dropout
 from cellstack.train.options import Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
-from cellstack.train.text.data import Parts, Streams, Text, measured
+from cellstack.train.text.data import Streams, Text, TextParts, measured
 
 
 class TextModel(nn.Module):
@@ -90,7 +90,7 @@ class Chunks:
         steps: of a chunk, over which gradients are backpropagated.
     """
 
-    def __init__(self, text: Text, parts: Parts, batch: int, steps: int):
+    def __init__(self, text: Text, parts: TextParts, batch: int, steps: int):
         self.text, self.parts = text, parts
         self.streams = Streams(text.ids, parts.training, batch, steps)
         self.steps = len(self.streams)

@@ -15,8 +15,8 @@ from cellstack.train.loop import Epoch
 from cellstack.train.options import Architecture, FitOptions
 from cellstack.train.sizes import check_memory
 from cellstack.train.text.data import (
-    Parts,
     Text,
+    TextParts,
     beginning,
     bits_per_character,
     one_line,
@@ -35,7 +35,7 @@ def adam(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
 
 def train_text(
     text: Text,
-    parts: Parts,
+    parts: TextParts,
     architecture: Architecture,
     options: FitOptions,
     test: Text | None = None,
