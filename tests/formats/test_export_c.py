@@ -28,9 +28,11 @@ from cellstack.nodes import (
     Conv1D,
     Dense,
     Embedding,
+    Function,
     GlobalPool,
     LayerNorm,
     Merge,
+    Power,
     Recurrent,
     Reduce,
     Scale,
@@ -233,6 +235,16 @@ def test_activations_that_only_nodes_have(tmp_path, dtype):
     for number, name in enumerate(MORE_ACTIVATIONS):
         kernel = np.random.default_rng(number).normal(size=(4, 3)).astype(dtype)
         networks[f"net{number}"] = Network([Dense(kernel, activation=name), Activation("tanh"), Activation(name)])
+    for name, inside in build(tmp_path, networks).items():
+        compared_with_the_stream(networks[name], inside)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_functions_and_powers(tmp_path, dtype):
+    first = Scale(np.full(3, 0.7, dtype), np.array([0.2, -0.1, 0.4], dtype))
+    functions = [[Function(name)] for name in ("abs", "cos", "sin")] + [[Function("abs"), Function("log")]]
+    powers = [[Function("abs"), Power(exponent)] for exponent in (0.5, -1.0, 2.0, 1.7)]
+    networks = {f"net{n}": Network([first, *nodes]) for n, nodes in enumerate(functions + powers)}
     for name, inside in build(tmp_path, networks).items():
         compared_with_the_stream(networks[name], inside)
 
@@ -615,8 +627,10 @@ def test_unsupported_nodes_are_refused_by_name(tmp_path):
         export(Network([Embedding(np.ones((4, 3), "f4"), mask_zero=True), ahead]), tmp_path)
     spec = CellSpec(16, 4, use_kernel=False)
     without = Cell(spec, *(np.ones(shape, "f4") for shape in spec.shapes.values()))
-    with pytest.raises(ValueError, match="layer_0: cells with use_kernel=False aren't supported"):
-        export(Network([Recurrent((without,))]), tmp_path)
+    sums, back = Recurrent((without,)), Recurrent((without,), go_backwards=True)
+    for node in (sums, back, Bidirectional(sums, back)):
+        with pytest.raises(ValueError, match="layer_0: cells with use_kernel=False aren't supported"):
+            export(Network([node]), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

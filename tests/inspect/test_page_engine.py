@@ -29,6 +29,7 @@ from cellstack.nodes import (
     Dense,
     Embedding,
     Flatten,
+    Function,
     GlobalPool,
     GroupedDense,
     GroupNorm,
@@ -40,6 +41,7 @@ from cellstack.nodes import (
     PerFrame,
     Permute,
     Pool1D,
+    Power,
     Recurrent,
     Reduce,
     Repeat,
@@ -385,6 +387,12 @@ def every_node():
     add(Standardise(floats(rng, 4), floats(rng, 4) + 2.0), mask=mask)
     add(first, Clip(-0.5, 0.7))
     add(first, Clip(low=-0.5))
+    for function in ("abs", "cos", "sin"):
+        add(first, Function(function))
+    add(first, Function("abs"), Function("log"))
+    for exponent in (2.0, -1.0, 3.0):
+        add(first, Power(exponent))
+    add(first, Function("abs"), Power(0.5))
     add(LayerNorm(floats(rng, 4), floats(rng, 4)))
     add(LayerNorm(None, floats(rng, 4), 0.1))
     add(first, LayerNorm())
@@ -464,7 +472,7 @@ def make_stacked(rng, inputs, sequences=True, **flags):
 def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
     made = every_node()
     kinds = {node.file_type for case in made for node in case["network"].nodes}
-    refused = {"take", "magnitude", "context", "per_frame", "step_mask", "power", "function"}
+    refused = {"take", "magnitude", "context", "per_frame", "step_mask"}
     refused |= {"grid_conv", "grid_pool", "time_softmax", "attention", "repeat_like"}
     assert kinds == set(NODES) - refused
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):

@@ -58,6 +58,7 @@ from cellstack.nodes import (
     TimeSoftmax,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
+from cellstack.nodes.elementwise import FUNCTIONS, X, gradient
 
 
 @pytest.fixture
@@ -577,3 +578,12 @@ for more in (16 << 20, 300 << 20):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["named", "named"], done.stderr
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_slopes_of_functions_are_their_differences(name):
+    function = getattr(np, name)
+    formula = (lambda x: function(x)) if function.nin == 1 else (lambda x: function(x * x, 1.3))
+    x, dy, step = np.array([[0.4, 0.9, 1.4, 2.3]]), np.array([[1.0, -2.0, 0.5, 3.0]]), 1e-6
+    difference = (formula(x + step) - formula(x - step)) / (2 * step)
+    np.testing.assert_allclose(gradient(formula(X), x, dy), difference * dy, rtol=1e-7, atol=1e-9)

@@ -219,6 +219,8 @@ class _Sequence(Accelerated, nn.RNNBase):
 
     def _is_short(self, x: Tensor) -> bool:
         """Whether a call has so few steps that PyTorch is at least as fast."""
+        if torch.compiler.is_exporting():
+            return False
         limits = eligibility.LIMITS[self.mode]
         if torch.is_grad_enabled():
             least = limits.training

@@ -18,8 +18,8 @@ from cellstack.layers.tracing import batched, direct, transformed
 _LIBRARY = torch.library.Library("cellstack", "DEF")
 
 _LIBRARY.define(
-    "recurrent(Tensor x, Tensor[] starts, Tensor[] weights, Tensor[] drops, Tensor? mask, Tensor? reset, str[] cells, "
-    "bool reverse, bool sequences, bool save, int threads, bool time_major) -> Tensor[]",
+    "recurrent(Tensor x, Tensor[]? starts, Tensor[] weights, Tensor[]? drops, Tensor? mask, Tensor? reset, "
+    "str[] cells, bool reverse, bool sequences, bool save, int threads, bool time_major) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(

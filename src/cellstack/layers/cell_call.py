@@ -139,7 +139,8 @@ class OpCall(NamedTuple):
     @classmethod
     def of_op(cls, *arguments: Any) -> OpCall:
         """Return the record of the op's own arguments, which have the cells as texts."""
-        call = cls(*arguments)
+        x, starts, weights, drops, *rest = arguments
+        call = cls(x, starts or (), weights, drops or (), *rest)  # AOTInductor passes None for an empty list
         return call._replace(cells=[of_text(text) for text in arguments[6]])
 
     def as_op(self) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from cellstack import cells
 from cellstack.cells.spec import STATES
 from cellstack.layers import op
+from cellstack.layers.base import exporting
 
 _MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # the mode of an nn.RNNCell depends on its nonlinearity
 _MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
@@ -152,17 +153,18 @@ def obstacle(module: nn.Module) -> str | None:
 
 def _traced() -> bool:
     """Whether a tracer, an exporter or a transform is active: these support only PyTorch's operators."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is not None or op.transformed()
+    return exporting() or op.transformed()
 
 
 def is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) -> bool:
     """Whether the kernel supports these tensors; otherwise PyTorch runs the call, or refuses it."""
-    if not isinstance(x, Tensor) or op.wraps(x) or _traced() or not x.numel() or x.shape[-1] != width:
+    if not isinstance(x, Tensor) or _traced():
+        return False
+    exported = torch.compiler.is_exporting()  # its tensors wrap others, and have open sizes
+    if (not exported and (op.wraps(x) or not x.numel())) or x.shape[-1] != width:
         return False
     for array in (*weights, *states):  # first, as a subclass may intercept reading an attribute
-        if type(array) not in op.PLAIN:
+        if type(array) not in op.PLAIN and not (exported and op.symbolic(array)):
             return False
     dtype = weights[0].dtype
     mixed = torch.is_autocast_enabled("cpu")

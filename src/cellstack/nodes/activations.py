@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cellstack import native, reference
 from cellstack.cells import activations
+from cellstack.nodes.elementwise import X, gradient
 
 Array = NDArray[Any]
 
@@ -32,10 +33,6 @@ def _log_softmax(z: Array) -> Array:
 
 
 _sigmoid = reference.ACTIVATIONS["sigmoid"][0]
-
-
-def _silu(z: Array) -> Array:
-    return z * _sigmoid(z)
 
 
 _exact_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf; this takes some 0.1 us per number
@@ -75,20 +72,23 @@ def _gelu_tanh(z: Array) -> Array:
 
 
 def _selu(z: Array) -> Array:
-    return SELU_SCALE * np.where(z > 0.0, z, SELU_ALPHA * np.expm1(np.minimum(z, 0.0)))
+    return 1.0507009873554805 * (np.maximum(z, 0.0) + 1.6732632423543772 * np.expm1(np.minimum(z, 0.0)))
 
 
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
-
-MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "softmax": softmax,
-    "log_softmax": _log_softmax,
-    "silu": _silu,
-    "gelu": _gelu,
+FORMULAS: dict[str, Callable[[Any], Any]] = {
+    "silu": lambda z: z * _sigmoid(z),
     "gelu_tanh": _gelu_tanh,
     "selu": _selu,
     "exponential": np.exp,
     "relu6": lambda z: np.minimum(np.maximum(z, 0.0), 6.0),
+}
+"""Those of the following that are formulas: see `elementwise`."""
+
+MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "softmax": softmax,
+    "log_softmax": _log_softmax,
+    "gelu": _gelu,
+    **FORMULAS,
 }
 """Activations of nodes in addition to those of cells, `cells.activations.ACTIVATIONS`, in NumPy; see `in_kernel`.
 
@@ -134,30 +134,16 @@ def _gelu_slope(z: Array) -> Array:
     return share + z * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
 
 
-def _gelu_tanh_slope(z: Array) -> Array:
-    rate = np.sqrt(2 / np.pi)
-    t = np.tanh(rate * (z + 0.044715 * z**3))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * rate * (1 + 3 * 0.044715 * z * z)
-
-
-SLOPES: dict[str, Callable[[Array], Array]] = {
-    "silu": lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z))),
-    "gelu": _gelu_slope,
-    "gelu_tanh": _gelu_tanh_slope,
-    "selu": lambda z: SELU_SCALE * np.where(z > 0, 1, SELU_ALPHA * np.exp(np.minimum(z, 0))),
-    "exponential": np.exp,
-    "relu6": lambda z: ((z > 0) & (z < 6)) * 1.0,
-}
-
-
 def activation_gradient(text: str, z: Array, dy: Array) -> Array:
     """Return the gradient of an activation's input, z."""
     if text in ("softmax", "log_softmax"):
         y = softmax(z)
         total = (dy * y).sum(axis=-1, keepdims=True) if text == "softmax" else dy.sum(axis=-1, keepdims=True)
         return y * (dy - total) if text == "softmax" else dy - y * total
-    if text in SLOPES:
-        return dy * SLOPES[text](z)
+    if text == "gelu":
+        return dy * _gelu_slope(z)
+    if text in FORMULAS:
+        return gradient(FORMULAS[text](X), z, dy)
     name, alpha, beta = activations.activation(text)
     function, slope = reference.ACTIVATIONS[name]
     return dy * slope(z, function(z, alpha, beta), alpha, beta)

@@ -13,10 +13,11 @@ from cellstack.cells.errors import ShapeError
 from cellstack.nodes.activations import activation_function, activation_gradient, check_activation
 from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, Stepwise, shown
 from cellstack.nodes.checks import check_choice, check_flag, check_number, frozen_copy, one_dtype
+from cellstack.nodes.elementwise import Elementwise
 
 
 @dataclass(frozen=True, eq=False)
-class Standardise(Stepwise):
+class Standardise(Elementwise):
     """`(x - mean) / scale` per feature, so that a model takes raw data.
 
     Args:
@@ -49,12 +50,9 @@ class Standardise(Stepwise):
         """Return `(x - mean) / scale`, in the shape of `x [..., I]`."""
         return (x - self.mean) / self.scale
 
-    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        return [dy / self.scale]
-
 
 @dataclass(frozen=True, eq=False)
-class Scale(Stepwise):
+class Scale(Elementwise):
     """`x·scale + shift` per feature, such as a folded batch normalisation in inference.
 
     For a batch normalisation, `scale = gamma / sqrt(variance + epsilon)` and `shift = beta - mean·scale`: see
@@ -114,9 +112,6 @@ class Scale(Stepwise):
         """Return `x·scale + shift`, in the shape of `x [..., W]`."""
         return x * self.scale + self.shift
 
-    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        return [dy * self.scale]
-
 
 @dataclass(frozen=True, eq=False)
 class Activation(Stepwise):
@@ -148,7 +143,7 @@ class Activation(Stepwise):
 
 
 @dataclass(frozen=True, eq=False)
-class Power(Stepwise):
+class Power(Elementwise):
     """`x^exponent`, elementwise: 0.5 is the square root, -1 the reciprocal.
 
     Args:
@@ -173,18 +168,15 @@ class Power(Stepwise):
     def apply(self, x: Array) -> Array:
         """Return the powers of `x [..., W]`."""
         with np.errstate(all="ignore"):
-            known = {0.5: np.sqrt, -1.0: np.reciprocal, 2.0: np.square}.get(self.exponent)
-            return known(x) if known else np.power(x, x.dtype.type(self.exponent))
-
-    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        return [dy * self.exponent * Power(self.exponent - 1).apply(run.inputs[0].x)]
+            known = {0.5: np.sqrt, -1.0: np.reciprocal}.get(self.exponent)
+            return known(x) if known else x**self.exponent
 
 
-FUNCTIONS = {"abs": np.abs, "cos": np.cos, "log": np.log, "sin": np.sin}
+FUNCTIONS = ("abs", "cos", "log", "sin")
 
 
 @dataclass(frozen=True, eq=False)
-class Function(Stepwise):
+class Function(Elementwise):
     """A function of each number that isn't an activation of cells.
 
     Args:
@@ -204,22 +196,16 @@ class Function(Stepwise):
     keeps_width = True
 
     def __post_init__(self) -> None:
-        check_choice("Function", "function", self.function, tuple(FUNCTIONS))
+        check_choice("Function", "function", self.function, FUNCTIONS)
 
     def apply(self, x: Array) -> Array:
         """Return the function of `x [..., W]`."""
         with np.errstate(all="ignore"):
-            return FUNCTIONS[self.function](x)
-
-    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        x = run.inputs[0].x
-        slopes = {"abs": np.sign, "cos": lambda x: -np.sin(x), "log": np.reciprocal, "sin": np.cos}
-        with np.errstate(all="ignore"):
-            return [dy * slopes[self.function](x)]
+            return getattr(np, self.function)(x)
 
 
 @dataclass(frozen=True, eq=False)
-class Clip(Stepwise):
+class Clip(Elementwise):
     """`min(max(x, low), high)`, elementwise; NaN stays NaN.
 
     Args:
@@ -250,13 +236,8 @@ class Clip(Stepwise):
 
     def apply(self, x: Array) -> Array:
         """Return `x [..., W]` clipped to the bounds."""
-        y = x if self.low is None else np.maximum(x, x.dtype.type(self.low))
-        return y if self.high is None else np.minimum(y, x.dtype.type(self.high))
-
-    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        x = run.inputs[0].x
-        low, high = -np.inf if self.low is None else self.low, np.inf if self.high is None else self.high
-        return [np.where((x > low) & (x < high), dy, 0)]
+        y = x if self.low is None else np.maximum(x, self.low)
+        return y if self.high is None else np.minimum(y, self.high)
 
     @property
     def summary(self) -> str:

@@ -38,9 +38,9 @@ def export(
     one in float, with matrices in the same formats as a stream.
 
     Args:
-        network: a chain of `Recurrent`, `Bidirectional`, `Standardise`, `Scale`, `LayerNorm`, `Clip`, `Embedding`
-            (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of one group, `GlobalPool`, `MLSTM`;
-            `TimeSoftmax`, `Merge` and `Reduce` as attention pooling.
+        network: a chain of `Recurrent`, `Bidirectional`, `Standardise`, `Scale`, `LayerNorm`, `Clip`, `Power`,
+            `Function`, `Embedding` (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of one group,
+            `GlobalPool`, `MLSTM`; `TimeSoftmax`, `Merge` and `Reduce` as attention pooling.
         directory: the output folder; it is created if it doesn't exist. Both files are replaced, or neither.
         name: the name of the files, and the prefix of every identifier in them.
         weights: the number format of the matrices: `"float32"`, `"bfloat16"` or `"int8"`, see `Stream`; None: as

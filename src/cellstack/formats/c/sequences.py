@@ -7,13 +7,16 @@ loop. If the next node reads the steps in another order, their outputs are store
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from cellstack.formats.c.source import NODES, Writer, check_chain, comment
+from cellstack.formats.c.node_writers import Feed
+from cellstack.formats.c.source import Writer, check_chain, comment
 from cellstack.network import Network
 from cellstack.nodes import Activation, Bidirectional, GlobalPool, Merge, Node, Recurrent, Reduce, TimeSoftmax
 
+Group = list[tuple[str, Node]]
 VECTOR = "s->vector"  # the value after the time axis is removed
 LEAST = {"float": "-3.40282347e+38f", "double": "-1.7976931348623157e+308"}
 MERGES = {"sum": "{a} + {b}", "mul": "{a} * {b}", "ave": "({a} + {b}) * 0.5$f"}
@@ -75,8 +78,7 @@ class SequenceWriter(Writer):
                     f"export_c: {label}: TimeSoftmax is only supported in attention pooling: the sum over time of its "
                     "product with the value from which it was computed, step by step"
                 )
-        kinds = (*NODES, Bidirectional, TimeSoftmax, *((Merge, Reduce) if ends else ()))
-        check_chain(network, kinds, joined=ends)
+        check_chain(network, (Bidirectional, TimeSoftmax, *((Merge, Reduce) if ends else ())), joined=ends)
         (name,) = network.inputs
         if not network.graph.timed(name):
             raise ValueError(f"export_c: expected an input with a time axis, got {name} {network.graph.shown(name)}")
@@ -95,24 +97,14 @@ class SequenceWriter(Writer):
         ]
         self.buffers = [0, 0]  # the width of each buffer: values per step
         self.sequence, self.width = "x", self.input_width([node for _, node in entries])
-        group: list[tuple[str, Node]] = []  # consecutive nodes that run step by step
+        group: Group = []  # consecutive nodes that run step by step
         at = ""  # the value, once the time axis is removed
         for number, (label, node) in enumerate(entries):
             last = number == len(entries) - 1
             if at:
                 at, self.width = self.node(label, node, at, self.width, last)
-            elif isinstance(node, GlobalPool):
-                at = self._pool(group, node, label)
-            elif isinstance(node, TimeSoftmax):
-                at = self._attention(group, label)
-            elif isinstance(node, Bidirectional) or (isinstance(node, Recurrent) and node.go_backwards):
-                if group:
-                    self._store(group, self._buffer())
-                    group = []
-                at = self._backwards(label, node, "y" if last else "")
-            elif isinstance(node, Recurrent) and not node.return_sequences:
-                with self._loop():
-                    at = self._steps([*group, (label, node)])
+            elif write := WHOLE.get(type(node)):
+                at = write(self, group, label, node, "y" if last else "")
             else:
                 group.append((label, node))
         if not at and group:
@@ -139,14 +131,14 @@ class SequenceWriter(Writer):
             "    }",
         ]
 
-    def _steps(self, group: list[tuple[str, Node]]) -> str:
+    def _steps(self, group: Group) -> str:
         """Write nodes for one step; return the name of the last one's output."""
         at = "v"
         for label, node in group:
             at, self.width = self.node(label, node, at, self.width, False)
         return at
 
-    def _store(self, group: list[tuple[str, Node]], target: str) -> None:
+    def _store(self, group: Group, target: str) -> None:
         """Run nodes over all steps, and store their output."""
         with self._loop():
             at = self._steps(group)
@@ -170,7 +162,7 @@ class SequenceWriter(Writer):
     def _vector(self, width: int) -> None:
         self.scratch["vector"] = max(width, self.scratch.get("vector", 0))
 
-    def _pool(self, group: list[tuple[str, Node]], node: GlobalPool, label: str) -> str:
+    def _pool(self, group: Group, label: str, node: GlobalPool, end: str) -> str:
         """Write nodes, and the mean, maximum or last value of their output."""
         before = len(self.steps)
         note = comment(f"    /* {label}: GlobalPool, {node.summary} */")
@@ -191,7 +183,7 @@ class SequenceWriter(Writer):
             self.steps += self.each(self.width, VECTOR, f"{VECTOR}[j] / ({self.real})steps")
         return VECTOR
 
-    def _attention(self, group: list[tuple[str, Node]], label: str) -> str:
+    def _attention(self, group: Group, label: str, node: TimeSoftmax, end: str) -> str:
         """Write nodes, and attention pooling of the output of one of them; those after it compute the scores."""
         names = self.network.names
         at, before = self.attention[names.index(label)], len(self.steps)
@@ -205,8 +197,8 @@ class SequenceWriter(Writer):
                 self._copy("s->value", value, width)
                 value = "s->value"
             scores = value
-            for name, node in scored:
-                scores, self.width = self.node(name, node, scores, self.width, False)
+            for name, scorer in scored:
+                scores, self.width = self.node(name, scorer, scores, self.width, False)
             given = f"{VECTOR}, {width}, {value}, {scores}, {self.width}, s->largest, s->total"
             self.steps += ["", comment(f"    /* {label}: attention pooling */"), f"    ${{name}}_weigh({given});"]
         for name in ("largest", "total"):
@@ -222,14 +214,27 @@ class SequenceWriter(Writer):
         self.width = width
         return VECTOR
 
-    def _backwards(self, label: str, node: Bidirectional | Recurrent, end: str) -> str:
-        """Write a node that runs backwards; return the name of its final output, or "" if it returns a sequence."""
+    def _recurrent(self, group: Group, label: str, node: Recurrent, end: str) -> str:
+        """Write a node that runs backwards, or returns its final output only; others run with the nodes around them."""
+        if node.go_backwards:
+            return self._backwards(group, label, node, end)
+        group.append((label, node))
+        if node.return_sequences:
+            return ""
+        with self._loop():
+            return self._steps(group)
+
+    def _backwards(self, group: Group, label: str, node: Bidirectional | Recurrent, end: str) -> str:
+        """Write nodes, and one that runs backwards; return the name of its final output, "" if it has every step."""
+        if group:
+            self._store(group, self._buffer())
+            group.clear()
         self.steps += ["", comment(f"    /* {label}: {type(node).__name__}, {node.summary} */")]
         owner, width = self.identifier(label), self.width
         if isinstance(node, Recurrent):
             target = end or self._buffer()
             with self._loop(backwards=True):
-                at, self.width = self.recurrent(owner, node, "v", False)
+                at, self.width = self.recurrent(owner, node, Feed(label, "v", width, False))
                 if node.return_sequences:  # in the order in which the steps are processed
                     self._copy(f"{target} + (steps - 1 - t) * {self.width}", at, self.width)
             if not node.return_sequences:
@@ -245,9 +250,8 @@ class SequenceWriter(Writer):
         place = f"{target} + t * {out}" if sequences else VECTOR
         for backwards, part in ways.items():
             with self._loop(backwards):
-                at, _ = self.recurrent(
-                    self.identifier(f"{owner}_{'back' if backwards else 'forward'}"), part, "v", False
-                )
+                name = self.identifier(f"{owner}_{'back' if backwards else 'forward'}")
+                at, _ = self.recurrent(name, part, Feed(label, "v", width, False))
                 if sequences:
                     self._merge(place, f"{target}[t * {out} + j]", at, part.units, first, merge, backwards)
             if not sequences:
@@ -305,3 +309,13 @@ void {name}_run({name}_state *s, const {real} *x, size_t steps, {real} *y, {real
 {chr(10).join(lines)}
 }}
 """
+
+
+WHOLE: dict[type[Node], Callable[[SequenceWriter, Group, str, Any, str], str]] = {
+    GlobalPool: SequenceWriter._pool,
+    TimeSoftmax: SequenceWriter._attention,
+    Bidirectional: SequenceWriter._backwards,
+    Recurrent: SequenceWriter._recurrent,
+}
+"""The nodes that may need every step of their input; a method writes the nodes before them too, and returns the name of
+the output once it has no time axis, else ""."""

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from cellstack.cells.activations import PARAMETERS, Activation
 from cellstack.cells.spec import CellSpec
 from cellstack.formats.c.narrow import Narrow
+from cellstack.nodes.activations import FORMULAS
+from cellstack.nodes.elementwise import FUNCTIONS, X
 from cellstack.views.recorded import Recorded, Value
 
 SUM, FACTOR, ATOM = range(3)  # the precedence of an expression's operator
@@ -60,10 +62,17 @@ def literal(value: float) -> str:
     return f"{float(value)!r}$f"
 
 
+def called(function: str, *of: str) -> str:
+    """Return a C expression, as a template, that applies a function of formulas."""
+    return FUNCTIONS[function][2].format(*(f"({one})" if " " in one else one for one in of))
+
+
 def activate(found: Activation, inner: str) -> str:
-    """Return a C expression, as a template, that applies an activation, which may be one of `MORE_ACTIVATIONS`."""
+    """Return a C expression, as a template, that applies an activation, which may be one of `FORMULAS`."""
     if found.name == "linear":
         return inner
+    if found.name in FORMULAS:
+        return FORMULAS[found.name](X).written(inner, called, literal)
     if found.name == "tanh":
         return f"$tanh({inner})"
     given = [literal(value) for value in (found.alpha, found.beta)[: len(PARAMETERS.get(found.name, ()))]]

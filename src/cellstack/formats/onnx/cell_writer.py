@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.cells.layout import Array, CellArrays, reorder, to_rows
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.onnx.cells import (
     FLAGS,
     ONNX_NAMES,
@@ -24,9 +25,17 @@ from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.formats.onnx.scan import body_of
 from cellstack.network import Network
-from cellstack.nodes import Bidirectional, Cell, Node, Recurrent
+from cellstack.nodes import MLSTM, Bidirectional, Cell, Node, Recurrent
+from cellstack.nodes.values import MemoryCell
 
-NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "attention": False, "use_kernel": True}
+NOT_IN_ONNX = {
+    "heads": 1,
+    "proj_size": 0,
+    "layer_norm": False,
+    "cell_clip": None,
+    "attention": False,
+    "use_kernel": True,
+}
 
 
 class Written(NamedTuple):
@@ -44,33 +53,43 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
         ValueError: a flag or an activation that the operator lacks, or a flag that differs between the directions.
     """
     cells = tuple(cell.one_head for cell in cells)
-    first = cells[0].spec
-    kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
-    if operator is None:
-        raise ValueError(f"save: {where}: ONNX has no operator for {kind.title}")
-    for cell in cells:
-        for flag, usual in (NOT_IN_ONNX | dict.fromkeys(kind.zoneout.values(), 0.0)).items():
-            if getattr(cell.spec, flag) != usual:
-                raise ValueError(f"save: {where}: ONNX's {operator} has no {flag}")
-        alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
-        for flag in alike:
-            if getattr(cell.spec, flag) != getattr(first, flag):
-                raise ValueError(f"save: {where}: ONNX needs the same {flag} forward and backward")
-        named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
-        usual, *others = [gate for gate in gates_of(kind) if gate in cell.spec.gates] or [""]
-        for gate in others:
-            if named[gate] != named[usual]:
-                raise ValueError(f"save: {where}: ONNX needs the same activation for gates {usual} and {gate}")
+    operator, attributes = operator_of_specs(f"save: {where}", [cell.spec for cell in cells], direction)
     rows = [_rows(cell) for cell in cells]
     arrays = {key: np.ascontiguousarray(np.stack([row[key] for row in rows])) for key in rows[0]}
+    return Written(operator, arrays, attributes)
+
+
+def operator_of_specs(where: str, specs: Sequence[CellSpec], direction: str) -> tuple[str, dict[str, Any]]:
+    """Return the recurrent operator of cells, one per direction, and its attributes.
+
+    Raises:
+        ValueError: a flag or an activation that the operator lacks, or a flag that differs between the directions.
+    """
+    first = specs[0]
+    kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
+    if operator is None:
+        raise ValueError(f"{where}: ONNX has no operator for {kind.title}")
+    for spec in specs:
+        for flag, usual in (NOT_IN_ONNX | dict.fromkeys(kind.zoneout.values(), 0.0)).items():
+            if getattr(spec, flag) != usual:
+                raise ValueError(f"{where}: ONNX's {operator} has no {flag}")
+        alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
+        for flag in alike:
+            if getattr(spec, flag) != getattr(first, flag):
+                raise ValueError(f"{where}: ONNX needs the same {flag} forward and backward")
+        named = dict(zip(spec.slots, spec.activations, strict=True))
+        usual, *others = [gate for gate in gates_of(kind) if gate in spec.gates] or [""]
+        for gate in others:
+            if named[gate] != named[usual]:
+                raise ValueError(f"{where}: ONNX needs the same activation for gates {usual} and {gate}")
     attributes: dict[str, Any] = {"hidden_size": first.units, "direction": direction}
-    attributes |= _written_activations(cells)
+    attributes |= _written_activations(where, specs)
     if first.clip is not None:
         attributes["clip"] = float(first.clip)
     for ours, theirs in FLAGS.items():
         if ours in kind.settings and getattr(first, ours):
             attributes[theirs] = 1
-    return Written(operator, arrays, attributes)
+    return operator, attributes
 
 
 def _rows(cell: Cell) -> dict[str, Array]:
@@ -95,14 +114,14 @@ def _rows(cell: Cell) -> dict[str, Array]:
     return rows
 
 
-def _written_activations(cells: tuple[Cell, ...]) -> dict[str, Any]:
+def _written_activations(where: str, specs: Sequence[CellSpec]) -> dict[str, Any]:
     names, alphas, betas = [], [], []
-    for cell in cells:
-        named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
-        for slot in slots_of(cell.spec.of_kind):
+    for spec in specs:
+        named = dict(zip(spec.slots, spec.activations, strict=True))
+        for slot in slots_of(spec.of_kind):
             name, alpha, beta = named[slot]
             if name not in ONNX_NAMES:
-                raise ValueError(f"save: ONNX has no activation {name}")
+                raise ValueError(f"{where}: ONNX has no activation {name}")
             names.append(ONNX_NAMES[name])
             count = len(PARAMETERS.get(names[-1], ()))
             if count:
@@ -136,7 +155,13 @@ class CellWriter(Pieces):
         self.masks: dict[str, str] = {}  # masks by value: a flag per step, [B, T, 1], True where it is used
 
     def start(
-        self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool, given: Sequence[str]
+        self,
+        where: str,
+        cells: tuple[Cell | MemoryCell, ...],
+        names: list[str],
+        x: str,
+        ways: bool,
+        given: Sequence[str],
     ) -> list[str]:
         """Add the initial states, and return the values of each part.
 
@@ -145,7 +170,7 @@ class CellWriter(Pieces):
         no inputs for them.
         """
         if given:
-            parts = list(cells[0].spec.state_sizes)
+            parts = list(cells[0].spec.state_shapes)
             ready = []
             for place, part in enumerate(parts):
                 self.begun += [["", f"{name}.{part}"] for name in names]
@@ -157,16 +182,16 @@ class CellWriter(Pieces):
                     each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
                 ready += each
             return ready
-        sizes = cells[0].spec.state_sizes
-        if ways and not self.takes_states and not any(cell.initial[part].any() for cell in cells for part in sizes):
-            self.begun += [["", f"{name}.{part}"] for part in sizes for name in names]
-            return [""] * len(sizes)
+        shapes = cells[0].spec.state_shapes
+        if ways and not self.takes_states and not any(cell.initial[part].any() for cell in cells for part in shapes):
+            self.begun += [["", f"{name}.{part}"] for part in shapes for name in names]
+            return [""] * len(shapes)
         batch = self.put("Shape", [x], self.fresh(f"{where}.batch"), start=0, end=1)
         ready = []
-        for part, size in sizes.items():
+        for part, axes in shapes.items():
             each = []
             shape = self.fresh(f"{where}.{part}.shape")
-            self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
+            self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(*axes)], shape, axis=0)
             for name, cell in zip(names, cells, strict=True):
                 start = self.initial(f"{name}.{part}", cell.initial[part][None])
                 if ways:
@@ -243,7 +268,7 @@ class CellWriter(Pieces):
     def scan(
         self,
         where: str,
-        cell: Cell,
+        cell: Cell | MemoryCell,
         direction: str,
         x: str,
         steps: str,
@@ -258,9 +283,10 @@ class CellWriter(Pieces):
         """
         states = self.start(where, (cell,), [where], x, False, given)
         body = body_of(where, cell, bool(mask), residual)
-        ends = self.after([size] for size in cell.spec.state_sizes.values())
+        ends = self.after(cell.spec.state_shapes.values())
         last, y = ends[0], self.fresh(f"{where}.y")
-        if mask:
+        repeats = mask and cell.spec.of_kind.carries_h
+        if repeats:
             states.append(states[0])
             last = self.fresh(f"{where}.y_last")
         way = [int(direction == "reverse")]
@@ -269,7 +295,7 @@ class CellWriter(Pieces):
             self.onnx.helper.make_node(
                 "Scan",
                 [*states, *flows],
-                [*ends, *([last] if mask else []), y],
+                [*ends, *([last] if repeats else []), y],
                 name=where,
                 body=body,
                 num_scan_inputs=len(flows),
@@ -320,6 +346,12 @@ class CellWriter(Pieces):
             self.nodes[-1].output[0] = output
         else:  # it is also the state after the call
             self.put("Identity", [last], output, f"{name}.end")
+
+    def memory(self, name: str, node: MLSTM, x: str, mask: str) -> None:
+        """Add the memory of an mLSTM, as a stack of one cell that returns all steps."""
+        steps, flags = [self.of("Transpose", flow, perm=[1, 0, 2]) if flow else "" for flow in (x, mask)]
+        y, _ = self.scan(name, node.memory_in(self.dtype), "forward", x, steps, flags, False, ())
+        self.put("Transpose", [y], name, f"{name}.rows", perm=[1, 0, 2])
 
     def bidirectional(
         self, name: str, node: Bidirectional, x: str, output: str, mask: str, starts: Sequence[str]

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cellstack import nodes
-from cellstack.formats.onnx import compositions, memories
+from cellstack.formats.onnx import compositions
 from cellstack.formats.onnx.masks import last_used, masked, neutral, reduced
 from cellstack.nodes.base import Shape
+from cellstack.nodes.elementwise import FUNCTIONS, Elementwise
 
 if TYPE_CHECKING:
     from cellstack.formats.onnx.cell_writer import CellWriter
@@ -108,16 +109,6 @@ def _reduce(out: Pieces, name: str, node: nodes.Reduce, feed: Feed) -> None:
     reduced(out, name, node.mode, feed.x, place, node.keepdims, feed.mask if place == 1 else "")
 
 
-def _standardise(out: Pieces, name: str, node: nodes.Standardise, feed: Feed) -> None:
-    centred = out.put("Sub", [feed.x, *_arrays(out, name, mean=node.mean)], out.fresh(f"{name}.Sub"), name)
-    out.put("Div", [centred, *_arrays(out, name, scale=node.scale)], name, f"{name}.Div")
-
-
-def _scale(out: Pieces, name: str, node: nodes.Scale, feed: Feed) -> None:
-    scaled = out.put("Mul", [feed.x, *_arrays(out, name, scale=node.scale)], out.fresh(f"{name}.Mul"), name)
-    out.put("Add", [scaled, *_arrays(out, name, shift=node.shift)], name, f"{name}.Add")
-
-
 def _layer_norm(out: Pieces, name: str, node: nodes.LayerNorm, feed: Feed) -> None:
     """ONNX requires a gain, so a missing one becomes ones."""
     gain = np.ones(feed.width(name, node), out.dtype) if node.gain is None else node.gain
@@ -143,14 +134,24 @@ def _magnitude(out: Pieces, name: str, node: nodes.Magnitude, feed: Feed) -> Non
     out.put("Sqrt", [total], name)
 
 
+def _elementwise(out: Pieces, name: str, node: Elementwise, feed: Feed) -> None:
+    """The first operator of the formula has the node's name."""
+    first = len(out.nodes)
+
+    def call(function: str, *values: str) -> str:
+        operator = FUNCTIONS[function][1]
+        return out.put(operator, list(values), out.fresh(f"{name}.{operator}"))
+
+    def constant(value: Any) -> str:
+        return out.number(value) if np.ndim(value) == 0 else out.tensor(f"{name}.{node.name_of(value)}", value)
+
+    node.formula.written(feed.x, call, constant)
+    out.nodes[first].name, out.nodes[-1].output[0] = name, name
+
+
 def _clip(out: Pieces, name: str, node: nodes.Clip, feed: Feed) -> None:
     bounds = ["" if bound is None else out.number(bound) for bound in (node.low, node.high)]
     out.put("Clip", [feed.x, *bounds], name)
-
-
-def _power(out: Pieces, name: str, node: nodes.Power, feed: Feed) -> None:
-    operator = {0.5: "Sqrt", -1.0: "Reciprocal"}.get(node.exponent, "Pow")
-    out.put(operator, [feed.x, *([out.number(node.exponent)] if operator == "Pow" else [])], name)
 
 
 def _pad(out: Pieces, name: str, node: nodes.Pad, feed: Feed) -> None:
@@ -193,7 +194,7 @@ def _masked(out: Pieces, name: str, node: nodes.Embedding | nodes.Masking, feed:
 WRITERS: dict[type[nodes.Node], Callable[[Any, str, Any, Feed], Any]] = {
     nodes.Recurrent: _recurrent,
     nodes.Bidirectional: _bidirectional,
-    nodes.MLSTM: lambda out, name, node, feed: memories.memory(out, name, node, feed.x, feed.mask),
+    nodes.MLSTM: lambda out, name, node, feed: out.memory(name, node, feed.x, feed.mask),
     nodes.Embedding: _masked,
     nodes.Masking: _masked,
     nodes.StepMask: _step_mask,
@@ -205,8 +206,7 @@ WRITERS: dict[type[nodes.Node], Callable[[Any, str, Any, Feed], Any]] = {
     nodes.GridConv: lambda out, name, node, feed: compositions.grid_conv(out, name, node, feed.x, feed.axes == 1),
     nodes.GridPool: lambda out, name, node, feed: compositions.grid_pool(out, name, node, feed.x, feed.axes == 1),
     nodes.Reduce: _reduce,
-    nodes.Standardise: _standardise,
-    nodes.Scale: _scale,
+    **{node: _elementwise for node in nodes.NODES.values() if issubclass(node, Elementwise)},
     nodes.LayerNorm: _layer_norm,
     nodes.GroupNorm: _group_norm,
     nodes.RMSNorm: lambda out, name, node, feed: compositions.rms_norm(out, name, node, feed.x),
@@ -214,8 +214,6 @@ WRITERS: dict[type[nodes.Node], Callable[[Any, str, Any, Feed], Any]] = {
     nodes.Attention: _attention,
     nodes.Activation: lambda out, name, node, feed: out.activate(name, feed.x, node.activation, name),
     nodes.Clip: _clip,
-    nodes.Power: _power,
-    nodes.Function: lambda out, name, node, feed: out.put(node.function.title(), [feed.x], name),
     nodes.Pad: _pad,
     nodes.Flatten: lambda out, name, node, feed: out.put("Flatten", [feed.x], name, axis=1),
     nodes.Reshape: lambda out, name, node, feed: out.put("Reshape", [feed.x, out.integers(0, *node.shape)], name),

@@ -1,6 +1,6 @@
 // Shared code of nodes: moving numbers, passing flags of steps on.
 
-import { numbersIn } from "./shapes.js";
+import { lastAxis, numbersIn } from "./shapes.js";
 
 // The index of an axis, counted from 0, the batch; throws if it doesn't exist.
 export function axisOf(node, shape) {
@@ -67,4 +67,32 @@ export function stepwiseNode(settings, arrays, run, back) {
     run: (node, [flow]) => ({ x: run(node, flow.x), ...flagsOf(flow) }),
     back: (node, [flow], { x }, dy, darrays) => [back(node, flow.x, x, dy, darrays)],
   };
+}
+
+// An elementwise node: `run(settings, x, …)` of a number and those of the arrays there, of which it has at most two, and
+// `slopes(settings, y, x, …)`, the derivatives by x and by each of these.
+export function elementwiseNode(settings, arrays, run, slopes) {
+  const each = (node, x, visit) => {
+    const width = lastAxis(x.shape);
+    const [a, b] = arrays.map((name) => node.arrays[name].data);
+    for (let n = 0; n < x.data.length; n += 1) visit(n, n % width, x.data[n], a?.[n % width], b?.[n % width]);
+  };
+  return stepwiseNode(
+    settings,
+    arrays,
+    (node, x) => {
+      const data = new Float64Array(x.data.length);
+      each(node, x, (n, at, ...numbers) => (data[n] = run(node.settings, ...numbers)));
+      return { data, shape: x.shape };
+    },
+    (node, x, y, dy, darrays) => {
+      const dx = new Float64Array(dy.length);
+      each(node, x, (n, at, ...numbers) => {
+        const [slope, ...others] = slopes(node.settings, y.data[n], ...numbers);
+        dx[n] = dy[n] * slope;
+        arrays.forEach((name, k) => (darrays[name][at] += dy[n] * others[k]));
+      });
+      return dx;
+    },
+  );
 }

@@ -3,7 +3,7 @@
 import { lastAxis } from "./shapes.js";
 import { activateRows, activateRowsBack, betweenOf } from "./activations.js";
 import { addNumbers, addOuter, addProduct, addProductBack, normaliseRow, normaliseRowBack } from "./products.js";
-import { stepwiseNode } from "./nodes_base.js";
+import { elementwiseNode, stepwiseNode } from "./nodes_base.js";
 
 // x·kernel + bias of every row, before the activation.
 function denseSums(node, x) {
@@ -75,55 +75,43 @@ export const activationNode = stepwiseNode(
   (node, x, y, dy) => activateRowsBack(node.settings.activation, x.data, y.data, lastAxis(x.shape), dy),
 );
 
-export const clipNode = stepwiseNode(
+const boundsOf = ({ low, high }) => [low ?? -Infinity, high ?? Infinity];
+
+export const clipNode = elementwiseNode(
   ["low", "high"],
   [],
-  (node, x) => {
-    const [low, high] = [node.settings.low ?? -Infinity, node.settings.high ?? Infinity];
-    return { data: x.data.map((value) => betweenOf(value, low, high)), shape: x.shape };
-  },
-  (node, x, y, dy) => {
-    const [low, high] = [node.settings.low ?? -Infinity, node.settings.high ?? Infinity];
-    return dy.map((d, n) => (x.data[n] > low && x.data[n] < high ? d : 0));
-  },
+  (bounds, x) => betweenOf(x, ...boundsOf(bounds)),
+  (bounds, y, x) => [x > boundsOf(bounds)[0] && x < boundsOf(bounds)[1] ? 1 : 0],
 );
 
-export const standardiseNode = stepwiseNode(
+export const powerNode = elementwiseNode(
+  ["exponent"],
+  [],
+  ({ exponent }, x) => x ** exponent,
+  ({ exponent }, y, x) => [exponent * x ** (exponent - 1)],
+);
+
+const FUNCTION_SLOPES = { abs: Math.sign, cos: (x) => -Math.sin(x), log: (x) => 1 / x, sin: Math.cos };
+
+export const functionNode = elementwiseNode(
+  ["function"],
+  [],
+  (settings, x) => Math[settings.function](x),
+  (settings, y, x) => [FUNCTION_SLOPES[settings.function](x)],
+);
+
+export const standardiseNode = elementwiseNode(
   ["input_size"],
   ["mean", "scale"],
-  (node, x) => {
-    const { mean, scale } = node.arrays;
-    const W = mean.data.length;
-    return { data: x.data.map((value, n) => (value - mean.data[n % W]) / scale.data[n % W]), shape: x.shape };
-  },
-  (node, x, y, dy, darrays) => {
-    const { scale } = node.arrays;
-    const W = scale.data.length;
-    for (let n = 0; n < dy.length; n += 1) {
-      darrays.mean[n % W] -= dy[n] / scale.data[n % W];
-      darrays.scale[n % W] -= (dy[n] * y.data[n]) / scale.data[n % W];
-    }
-    return dy.map((d, n) => d / scale.data[n % W]);
-  },
+  (_, x, mean, scale) => (x - mean) / scale,
+  (_, y, x, mean, scale) => [1 / scale, -1 / scale, -y / scale],
 );
 
-export const scaleNode = stepwiseNode(
+export const scaleNode = elementwiseNode(
   ["input_size"],
   ["scale", "shift"],
-  (node, x) => {
-    const { scale, shift } = node.arrays;
-    const W = scale.data.length;
-    return { data: x.data.map((value, n) => value * scale.data[n % W] + shift.data[n % W]), shape: x.shape };
-  },
-  (node, x, y, dy, darrays) => {
-    const { scale } = node.arrays;
-    const W = scale.data.length;
-    for (let n = 0; n < dy.length; n += 1) {
-      darrays.scale[n % W] += dy[n] * x.data[n];
-      darrays.shift[n % W] += dy[n];
-    }
-    return dy.map((d, n) => d * scale.data[n % W]);
-  },
+  (_, x, scale, shift) => x * scale + shift,
+  (_, y, x, scale) => [scale, x, 1],
 );
 
 // Normalise each group of every row; also returns the result before the gain, and the deviations, for the backward pass.

@@ -1,0 +1,169 @@
+"""Exports PyTorch modules to ONNX with their recurrent layers as single operators, for any batch size and length.
+
+PyTorch's exporter fixes the number of steps of an nn.LSTM, nn.GRU or nn.RNN. Here the layers run on `layers.op`, which
+`torch.export` records with symbolic sizes, and each cell of that op becomes one of ONNX's recurrent operators.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from torch import nn
+
+from cellstack.formats.compiled.copied import duplicate
+from cellstack.formats.onnx.cell_writer import operator_of_specs
+from cellstack.formats.onnx.cells import ORDER, orders_of_peepholes
+from cellstack.layers import accelerate, op
+from cellstack.layers.base import EXPORT_HINT
+from cellstack.layers.cell_call import of_text
+from cellstack.layers.eligibility import base_of
+
+INT32 = 6
+FIXING = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")  # operators whose export fixes the length
+
+
+def export_onnx(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    path: str | PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> None:
+    """Write a module in evaluation mode as an ONNX file whose recurrent layers take any batch size and length.
+
+    Each layer of an nn.LSTM, nn.GRU or nn.RNN, or of cellstack's layers with the same equations, becomes an operator
+    LSTM, GRU or RNN per direction. The module isn't changed.
+
+    Args:
+        module: the module, accelerated or not.
+        args: an example of its inputs.
+        path: the file to write; weights above 2 GiB are written beside it.
+        kwargs: an example of its inputs by name.
+        dynamic_shapes: which axes may have other lengths, as for `torch.export.export`:
+            `({0: Dim("batch"), 1: Dim("time")},)`. None: none.
+        strict: as for `torch.export.export`.
+        input_names: the names of the file's inputs.
+        output_names: the names of its outputs.
+
+    Raises:
+        ValueError: a recurrent module that stays with PyTorch, or a cell or a call that ONNX's operators can't express.
+        ModuleNotFoundError: onnx or onnxscript isn't installed.
+        Exception: whatever `torch.export.export` and `torch.onnx.export` raise.
+
+    >>> time = torch.export.Dim("time")
+    >>> export_onnx(nn.LSTM(3, 4), (torch.zeros(5, 1, 3),), "lstm.onnx", dynamic_shapes=({0: time},))  # doctest: +SKIP
+    """
+    ready = duplicate(module).eval()
+    if any(base_of(type(part)) is not None for part in ready.modules()):
+        accelerate.accelerate(ready)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporters, about themselves
+        program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
+        _check(program.graph)
+        made: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            custom_translation_table={op.recurrent: _translated},
+            input_names=input_names,
+            output_names=output_names,
+            verbose=False,
+        )
+    # The exporter itself only computes small constants; weights are stored in ONNX's order too.
+    most = 1 + max((value.nbytes for value in program.state_dict.values()), default=0)
+    importlib.import_module("onnxscript").optimizer.optimize(made.model, input_size_limit=most, output_size_limit=most)
+    made.save(fspath(path))
+
+
+def _check(graph: Any) -> None:
+    """Refuse an exported graph that has other recurrent operators than ours, or calls that ONNX can't express."""
+    for node in graph.nodes:
+        name = str(node.target)
+        if name.startswith(FIXING):
+            raise ValueError(f"export_onnx: PyTorch runs {name}, which fixes the number of steps: see cs.plan(module)")
+        if node.target is op.recurrent:
+            _, _, _, drops, mask, reset, texts, *_ = node.args
+            if reset is not None or drops or not (mask is None or _of_lengths(mask)):
+                given = "resets" if reset is not None else "dropout" if drops else "a mask, only lengths"
+                raise ValueError(f"export_onnx: ONNX's recurrent operators don't take {given}; {EXPORT_HINT}")
+            for spec in (of_text(text).spec for text in texts):
+                operator_of_specs("export_onnx", [spec], "forward")
+                if spec.coupled or spec.learn_initial_state:
+                    flag = "coupled" if spec.coupled else "learn_initial_state"
+                    raise ValueError(f"export_onnx: {spec.of_kind.title} with {flag} isn't supported; {EXPORT_HINT}")
+
+
+def _of_lengths(mask: Any) -> bool:
+    """Whether a mask is computed from lengths, as `arange(T) < lengths[:, None]`."""
+    if str(mask.target) != "aten.lt.Tensor" or mask.args[1].meta["val"].shape[-1] != 1:
+        return False
+    return str(mask.args[0].target) in ("aten.arange.default", "aten.arange.start")
+
+
+def _translated(
+    x: Any,
+    starts: Sequence[Any],
+    weights: Sequence[Any],
+    drops: Sequence[Any],
+    mask: Any,
+    reset: Any,
+    cells: Sequence[str],
+    reverse: bool,
+    sequences: bool,
+    save: bool,
+    threads: int,
+    time_major: bool,
+) -> list[Any]:
+    """Return the results of `cellstack::recurrent` as ONNX's operators; see `layers.op` for the arguments."""
+    onnx = importlib.import_module("onnxscript").opset18
+    steps, used, lengths = onnx.Transpose(x, perm=[1, 0, 2]), None, None
+    if mask is not None:
+        lengths = onnx.ReduceSum(onnx.Cast(mask, to=INT32), [1], keepdims=0)
+        used = onnx.Unsqueeze(onnx.Transpose(mask, perm=[1, 0]), [2])  # [T, B, 1]
+    given, arrays, results = iter(starts), iter(weights), []
+    for call in map(of_text, cells):
+        spec = call.spec
+        operator, attributes = operator_of_specs("export_onnx", [spec], "reverse" if reverse else "forward")
+        w, r, b, p = _weights(onnx, call, {name: next(arrays) for name in call.shapes})
+        begin = [next(given) for _ in call.sizes] if starts else []
+        states = [onnx.Unsqueeze(state, [0]) for state in begin] or [None] * len(call.sizes)
+        inputs = [steps, w, r, b, lengths, *states, *([p] if p is not None else [])]
+        y, *ends = getattr(onnx, operator)(*inputs, **attributes)
+        ends = [onnx.Squeeze(end, [0]) for end in ends]
+        steps = onnx.Squeeze(y, [1])  # [T, B, H]
+        if used is not None:  # ONNX returns zeros past the end of a row, our op the last output before
+            steps = onnx.Where(used, steps, (begin[0] if begin else 0.0) if reverse else ends[0])
+        results += ends
+    return [*results, *([steps if time_major else onnx.Transpose(steps, perm=[1, 0, 2])] if sequences else [])]
+
+
+def _weights(onnx: Any, call: Any, arrays: dict[str, Any]) -> list[Any]:
+    """Return W, R, B and P of a recurrent operator; None for those that are absent."""
+    kind, units = call.spec.of_kind, call.spec.units
+    theirs, ours = ORDER[kind.name], call.spec.of_kind.names["torch"].order if call.torch_layout else kind.gates
+
+    def ordered(array: Any, to: Any = theirs, of: Any = ours, transposed: bool = False) -> Any:
+        """Return blocks of rows in another order."""
+        rows = [units * list(of).index(gate) + n for gate in to for n in range(units)]
+        return onnx.Gather(onnx.Transpose(array, perm=[1, 0]) if transposed else array, rows, axis=0)
+
+    if call.torch_layout:
+        w, r, *rest = arrays.values()
+        made = [ordered(w), ordered(r), onnx.Concat(*map(ordered, rest), axis=0) if rest else None, None]
+    else:
+        b, p = arrays.get("bias"), arrays.get("peepholes")
+        if b is not None:
+            blocks = [ordered(onnx.Gather(b, n, axis=0)) for n in range(2)] if call.spec.two_biases else [ordered(b)]
+            b = onnx.Concat(*blocks, *([] if len(blocks) > 1 else [onnx.Mul(blocks[0], 0.0)]), axis=0)
+        if p is not None:
+            p = ordered(onnx.Reshape(p, [-1]), *orders_of_peepholes(kind))
+        made = [*(ordered(arrays[name], transposed=True) for name in ("kernel", "recurrent_kernel")), b, p]
+    return [None if one is None else onnx.Unsqueeze(one, [0]) for one in made]

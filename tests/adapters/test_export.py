@@ -1,0 +1,263 @@
+"""Exports with an open length: torch.export of accelerated modules, and ONNX files of them."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tolerances
+import torch
+from tools import need
+from torch import nn
+
+import cellstack as cs
+from cellstack import layers
+from cellstack.adapters.export import export_onnx
+
+B, T = torch.export.Dim("batch"), torch.export.Dim("time")
+SIZES = ((2, 9), (3, 31), (1, 7), (5, 1))  # the first is that of the example
+
+
+class Tagger(nn.Module):
+    """A convolution, a recurrent layer with or without a given state, and a pooled output beside the sequence."""
+
+    def __init__(self, kind, states=False, batch_first=True, **flags):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3, padding=1)
+        self.rnn = kind(6, 5, batch_first=batch_first, **flags)
+        width = (flags.get("proj_size") or 5) * (1 + self.rnn.bidirectional)
+        self.head, self.states, self.batch_first = nn.Linear(width, 2), states, batch_first
+
+    def forward(self, x, hx=None):
+        x = torch.relu(self.conv(x.transpose(1, 2)))
+        y, state = self.rnn(x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1), hx)
+        y = y if self.batch_first else y.transpose(0, 1)
+        return self.head(y), y.mean(1), state
+
+    def inputs(self, batch, steps):
+        x = torch.randn(batch, steps, 4)
+        if not self.states:
+            return (x,)
+        count = self.rnn.num_layers * (1 + self.rnn.bidirectional)
+        h, c = torch.randn(count, batch, self.rnn.proj_size or 5), torch.randn(count, batch, 5)
+        return x, (h, c) if isinstance(self.rnn, nn.LSTM) else h
+
+    @property
+    def shapes(self):
+        if not self.states:
+            return ({0: B, 1: T},)
+        return {0: B, 1: T}, ({1: B}, {1: B}) if isinstance(self.rnn, nn.LSTM) else {1: B}
+
+
+def drawn(module):
+    """Give every gate and bias its own values."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.4 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def flat(value):
+    return [part for one in value for part in flat(one)] if isinstance(value, (tuple, list)) else [value]
+
+
+MODULES = {
+    "lstm": lambda: Tagger(nn.LSTM),
+    "deep, both directions": lambda: Tagger(nn.LSTM, bidirectional=True, num_layers=2, dropout=0.5),
+    "states": lambda: Tagger(nn.LSTM, states=True, num_layers=2, bidirectional=True),
+    "time first": lambda: Tagger(nn.GRU, batch_first=False, num_layers=2),
+    "gru with states": lambda: Tagger(nn.GRU, states=True, bidirectional=True),
+    "relu": lambda: Tagger(nn.RNN, nonlinearity="relu", bias=False),
+    "projected": lambda: Tagger(nn.LSTM, states=True, proj_size=3),
+}
+
+
+def some_slow(names, quick):
+    """Return the names as parameters of a test, of which only some run in the fast tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", some_slow(MODULES, ("states", "gru with states", "projected")))
+def test_an_export_has_one_operator_per_layer_and_open_sizes(name, strict):
+    module = cs.accelerate(drawn(MODULES[name]()))
+    with torch.no_grad():
+        example = module.inputs(*SIZES[0])
+        program = torch.export.export(module, example, dynamic_shapes=module.shapes, strict=strict)
+        targets = [str(node.target) for node in program.graph.nodes]
+        both, count = module.rnn.bidirectional, module.rnn.num_layers
+        assert targets.count("cellstack.recurrent.default") == (2 * count if both else 1)
+        assert not any("aten.lstm" in target or "aten.gru" in target or "aten.rnn" in target for target in targets)
+        for batch, steps in SIZES:
+            given = module.inputs(batch, steps)
+            for a, b in zip(flat(program.module()(*given)), flat(module(*given)), strict=True):
+                torch.testing.assert_close(a, b, atol=tolerances.NETWORK, rtol=0)
+
+
+def test_an_export_for_training_has_gradients():
+    module = cs.accelerate(drawn(MODULES["gru with states"]())).train()
+    program = torch.export.export(module, module.inputs(*SIZES[0]), dynamic_shapes=module.shapes)
+    given = module.inputs(3, 11)
+    exported = program.module()
+    for one in (exported, module):
+        one(*given)[0].square().sum().backward()
+    for (name, a), b in zip(module.named_parameters(), exported.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, msg=name)
+
+
+def test_a_cell_keeps_its_operator_of_pytorch():
+    cell = cs.accelerate(nn.LSTMCell(3, 4))
+    program = torch.export.export(cell, (torch.randn(2, 3),), dynamic_shapes=({0: B},))
+    assert "aten.lstm_cell" in str(program.graph)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(program.module()(x), cell(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+def test_inductor_compiles_an_export(tmp_path):
+    need("g++")
+    module = cs.accelerate(drawn(MODULES["states"]()))
+    with torch.no_grad():
+        program = torch.export.export(module, module.inputs(*SIZES[0]), dynamic_shapes=module.shapes)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        run = torch._inductor.aoti_load_package(path)
+        for size in SIZES[:3]:
+            given = module.inputs(*size)
+            for a, b in zip(flat(run(*given)), flat(module(*given)), strict=True):
+                torch.testing.assert_close(a, b, atol=tolerances.NETWORK, rtol=0)
+
+
+# ── ONNX ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compared(module, inputs, path):
+    """Compare a file with a module at several sizes, in ONNX Runtime and, if it can be read, in cellstack."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    for batch, steps in SIZES:
+        given = inputs(batch, steps)
+        fed = {one.name: value.numpy() for one, value in zip(session.get_inputs(), flat(given), strict=True)}
+        with torch.no_grad():
+            expected = flat(module(*given))
+        for a, b in zip(session.run(None, fed), expected, strict=True):
+            np.testing.assert_allclose(a, b.numpy(), atol=tolerances.NETWORK, rtol=0)
+
+
+def operators(path):
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.parametrize("name", some_slow(sorted(MODULES.keys() - {"projected"}), ("states", "time first")))
+def test_a_file_takes_any_size(name, tmp_path):
+    module, path = drawn(MODULES[name]()), tmp_path / "net.onnx"
+    export_onnx(module, module.inputs(*SIZES[0]), path, dynamic_shapes=module.shapes)
+    assert type(module.rnn) in (nn.LSTM, nn.GRU, nn.RNN)
+    found = operators(path)
+    assert found.count(type(module.rnn).__name__) == module.rnn.num_layers * (1 + module.rnn.bidirectional)
+    assert "Gather" not in found  # the weights are stored in ONNX's order
+    compared(module, module.inputs, path)
+
+
+EVERY = {"return_sequences": True, "return_state": True, "input_size": 4}
+OURS = {
+    "lstm": lambda: layers.LSTM(5, **EVERY),
+    "peepholes": lambda: layers.LSTM(5, peepholes=True, gate_activations={"o": "hard_sigmoid"}, **EVERY),
+    "backwards": lambda: layers.LSTM(5, go_backwards=True, **EVERY),
+    "gru": lambda: layers.GRU(5, **EVERY),
+    "gru, reset before": lambda: layers.GRU(5, reset_after=False, **EVERY),
+    "both": lambda: layers.Bidirectional(layers.LSTM(5, return_sequences=True), input_size=4),
+    "last": lambda: layers.SimpleRNN(5, input_size=4),
+}
+
+
+class WithLengths(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, lengths):
+        return self.layer(x, lengths=lengths)
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("name", some_slow(sorted(OURS.keys() - {"peepholes"}), ("backwards", "gru, reset before")))
+def test_our_layers(name, lengths, tmp_path):
+    layer, path = drawn(OURS[name]()), tmp_path / "net.onnx"
+    module = WithLengths(layer) if lengths else layer
+    shapes = ({0: B, 1: T}, {0: B}) if lengths else ({0: B, 1: T},)
+
+    def inputs(batch, steps):
+        x = torch.randn(batch, steps, 4)
+        return (x, torch.randint(1, steps + 1, (batch,))) if lengths else (x,)
+
+    export_onnx(module, inputs(*SIZES[0]), path, dynamic_shapes=shapes)
+    compared(module, inputs, path)
+
+
+def test_peepholes_and_names(tmp_path):
+    layer, path = layers.LSTM(5, peepholes=True, **EVERY), tmp_path / "net.onnx"
+    shapes, outputs = ({0: B, 1: T},), ["y", "h", "c"]
+    export_onnx(
+        drawn(layer), (torch.randn(2, 9, 4),), path, dynamic_shapes=shapes, input_names=["x"], output_names=outputs
+    )
+    model = onnx.load(path)
+    assert [one.name for one in (*model.graph.input, *model.graph.output)] == ["x", "y", "h", "c"]
+    compared(layer, lambda batch, steps: (torch.randn(batch, steps, 4),), path)
+
+
+def test_a_file_is_read_back_as_a_network(tmp_path):
+    module, path = drawn(nn.LSTM(4, 5, 2, bidirectional=True, batch_first=True)), tmp_path / "net.onnx"
+    export_onnx(module, (torch.randn(2, 9, 4),), path, dynamic_shapes=({0: B, 1: T},))
+    x = torch.randn(3, 20, 4)
+    np.testing.assert_allclose(cs.load(path)(x.numpy()), module(x)[0].detach(), atol=tolerances.NETWORK, rtol=0)
+
+
+class Given(nn.Module):
+    def __init__(self, layer, **given):
+        super().__init__()
+        self.layer, self.given = layer, given
+
+    def forward(self, x):
+        return self.layer(x, **self.given)
+
+
+REFUSED = {
+    "projection": (lambda: nn.LSTM(4, 5, proj_size=3), "ONNX's LSTM has no proj_size"),
+    "kind": (lambda: layers.MinGRU(5, **EVERY), "ONNX has no operator for MinGRU"),
+    "flag": (lambda: layers.LSTM(5, layer_norm=True, **EVERY), "ONNX's LSTM has no layer_norm"),
+    "coupled": (lambda: layers.LSTM(5, coupled=True, **EVERY), "LSTM with coupled isn't supported"),
+    "learned": (lambda: layers.GRU(5, learn_initial_state=True, **EVERY), "with learn_initial_state isn't supported"),
+    "mask": (lambda: Given(layers.LSTM(5, **EVERY), mask=torch.ones(2, 9, dtype=torch.bool)), "a mask, only lengths"),
+    "reset": (lambda: Given(layers.LSTM(5, **EVERY), reset=torch.ones(2, 9, dtype=torch.bool)), "don't take resets"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_onnx_lacks_is_refused(name, tmp_path):
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        export_onnx(make(), (torch.randn(2, 9, 4),), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Own(nn.LSTM):
+    def check_forward_args(self, input, hidden, batch_sizes):
+        pass
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.GRU(4, 4), Own(4, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x)[0])
+
+
+def test_a_module_that_stays_with_pytorch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"aten\.lstm\.input, which fixes the number of steps"):
+        export_onnx(Mixed(), (torch.randn(2, 9, 4),), tmp_path / "net.onnx")
