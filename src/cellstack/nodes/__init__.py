@@ -17,46 +17,9 @@ from cellstack.nodes.steps import Activation, Clip, Embedding, Function, Masking
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
 NODES: dict[str, type[Node]] = {
-    node.file_type: node
-    for node in (
-        Recurrent,
-        Bidirectional,
-        Standardise,
-        Scale,
-        LayerNorm,
-        RMSNorm,
-        Dense,
-        GroupedDense,
-        Activation,
-        Clip,
-        Power,
-        Function,
-        Embedding,
-        Masking,
-        StepMask,
-        Conv1D,
-        Pool1D,
-        GlobalPool,
-        GridConv,
-        GridPool,
-        Reduce,
-        GroupNorm,
-        TimeSoftmax,
-        Attention,
-        MLSTM,
-        Pad,
-        Flatten,
-        Reshape,
-        Permute,
-        Repeat,
-        RepeatLike,
-        Select,
-        Merge,
-        Take,
-        Magnitude,
-        Context,
-        PerFrame,
-    )
+    one.file_type: one
+    for one in tuple(globals().values())
+    if isinstance(one, type) and issubclass(one, Node) and one is not Node
 }
 """Every kind of node by its type in files."""
 
