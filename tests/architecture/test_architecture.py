@@ -32,7 +32,7 @@ nodes layers
 network keras
 streaming
 formats
-inspect
+inspect onnxruntime
 train
 scale sklearn
 adapters
@@ -73,6 +73,7 @@ OUTSIDE_ALSO = {
     "formats": {"safetensors"},
     "inspect": {"safetensors"},
     "layers": {"torch"},
+    "onnxruntime": {"onnxruntime"},
     "views": {"torch"},
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
