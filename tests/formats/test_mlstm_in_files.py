@@ -141,7 +141,19 @@ def test_the_scan_is_recognised_by_what_it_computes(tmp_path):
         (array,) = (one for one in graph.initializer if one.name == "memory.n")
         array.raw_data = np.ones(8, "f4").tobytes()
 
-    for edit in (replace("Max", "Min"), replace("Add", "Sub"), replace("Neg", "Abs"), scale):
+    def without_directions(graph, scan, body):
+        for one in [one for one in scan.attribute if one.name.endswith("directions")]:
+            scan.attribute.remove(one)
+
+    def reverse(graph, scan, body):
+        for one in scan.attribute:
+            if one.name.endswith("directions"):
+                one.ints[:] = [1]
+
+    net.save(path)
+    edited(path, without_directions)
+    np.testing.assert_array_equal(cs.load(path)(x), net(x))
+    for edit in (replace("Max", "Min"), replace("Add", "Sub"), replace("Neg", "Abs"), scale, reverse):
         net.save(path)
         edited(path, edit)
         with pytest.raises(cs.FormatError, match="Scan node 'memory': the body isn't a step of a cell"):

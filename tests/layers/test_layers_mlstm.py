@@ -96,7 +96,7 @@ def test_refusals():
         own(x, (C, n))
     with pytest.raises(ShapeError, match="expected n of state"):
         own(x, (C, n[:, :1], m))
-    with pytest.raises(ValueError, match="expected finite numbers in m of initial_state"):
+    with pytest.raises(ValueError, match="MLSTM: initial_state: expected finite numbers in m"):
         own(x, (C, n, m - torch.inf))
     with pytest.raises(TypeError, match="expected weights of float32 or float64 on the CPU, got bfloat16"):
         own.to(torch.bfloat16)(x.to(torch.bfloat16))
@@ -107,7 +107,7 @@ def test_second_derivatives_and_transforms():
     own = layer(key_size=3, return_sequences=True, return_state=True, dtype="float64")
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     state = [
-        torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in own.sizes.state_shapes.values()
+        torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in own.spec.state_shapes.values()
     ]
     mask, reset = torch.rand(2, 4) < 0.8, torch.rand(2, 4) < 0.2
 

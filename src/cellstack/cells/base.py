@@ -57,7 +57,8 @@ class Ops(Protocol[V]):
     """The operations of a step, over row vectors; each view implements them once for all kinds.
 
     A vector has H columns, or G·H with a block of H for each of G gates; that of a backbone has U. `product` and
-    `weight` take the names of arrays, as in `CellSpec.shapes`.
+    `weight` take the names of arrays, as in `CellSpec.shapes`. Values of an mLSTM have a part for each head: a number,
+    a vector or a matrix.
     """
 
     def product(self, v: V, name: str, gates: slice = ...) -> V:
@@ -138,6 +139,42 @@ class Ops(Protocol[V]):
 
     def scalar(self, x: V) -> V:
         """Return the last column of x, a number of the step that is the same for all units."""
+        ...
+
+    def absolute(self, v: V) -> V:
+        """Return `|v|`."""
+        ...
+
+    def affine(self, v: V, factor: float = 1.0, offset: float = 0.0) -> V:
+        """Return `factor·v + offset`."""
+        ...
+
+    def parts(self, x: V, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[V]:
+        """Return consecutive columns of x by head, in these shapes."""
+        ...
+
+    def joined(self, v: V) -> V:
+        """Return the vectors of all heads, one after the other."""
+        ...
+
+    def scaled(self, v: V, s: V, axes: int = 1) -> V:
+        """Return the vector, or with two axes the matrix, of each head times the head's number."""
+        ...
+
+    def divided(self, v: V, s: V) -> V:
+        """Return the vector of each head divided by the head's number."""
+        ...
+
+    def dot(self, a: V, b: V) -> V:
+        """Return the inner product of two vectors of each head, a number."""
+        ...
+
+    def outer(self, a: V, b: V) -> V:
+        """Return `a·bᵀ` of two vectors of each head, a matrix."""
+        ...
+
+    def retrieved(self, M: V, q: V) -> V:
+        """Return `Mᵀq` of each head."""
         ...
 
 
@@ -229,10 +266,11 @@ class Kind:
         title: its name in texts, and that of the layer.
         gates: the order of their blocks in every array that has H columns per gate, with each gate's role, one of
             `ROLES`.
-        state: the type of the state, h first.
+        state: the type of the state, h first if it is one.
         trace: the type of the values at every step: the gates, then the states, h last.
         step: the equations: returns the gates, followed by the `planes`, and the states after a step before zoneout,
-            from the operations, the description, the result of `prepared`, and the states before.
+            after h if that isn't a state, from the operations, the description, the result of `prepared`, and the
+            states before.
         inputs: returns the part of the pre-activations that depends on x only, `[…, G·H]`, from the operations, the
             description and the features of x; it is computed for all steps at once where the view has them.
         arrays: its arrays in the order in which they are listed, passed and saved, without initial states. Without
@@ -333,7 +371,7 @@ class Kind:
         every = (*POSITIONAL, *self.flags, *KEYWORD)
         return {one.name: self.own(one) for one in every if "spec" in one.of and one.name not in self.lacks}
 
-    def prepared(self, ops: Ops[V], spec: CellSpec, x: V) -> Any:
+    def prepared(self, ops: Ops[V], spec: Any, x: V) -> Any:
         """Return what a step takes of x: the result of `inputs`, and with a scalar, a tuple of it and the scalar."""
         if not spec.scalar:
             return self.inputs(ops, spec, x)
@@ -353,6 +391,11 @@ class Kind:
         """Return what a gate or state is."""
         usual = ROLES[self.gates[name]] if name in self.gates else "output of the unit, also an input of the next step"
         return self.meanings.get(name, usual)
+
+    @property
+    def carries_h(self) -> bool:
+        """Whether h is a state, which masked steps repeat; else they output zeros."""
+        return "h" in self.state._fields
 
     @property
     def multipliers(self) -> tuple[str, ...]:

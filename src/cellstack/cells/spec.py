@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -232,6 +232,16 @@ class CellSpec:
         return {name: self.output_size if name == "h" else self.units for name in names}
 
     @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of the state, by name, without the batch."""
+        return {name: (size,) for name, size in self.state_sizes.items()}
+
+    @property
+    def state_axes(self) -> dict[str, Axis]:
+        """The number of values of each array of the state, by name, as a number of blocks and a letter; see `axes`."""
+        return {name: (1, "P" if name == "h" and self.proj_size else "H") for name in self.state_sizes}
+
+    @property
     def zoneout_rates(self) -> dict[str, float]:
         """The share of each state, by name, that zoneout keeps; 0 for states without zoneout."""
         rates = self.of_kind.zoneout
@@ -293,6 +303,12 @@ class CellSpec:
         if self.gate_activations:
             changed["gate_activations"] = dict(self.gate_activations)
         return changed
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """All fields as JSON values, except the widths: what cells of one form have in common."""
+        values = {**asdict(self), "gate_activations": dict(self.gate_activations)}
+        return {name: value for name, value in values.items() if name not in ("input_size", "units")}
 
     @property
     def numbers(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,13 +17,12 @@ import numpy as np
 
 from cellstack.inspect.annotations import answer_of, audio_of, each_row, features_of, labels_of
 from cellstack.inspect.memories import MemoryTrace
-from cellstack.inspect.memory_step import settings_of
 from cellstack.inspect.payload import cells_of, payload_of
 from cellstack.inspect.values import as_tuple, rows_of
 from cellstack.network.graph import origin
 
 if TYPE_CHECKING:
-    from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
+    from cellstack.inspect.trace import CellTrace, NetworkTrace
     from cellstack.nodes.base import Array
 
 VERSION = 1
@@ -315,7 +314,7 @@ def _memory(
     """Return the memory of an `MLSTM` in the form of a cell, which has no weights of its own."""
     node, record = seen.node, seen.record
     described: dict[str, Any] = {
-        "spec": settings_of(node),
+        "spec": node.memory.form,
         "summary": node.summary,
         "fields": {name: sequence(array) for name, array in seen.fields.items()},
         "units": list(range(node.units)),
@@ -340,10 +339,6 @@ def spec_of(spec: Any) -> dict[str, Any]:
     return {**asdict(spec), "gate_activations": dict(spec.gate_activations)}
 
 
-def _stateful(node: NodeTrace) -> Sequence[CellTrace | MemoryTrace]:
-    return [node] if isinstance(node, MemoryTrace) else node.cells
-
-
 def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
     """Return what the page needs to run the network again, or why it can't."""
     network = t.network
@@ -358,8 +353,7 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
     if any(isinstance(node, MemoryTrace) and not node.known for node in t.values()):
         why = "A trace from a file lacks the gates of an mLSTM: trace the network again to run it in the page."
         return {**nothing, "why_not": why}
-    found = [cell.record for node in t.values() for cell in _stateful(node)]
-    records = [record for record in found if record is not None]
+    records = [record for node in t.values() for record in node.records if record is not None]
     flows = _flows(t)
     if len(records) < len(network.stateful) or network.inputs[0] not in flows:
         return {**nothing, "why_not": "The trace covers only part of a run, so the page can't run the network again."}

@@ -6,7 +6,7 @@ Every node defines its own derivative, `Node.gradients`. Nothing is approximated
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from cellstack.nodes.base import Array, Flow, GradientError, Node, NodeRun
 
 if TYPE_CHECKING:
     from cellstack.network import Network
-    from cellstack.nodes.recording import MemoryRecord, Record
 
 
 def _state_gradients(name: str, node: Node, found: Mapping[str, Array]) -> list[list[Array | None]]:
@@ -27,8 +26,7 @@ def _state_gradients(name: str, node: Node, found: Mapping[str, Array]) -> list[
 def gradient(
     network: Network,
     flows: Mapping[str, Flow],
-    records: Mapping[str, Sequence[Record]],
-    memories: Mapping[str, MemoryRecord],
+    records: Mapping[str, Sequence[Any]],
     output: str,
     step: int,
     unit: int,
@@ -38,8 +36,7 @@ def gradient(
     Args:
         network: a network without patches.
         flows: the values of inputs and nodes in a run.
-        records: the records of each node's cells in that run.
-        memories: those of each node's memory.
+        records: the records of each node's cells, or of its memory, in that run.
         output: the node that returns the number.
         step: its step; -1 = the last. A vector per row has no step.
         unit: the index of the number in the step, or in the vector.
@@ -74,7 +71,7 @@ def gradient(
             given = [dy, *(one for states in dstates for one in states if one is not None)]
             if node.takes_ids or not any(one.any() for one in given):
                 continue
-            run = NodeRun([flows[source] for source in sources], flows[name].x, records[name], memories.get(name))
+            run = NodeRun([flows[source] for source in sources], flows[name].x, records[name])
             try:
                 back = node.gradients(run, dy, dstates)
             except GradientError as why:

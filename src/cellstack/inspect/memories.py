@@ -46,6 +46,11 @@ class MemoryTrace(NodeTrace):
         self.mask = mask if record is None else record.mask
 
     @property
+    def records(self) -> list[Any]:
+        """What the run recorded of its memory."""
+        return [self.record]
+
+    @property
     def _inputs(self) -> MatrixInputs:
         return reference.split(
             self.x[..., : self.node.core_size], self.node.heads, self.node.key_size, self.node.value_size

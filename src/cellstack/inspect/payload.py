@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cellstack.inspect.memory_step import memory_form
 from cellstack.network.description import described
-from cellstack.nodes.mlstm import MLSTM
 from cellstack.views.recorded import form_of
 
 if TYPE_CHECKING:
@@ -80,15 +78,12 @@ def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None 
 
 
 def cells_of(network: Network) -> dict[str, Any]:
-    """Return the `forms` of a network's cells, each once, as from `form_of`; and the number of each cell's, by node.
-
-    The memory of an `MLSTM` is a cell, too: see `memory_form`.
-    """
+    """Return the `forms` of a network's cells, each once, as from `form_of`; and the number of each cell's, by node."""
     forms: list[dict[str, Any]] = []
     numbers: dict[str, list[int]] = {}
     for name, node in zip(network.names, network.nodes, strict=True):
-        own = [memory_form(node)] if isinstance(node, MLSTM) else [form_of(cell.spec) for cell in node.cells]
-        for form in own:
+        for spec in [cell.spec for cell in node.cells] or filter(None, [node.memory]):
+            form = form_of(spec)
             if form not in forms:
                 forms.append(form)
             numbers.setdefault(name, []).append(forms.index(form))

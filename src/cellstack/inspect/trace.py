@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,6 +147,11 @@ class NodeTrace:
 
     def __init__(self, node: Node, x: Any, y: Array, cells: tuple[CellTrace, ...]) -> None:
         self.node, self.x, self.y, self.cells = node, x, y, cells
+
+    @property
+    def records(self) -> list[Any]:
+        """What the run recorded of each of its cells; None in a trace of some rows or steps."""
+        return [cell.record for cell in self.cells]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "cells" not in self.__dict__:
@@ -306,7 +311,6 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         array([0.5, 1. , 2. ])
         """
         from cellstack.inspect.gradients import gradient
-        from cellstack.inspect.memories import MemoryTrace  # a memory's trace is a kind of a node's
 
         network = self.network
         output = network.outputs[0] if output is None else output
@@ -315,15 +319,14 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         if network.patches:
             raise ValueError("gradient: networks with patches have no gradient")
         _, _, nodes, masks, whole = self._parts
-        records = {name: [cell.record for cell in node.cells] for name, node in nodes.items()}
-        memories = {name: node._record for name, node in nodes.items() if isinstance(node, MemoryTrace)}
+        records = {name: node.records for name, node in nodes.items()}
         if not whole or len(nodes) < len(network.names):
             raise ValueError("gradient: expected a trace of all nodes, rows, steps and units")
         values = {name: node.y for name, node in nodes.items()}
         for name, sources in zip(network.names, network.wires, strict=True):
             values |= dict(zip(sources, as_tuple(nodes[name].x), strict=True))
         flows = {name: Flow(x, masks.get(name)) for name, x in values.items()}
-        return gradient(network, flows, cast(Any, records), cast(Any, memories), output, step, unit)
+        return gradient(network, flows, records, output, step, unit)
 
     def diff(self, other: NetworkTrace) -> TraceDifference:
         """Return the differences between another trace and this one: where they start, and how large they are.

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cellstack.cells import activations
+from cellstack.cells.mlstm import MemorySpec
 from cellstack.cells.spec import CellSpec
 from cellstack.views.torch import TorchOps, clipped
 
@@ -159,7 +161,7 @@ def run_eagerly(
     dropped: Sequence[Tensor],
     mask: Tensor | None,
     reset: Tensor | None,
-    specs: Sequence[CellSpec],
+    specs: Sequence[CellSpec | MemorySpec],
     functions: Sequence[Sequence[Function]],
     reverse: bool,
     sequences: bool,
@@ -176,7 +178,7 @@ def run_eagerly(
     left, begin, drawn = iter(weights), iter(starts), iter(dropped)
     for n, spec in enumerate(specs):
         arrays = dict(zip(spec.shapes, islice(left, len(spec.shapes)), strict=True))
-        states = list(islice(begin, len(spec.state_sizes))) if starts else _initial(spec, arrays, x)
+        states = list(islice(begin, len(spec.state_shapes))) if starts else _initial(spec, arrays, x)
         masks = {name: mask for name, mask in zip(spec.of_kind.masks, drawn, strict=False) if mask.numel()}
         rest = mask, reset, spec, functions[n], reverse, save, steps
         ends, x, kept, inner = _layer(x, states, arrays, masks, *rest)
@@ -189,14 +191,19 @@ def run_eagerly(
     return [*finals, *(ys[-1:] if sequences else ())]
 
 
-def _initial(spec: CellSpec, arrays: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
+def _initial(spec: CellSpec | MemorySpec, arrays: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
     """Return the initial state for calls without one."""
     return [
-        arrays[f"initial_{name}"].expand(x.shape[0], size)
+        arrays[f"initial_{name}"].expand(x.shape[0], *shape)
         if spec.learn_initial_state
-        else x.new_zeros(x.shape[0], size)
-        for name, size in spec.state_sizes.items()
+        else x.new_zeros(x.shape[0], *shape)
+        for name, shape in spec.state_shapes.items()
     ]
+
+
+def _wide(flags: Tensor, like: Tensor) -> Tensor:
+    """Return flags `[B]` with the axes of a tensor `[B, …]`."""
+    return flags.view(-1, *(1,) * (like.ndim - 1))
 
 
 def _layer(
@@ -206,7 +213,7 @@ def _layer(
     dropped: Mapping[str, Tensor],
     mask: Tensor | None,
     reset: Tensor | None,
-    spec: CellSpec,
+    spec: Any,
     functions: Sequence[Function],
     reverse: bool,
     save: bool,
@@ -222,31 +229,36 @@ def _layer(
     # Masked steps must not take part in the backward pass, not even with a gradient of zero: 0·NaN is NaN.
     a = kind.prepared(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H] …
     gates = [x.new_zeros(0)] * steps
-    seen: list[list[Tensor]] = [[x.new_zeros(0)] * steps for _ in states]  # each state at every step
+    shapes = [(spec.output_size,), *[*spec.state_shapes.values()][kind.carries_h :]] if save else [(spec.output_size,)]
+    seen: list[list[Tensor]] = [[x.new_zeros(0)] * steps for _ in shapes]  # h, and each other state, at every step
     states = [state.clone() for state in states]  # with no step the results must not be the arguments themselves
     for t in reversed(range(steps)) if reverse else range(steps):
         if reset is not None and fresh is not None:
-            states = [torch.where(reset[:, t, None], new, state) for new, state in zip(fresh, states, strict=True)]
-        used = None if mask is None else mask[:, t, None]
-        old = states if used is None else [torch.where(used, state, 0.0) for state in states]
+            states = [
+                torch.where(_wide(reset[:, t], new), new, state) for new, state in zip(fresh, states, strict=True)
+            ]
+        used = None if mask is None else mask[:, t]
+        old = states if used is None else [torch.where(_wide(used, state), state, 0.0) for state in states]
         now = tuple(part[:, t] for part in a) if isinstance(a, tuple) else a[:, t]
-        gate, new = kind.step(ops, spec, now, *old)
-        new = list(new)
+        gate, found = kind.step(ops, spec, now, *old)
+        apart, new = found[: len(found) - len(states)], list(found[-len(states) :])  # h, where it isn't a state
         if every is not None:
             every.append(list(new))
         for k, rate, keeps in zoneouts:
             if keeps is not None or rate:
                 keep = rate if keeps is None else keeps[:, t]
                 new[k] = keep * old[k] + (1.0 - keep) * new[k]
-        states = new if used is None else [torch.where(used, *pair) for pair in zip(new, states, strict=True)]
-        for every_step, state in zip(seen, states, strict=True):
-            every_step[t] = state
+        if used is not None:
+            apart = [torch.where(_wide(used, value), value, 0.0) for value in apart]
+            new = [torch.where(_wide(used, now), now, old) for now, old in zip(new, states, strict=True)]
+        states = new
+        for every_step, value in zip(seen, [*apart, *states], strict=False):
+            every_step[t] = value
         if save:
             # The planes after the gates are used only by the kernel's backward pass, and need no gradient.
             stacked = torch.stack([*gate[: len(kind.gates)], *(v.detach() for v in gate[len(kind.gates) :])], dim=1)
-            gates[t] = stacked if used is None else torch.where(used[:, :, None], stacked, 0.0)
-    sizes = list(spec.state_sizes.values())
-    y, *inner = (_joined(parts, x, size) for parts, size in zip(seen, sizes if save else sizes[:1], strict=save))
+            gates[t] = stacked if used is None else torch.where(_wide(used, stacked), stacked, 0.0)
+    y, *inner = (_joined(parts, x, *shape) for parts, shape in zip(seen, shapes, strict=True))
     states = [state.view_as(state) for state in states]  # so that h and the last y get separate gradients
     kept = _joined(gates, x, spec.planes, spec.units) if save else x.new_zeros(0)
     return states, y, kept, inner

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from cellstack import native
 from cellstack.cells.base import MatrixState
-from cellstack.cells.errors import ShapeError, as_integer, check_sequence, check_state
-from cellstack.cells.mlstm import MemorySizes, step
+from cellstack.cells.errors import ShapeError, as_integer, check_sequence, check_state, check_state_numbers
+from cellstack.cells.mlstm import MemorySpec
 from cellstack.cells.plan import Plan
 from cellstack.layers import weights
 from cellstack.layers.base import EXPORT_HINT, Layer, as_dtype, as_input, last_axis
+from cellstack.layers.eager import run_eagerly
 from cellstack.layers.sequences import as_steps, as_used
 from cellstack.layers.tracing import batched, symbolic, transformed
-from cellstack.views.torch import TorchMemoryOps
 
 
 class _Memory(torch.autograd.Function):
@@ -27,7 +27,7 @@ class _Memory(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        sizes: MemorySizes,
+        spec: MemorySpec,
         keeps_state: bool,
         keeps_scores: bool,
         x: Tensor,
@@ -37,15 +37,15 @@ class _Memory(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         batch, steps, _ = x.shape
         x = x if x.stride(2) == 1 else x.contiguous()
-        y = x.new_empty(batch, steps, sizes.units)
-        shapes = sizes.state_shapes.values() if keeps_state else ()
+        y = x.new_empty(batch, steps, spec.units)
+        shapes = spec.state_shapes.values() if keeps_state else ()
         after = [x.new_empty(batch, *shape) for shape in shapes]
         before = tuple(part.contiguous() for part in before)
-        row = native.score_row(sizes.key_size, sizes.value_size, steps, bool(before), keeps_state)
-        scores = x.new_empty(batch, sizes.heads, steps, row) if row and keeps_scores else None
-        call = _call(sizes, x, mask, reset, scores, before, after, y)
+        row = native.score_row(spec.key_size, spec.value_size, steps, bool(before), keeps_state)
+        scores = x.new_empty(batch, spec.heads, steps, row) if row and keeps_scores else None
+        call = _call(spec, x, mask, reset, scores, before, after, y)
         native.memory_forward(call, _twice(x), torch.get_num_threads())
-        ctx.sizes = sizes
+        ctx.spec = spec
         ctx.save_for_backward(x, y, mask, reset, scores, *before)
         return (y, *after)
 
@@ -54,13 +54,13 @@ class _Memory(torch.autograd.Function):
         x, y, mask, reset, scores, *before = ctx.saved_tensors
         if torch.is_grad_enabled() or any(part is not None and batched(part) for part in gradients):
             needs = ctx.needs_input_grad[3], *ctx.needs_input_grad[6:]
-            dx, *dbefore = _loop_gradients(ctx.sizes, (x, *before), mask, reset, gradients, needs)
+            dx, *dbefore = _loop_gradients(ctx.spec, (x, *before), mask, reset, gradients, needs)
             return (None, None, None, dx, None, None, *dbefore)
         dy, *dafter = (None if part is None else part.contiguous() for part in gradients)
-        dx = x.new_empty(*x.shape[:2], ctx.sizes.core)
+        dx = x.new_empty(*x.shape[:2], ctx.spec.core)
         dbefore = [torch.empty_like(part) for part in before]
         native.memory_backward(
-            _call(ctx.sizes, x, mask, reset, scores, before, (), y),
+            _call(ctx.spec, x, mask, reset, scores, before, (), y),
             _twice(x),
             _address(dy),
             [_address(part) for part in dafter],
@@ -71,42 +71,21 @@ class _Memory(torch.autograd.Function):
         return (None, None, None, dx, None, None, *dbefore)
 
 
-def _loop(
-    sizes: MemorySizes, x: Tensor, before: Sequence[Tensor], mask: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, ...]:
+def _loop(spec: MemorySpec, x: Tensor, before: Sequence[Tensor], mask: Any, reset: Any) -> tuple[Tensor, ...]:
     """Return h and the state after the last step by torch's operations."""
-    names, shapes = zip(*sizes.parts().items(), strict=True)
-    parts = x.split([math.prod(shape) for shape in shapes], dim=-1)
-    parts = [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
-    state = before or [x.new_zeros(len(x), *shape) for shape in sizes.state_shapes.values()]
-    ys = []
-    for t in range(x.shape[1]):
-        if reset is not None:
-            state = [torch.where(_wide(reset[:, t], part), 0.0, part) for part in state]
-        given = {name: part[:, t] for name, part in zip(names, parts, strict=True)}
-        h, new = step(TorchMemoryOps(), sizes, given, *state)
-        if mask is not None:
-            new = [torch.where(_wide(mask[:, t], now), now, old) for now, old in zip(new, state, strict=True)]
-            h = torch.where(_wide(mask[:, t], h), h, 0.0)
-        state = new
-        ys.append(h.flatten(1))
-    return torch.stack(ys, 1) if ys else x.new_zeros(len(x), 0, sizes.units), *state
-
-
-def _wide(flags: Tensor, like: Tensor) -> Tensor:
-    """Return flags `[B]` with the axes of a tensor `[B, …]`."""
-    return flags.view(-1, *[1] * (like.ndim - 1))
+    *after, y = run_eagerly(x, before, (), (), mask, reset, (spec,), ((),), False, True, False)
+    return y, *after
 
 
 def _loop_gradients(
-    sizes: MemorySizes, given: Sequence[Tensor], mask: Any, reset: Any, gradients: Sequence[Any], needs: Sequence[bool]
+    spec: MemorySpec, given: Sequence[Tensor], mask: Any, reset: Any, gradients: Sequence[Any], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients of x and the state before it, which can be differentiated, and be batches."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, as one input may depend on another: that dependency isn't part of this gradient.
         x, *before = (part.view_as(part) if graph else part.detach().requires_grad_() for part in given)
-        outputs = zip(_loop(sizes, x, before, mask, reset), gradients, strict=False)
+        outputs = zip(_loop(spec, x, before, mask, reset), gradients, strict=False)
         pairs = [(out, grad) for out, grad in outputs if grad is not None and out.requires_grad]
         found = torch.autograd.grad(
             [out for out, _ in pairs],
@@ -119,26 +98,26 @@ def _loop_gradients(
     return [next(queue) if need else None for need in needs]
 
 
-def _memory(sizes: MemorySizes, keeps_state: bool, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor]) -> Any:
+def _memory(spec: MemorySpec, keeps_state: bool, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor]) -> Any:
     if transformed() or symbolic(x):
-        found = _loop(sizes, x, before, mask, reset)
+        found = _loop(spec, x, before, mask, reset)
         return found if keeps_state else found[:1]
     keeps_scores = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *before))
-    return _Memory.apply(sizes, keeps_state, keeps_scores, x, mask, reset, *before)
+    return _Memory.apply(spec, keeps_state, keeps_scores, x, mask, reset, *before)
 
 
 def run_memory(
-    sizes: MemorySizes, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True
+    spec: MemorySpec, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True
 ) -> tuple[Tensor, ...]:
-    """Return h `[B, T, sizes.units]` and, if it is to be kept, the state after the last step, C, n and m.
+    """Return h `[B, T, spec.units]` and, if it is to be kept, the state after the last step, C, n and m.
 
     Args:
-        sizes: those of the memory.
-        x: q, k, v, ĩ and f̃, `[B, T, sizes.core]`.
+        spec: those of the memory.
+        x: q, k, v, ĩ and f̃, `[B, T, spec.core]`.
         before: the state before the first step; empty: zeros.
         keeps_state: whether the state after the last step is returned, which costs a product.
     """
-    return _memory(sizes, keeps_state, x, None, None, before)
+    return _memory(spec, keeps_state, x, None, None, before)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -150,7 +129,7 @@ def _twice(x: Tensor) -> bool:
 
 
 def _call(
-    sizes: MemorySizes,
+    spec: MemorySpec,
     x: Tensor,
     mask: Any,
     reset: Any,
@@ -163,11 +142,8 @@ def _call(
     batch, steps, _ = x.shape
     sequences = native.Sequences(batch, steps, x.data_ptr(), x.stride(0), x.stride(1), *flags)
     states = [_address(part) for part in before], [_address(part) for part in after]
-    heads, keys, values, epsilon = sizes
     row = 0 if scores is None else scores.shape[-1]
-    return native.Memory(
-        sequences, heads, keys, values, epsilon, *states, y.data_ptr(), scores=_address(scores), score_row=row
-    )
+    return native.Memory(sequences, *spec[:4], *states, y.data_ptr(), scores=_address(scores), score_row=row)
 
 
 class MLSTM(Layer):
@@ -245,7 +221,7 @@ class MLSTM(Layer):
                 f"{owner}: expected forget_bias to be two finite numbers, of the first and the last head, got "
                 f"{forget_bias!r}"
             )
-        self.sizes = MemorySizes(self.heads, given["key_size"], width // self.heads, float(epsilon))
+        self.spec = MemorySpec(self.heads, given["key_size"], width // self.heads, float(epsilon), output_gate=True)
         self.return_sequences, self.return_state = bool(return_sequences), bool(return_state)
         self._initializer = weights.find(owner, "kernel_initializer", kernel_initializer, weights.INITIALIZERS)
         self._like = torch.empty(0, dtype=as_dtype(dtype))
@@ -256,7 +232,7 @@ class MLSTM(Layer):
             "use_bias": bool(use_bias),
             "return_sequences": self.return_sequences,
             "return_state": self.return_state,
-            "epsilon": self.sizes.epsilon,
+            "epsilon": self.spec.epsilon,
             "forget_bias": ends,
             "kernel_initializer": kernel_initializer,
             "input_size": input_size,
@@ -270,7 +246,7 @@ class MLSTM(Layer):
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
         """Create the weights for inputs of width `input_size`, or of this shape."""
-        width, core = last_axis(self._owner, input_size), self.sizes.core
+        width, core = last_axis(self._owner, input_size), self.spec.core
         like = {"dtype": self._like.dtype, "device": self._like.device}
         kernel = torch.empty(width, core + self.units, **like)
         if self._initializer is not None:
@@ -332,22 +308,21 @@ class MLSTM(Layer):
         used, starts = (None if one is None else one.contiguous() for one in (used, starts))
         with torch.autocast("cpu", enabled=False):  # the memory needs the dtype of the weights
             z = torch.nn.functional.linear(x, self.kernel.t(), self.bias)
-            core, gate = z.split([self.sizes.core, self.units], dim=-1)
-            h, *after = _memory(self.sizes, self.return_state, core, used, starts, before)
+            core, gate = z.split([self.spec.core, self.units], dim=-1)
+            ungated = self.spec._replace(output_gate=False)
+            h, *after = _memory(ungated, self.return_state, core, used, starts, before)
             y = torch.sigmoid(gate) * h
         if not self.return_sequences:
             y = _last(y, used)
         return (y, *after) if self.return_state else y
 
     def _state(self, value: Any, x: Tensor) -> MatrixState:
-        shapes = self.sizes.state_shapes
+        shapes = self.spec.state_shapes
         if not isinstance(value, Sequence):
             raise ShapeError(f"{self._owner}: expected initial_state to be C, n and m, got {type(value).__name__}")
         parts = [as_input(self._owner, "initial_state", part, x) for part in value]
         check_state(self._owner, [tuple(part.shape) for part in parts], len(x), shapes)
-        for name, part in zip(shapes, parts, strict=True):
-            if not torch.isfinite(part).all():
-                raise ValueError(f"{self._owner}: expected finite numbers in {name} of initial_state; zeros are empty")
+        check_state_numbers(f"{self._owner}: initial_state", self.spec.of_kind, [part.detach() for part in parts])
         return MatrixState(*parts)
 
     def plan(self) -> Plan:

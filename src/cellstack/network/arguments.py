@@ -12,7 +12,7 @@ from cellstack.cells.base import HiddenState, MatrixState, State
 from cellstack.cells.errors import ShapeError, as_nested, check_mask, check_state
 from cellstack.nodes.base import Array, CellState
 from cellstack.nodes.cell_arrays import Cell
-from cellstack.nodes.values import MatrixMemory
+from cellstack.nodes.values import MemoryCell
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:
@@ -89,7 +89,7 @@ class OwnState(tuple[Any, ...]):
 
 
 def as_states(
-    owner: str, state: Any, cells: Sequence[Cell | MatrixMemory], batch: int, sources: Sequence[str] = ()
+    owner: str, state: Any, cells: Sequence[Cell | MemoryCell], batch: int, sources: Sequence[str] = ()
 ) -> tuple[CellState | None, ...]:
     """Return one state per cell and memory, contiguous and of its dtype; None where the state isn't given.
 
@@ -133,7 +133,7 @@ def as_states(
     return tuple(states)
 
 
-def _of_one_cell(state: Any, cell: Cell | MatrixMemory) -> bool:
+def _of_one_cell(state: Any, cell: Cell | MemoryCell) -> bool:
     """Whether `state` is the state of the one cell itself (an array, or h and c), without an outer tuple."""
     if isinstance(state, (State, HiddenState, MatrixState)) or _is_array(state):
         return True

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,10 +31,7 @@ from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Products
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recording import Recording
-
-if TYPE_CHECKING:
-    from cellstack.nodes.values import MatrixMemory
-
+from cellstack.nodes.values import MemoryCell
 
 TASKS = ("classify", "regress", "forecast", "text")
 
@@ -182,9 +179,9 @@ class Network(Delegated):
         return tuple(cell for node in self.nodes for cell in node.cells)
 
     @property
-    def stateful(self) -> tuple[Cell | MatrixMemory, ...]:
+    def stateful(self) -> tuple[Cell | MemoryCell, ...]:
         """Whatever has a state, in the order of the states: all cells, then the memories of `MLSTM` nodes."""
-        memories = (node.memory._replace(dtype=self.dtype) for node in self.nodes if node.memory is not None)
+        memories = (MemoryCell(node.memory, self.dtype) for node in self.nodes if node.memory is not None)
         return (*self.cells, *memories)
 
     @property

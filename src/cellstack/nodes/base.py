@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from cellstack.cells.bfloat16 import BFloat16Array
 from cellstack.cells.errors import ShapeError
+from cellstack.cells.mlstm import MemorySpec
 from cellstack.nodes.masks import ArrayMasks
-from cellstack.nodes.values import Array, CellState, Flow, MatrixMemory, Shape, StateGradients, Types
+from cellstack.nodes.values import Array, CellState, Flow, Shape, StateGradients, Types
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
-    from cellstack.nodes.recording import MemoryRecord, Record
     from cellstack.nodes.stored import Entry
 
 Value = TypeVar("Value")
@@ -35,14 +35,12 @@ class NodeRun(NamedTuple):
     Attributes:
         inputs: its inputs, without resets.
         y: its output.
-        records: those of its cells.
-        memory: that of its memory.
+        records: those of its cells, or that of its memory.
     """
 
     inputs: Sequence[Flow]
     y: Array
-    records: Sequence[Record] = ()
-    memory: MemoryRecord | None = None
+    records: Sequence[Any] = ()
 
 
 class GradientError(ValueError):
@@ -149,7 +147,7 @@ class Node:
 
     Attributes:
         cells: the node's cells; each has a state.
-        memory: the matrix memory of an `MLSTM`, which has a state too.
+        memory: the description of the cell of an `MLSTM`, which has a state too.
         input_size: length of the last axis of its input; None: any.
         dtype: dtype of its arrays; None: it has no arrays.
         axes: the number of axes, without the batch, of its input and of its output; None: any; both None: the output
@@ -172,7 +170,7 @@ class Node:
     """
 
     cells: tuple[Any, ...] = ()
-    memory: MatrixMemory | None = None
+    memory: MemorySpec | None = None
     input_size: int | None = None
     dtype: np.dtype[Any] | None = None
     axes: tuple[int | None, int | None] = (None, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -13,13 +12,12 @@ import numpy as np
 
 from cellstack import native
 from cellstack.cells import KINDS
-from cellstack.cells.base import HiddenState, State
 from cellstack.cells.bfloat16 import BFloat16Array, rounded
-from cellstack.cells.errors import ShapeError, check_state_numbers
+from cellstack.cells.errors import ShapeError
 from cellstack.cells.layout import block_diagonal
-from cellstack.cells.spec import ARRAYS, MATRICES, STATES, CellSpec
+from cellstack.cells.spec import ARRAYS, MATRICES, CellSpec
 from cellstack.nodes.checks import check_choice, frozen_bfloat16, frozen_copy, one_dtype
-from cellstack.nodes.values import Array, Types
+from cellstack.nodes.values import Array, Celled, Types
 
 if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry
@@ -67,7 +65,7 @@ def check_narrow(owner: str, weights: str, dtype: np.dtype[Any], depth: int = 1)
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
-class Cell:
+class Cell(Celled):
     """One cell: its description and its arrays. Arrays that the cell doesn't have are None.
 
     Args:
@@ -157,29 +155,6 @@ class Cell:
     def weights(self) -> str:
         """The number format of the matrices: `"float32"`, `"float64"` or `"bfloat16"`."""
         return "bfloat16" if self._bfloat16 else self.dtype.name
-
-    @property
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array of the state, by name, without the batch."""
-        return {name: (size,) for name, size in self.spec.state_sizes.items()}
-
-    @property
-    def state_type(self) -> type[Any]:
-        """The type of its state."""
-        return STATES[self.spec.kind]
-
-    def as_state(self, where: str, arrays: Sequence[Array]) -> State | HiddenState:
-        """Return a state from its arrays.
-
-        Args:
-            where: the function or class and the state, for error messages.
-            arrays: those of `state_shapes` in order, with these shapes after the batch.
-
-        Raises:
-            ValueError: numbers that the state of this kind can't have.
-        """
-        check_state_numbers(where, self.spec.of_kind, arrays)
-        return STATES[self.spec.kind](*arrays)
 
     @property
     def initial(self) -> dict[str, Array]:

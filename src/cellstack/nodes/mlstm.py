@@ -11,10 +11,21 @@ from numpy.typing import NDArray
 
 from cellstack import native
 from cellstack.cells.base import MatrixState
-from cellstack.cells.mlstm import MemorySizes
-from cellstack.nodes.base import Array, CellState, Flow, KernelLayers, Node, NodeRun, Shape, StateGradients, StepRule
+from cellstack.cells.mlstm import MemorySpec
+from cellstack.nodes.base import (
+    Array,
+    CellState,
+    Flow,
+    GradientError,
+    KernelLayers,
+    Node,
+    NodeRun,
+    Shape,
+    StateGradients,
+    StepRule,
+)
 from cellstack.nodes.checks import check_flag, check_integer, check_number
-from cellstack.nodes.values import MatrixMemory
+from cellstack.nodes.values import MemoryCell
 from cellstack.reference import ACTIVATIONS
 
 
@@ -50,7 +61,7 @@ class MLSTM(Node):
     array([[[3. , 4. ],
             [1.5, 2. ]]])
 
-    Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19 to 27.
+    Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term MemoryCell", eqs. 19 to 27.
     """
 
     heads: int
@@ -71,27 +82,26 @@ class MLSTM(Node):
             raise ValueError(f"MLSTM: expected epsilon to be 0 or more, got {epsilon:g}")
         object.__setattr__(self, "epsilon", epsilon)
         check_flag("MLSTM", "output_gate", self.output_gate)
-        object.__setattr__(self, "input_size", self.core_size + (self.units if self.output_gate else 0))
-        object.__setattr__(self, "memory", self.memory_in(np.dtype(np.float32)))
+        object.__setattr__(self, "input_size", self.memory.input_size)
 
-    def memory_in(self, dtype: np.dtype[Any]) -> MatrixMemory:
-        """Return what the state of a network of this dtype has for the node."""
-        return MatrixMemory(self.sizes, dtype)
+    def memory_in(self, dtype: np.dtype[Any]) -> MemoryCell:
+        """Return its cell in a network of this dtype."""
+        return MemoryCell(self.memory, dtype)
 
     @property
-    def sizes(self) -> MemorySizes:
-        """The widths of a head, and epsilon."""
-        return MemorySizes(self.heads, self.key_size, self.value_size, self.epsilon)
+    def memory(self) -> MemorySpec:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The description of its cell."""
+        return MemorySpec(self.heads, self.key_size, self.value_size, self.epsilon, self.output_gate)
 
     @property
     def units(self) -> int:
         """Width of the output."""
-        return self.sizes.units
+        return self.memory.units
 
     @property
     def core_size(self) -> int:
         """Width of the input without õ."""
-        return self.sizes.core
+        return self.memory.core
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, _ = super().check(owner, *shapes)
@@ -129,12 +139,7 @@ class MLSTM(Node):
 
     def kernel_call(self, sequences: Any, before: Any, after: Any, y: Any, **more: Any) -> native.Memory:
         """Return the kernel's object for a call: see `call`; the arrays may be addresses."""
-        return native.Memory(sequences, *self.sizes, before or (), after or (), y, **more)
-
-    @property
-    def stage(self) -> tuple[int, int, int, float, bool]:
-        """What `native.memory_steps` takes for the node."""
-        return self.heads, self.key_size, self.value_size, self.epsilon, self.output_gate
+        return native.Memory(sequences, *self.memory[:4], before or (), after or (), y, **more)
 
     @property
     def kernel_layers(self) -> KernelLayers:
@@ -148,8 +153,9 @@ class MLSTM(Node):
         return flow._replace(x=y, states=(after,))
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        (flow,), record = run.inputs, run.memory
-        assert record is not None
+        (flow,), (record,) = run.inputs, run.records
+        if record is None:
+            raise GradientError("its trace comes from a file, without the state before the run: trace it again")
         x, y, dy = (native.plain(array) for array in (flow.x, run.y, dy))
         of_gate = []
         if self.output_gate:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.cells.base import HiddenState, MatrixState, State
-from cellstack.cells.mlstm import MemorySizes
+from cellstack.cells.errors import check_state_numbers
+from cellstack.cells.mlstm import MemorySpec
 
 Array = NDArray[Any]
 CellState = State | HiddenState | MatrixState
@@ -35,29 +37,52 @@ class Flow(NamedTuple):
     states: tuple[CellState, ...] = ()
 
 
-class MatrixMemory(NamedTuple):
-    """What a network's state has for an `MLSTM`: the shapes of `MatrixState`, without the batch.
+class Celled:
+    """What has the state of a cell, which its description declares."""
 
-    Attributes:
-        sizes: those of the memory.
-        dtype: the network's dtype.
-    """
-
-    sizes: MemorySizes
-    dtype: np.dtype[Any] = np.dtype(np.float32)
-    state_type = MatrixState
+    spec: Any
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array of the state, by name."""
-        return self.sizes.state_shapes
+        """The shape of each array of the state, by name, without the batch."""
+        return self.spec.state_shapes
 
-    def as_state(self, where: str, arrays: Sequence[Array]) -> MatrixState:
-        """Return a state from its arrays, which have the right shapes; `ValueError` unless all numbers are finite."""
-        for name, array in zip(self.state_shapes, arrays, strict=True):
-            if not np.isfinite(array).all():
-                raise ValueError(f"{where}: expected finite numbers in {name}, got NaN or infinity; zeros are empty")
-        return MatrixState(*arrays)
+    @property
+    def state_type(self) -> type[Any]:
+        """The type of its state."""
+        return self.spec.of_kind.state
+
+    def as_state(self, where: str, arrays: Sequence[Array]) -> CellState:
+        """Return a state from its arrays.
+
+        Args:
+            where: the function or class and the state, for error messages.
+            arrays: those of `state_shapes` in order, with these shapes after the batch.
+
+        Raises:
+            ValueError: numbers that the state of this kind can't have.
+        """
+        check_state_numbers(where, self.spec.of_kind, arrays)
+        return self.state_type(*arrays)
+
+
+@dataclass(frozen=True)
+class MemoryCell(Celled):
+    """The cell of an `MLSTM`, which has no arrays, in a network of this dtype."""
+
+    spec: MemorySpec
+    dtype: np.dtype[Any]
+    arrays: ClassVar[dict[str, Array]] = {}
+
+    @property
+    def one_head(self) -> MemoryCell:
+        """Itself: heads are axes of its states."""
+        return self
+
+    @property
+    def initial(self) -> dict[str, Array]:
+        """The initial state, zeros by name."""
+        return {name: np.zeros(shape, self.dtype) for name, shape in self.state_shapes.items()}
 
     def zeros(self, batch: int) -> MatrixState:
         """Return the initial state of some rows: zeros, which take no memory until they are written to."""

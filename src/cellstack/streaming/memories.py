@@ -11,14 +11,14 @@ from cellstack import native
 from cellstack.cells.base import MatrixState
 from cellstack.nodes.base import Array, Flow
 from cellstack.nodes.mlstm import MLSTM
-from cellstack.streaming.parts import ALL
+from cellstack.streaming.parts import ALL, InPlace
 
 if TYPE_CHECKING:
     from cellstack.nodes import Dense
     from cellstack.streaming.parts import Rows
 
 
-class Memories:
+class Memories(InPlace):
     """Memories, with the dense layers around them: a step is one call of the kernel.
 
     After a snapshot of all rows, the next run writes to a second set of states instead of changing the first: a step
@@ -36,9 +36,9 @@ class Memories:
         self, layers: Sequence[Dense | MLSTM], weights: str | None, rows: int, threads: int, dtype: np.dtype[Any]
     ) -> None:
         self.layers, self.weights, self.rows, self.threads = layers, weights, rows, threads
-        self.memories = [layer.memory_in(dtype) for layer in layers if isinstance(layer, MLSTM)]
-        self.kinds = [MatrixState] * len(self.memories)
-        stages = [layer.stage if isinstance(layer, MLSTM) else layer.packed_in(weights) for layer in layers]
+        self.cells = [layer.memory_in(dtype) for layer in layers if isinstance(layer, MLSTM)]
+        self.kinds = [cell.state_type for cell in self.cells]
+        stages = [layer.memory if isinstance(layer, MLSTM) else layer.packed_in(weights) for layer in layers]
         self.kernel = native.memory_steps(stages, rows, dtype == np.float64, threads)
         self._sets: dict[int, list[MatrixState]] = {}
         self._now = 0  # the number of the current set
@@ -46,7 +46,7 @@ class Memories:
         self._create(0)
 
     def _create(self, number: int) -> None:
-        self._sets[number] = states = [memory.zeros(self.rows) for memory in self.memories]
+        self._sets[number] = states = [cell.zeros(self.rows) for cell in self.cells]
         self.kernel.set_states(number, [array for state in states for array in state])
 
     def single_step(self, lock: native.CallLock) -> Callable[[Any], Array | None]:
@@ -79,7 +79,7 @@ class Memories:
         return y
 
     def _sequence(self, x: Array, places: Any, after: int) -> Array:
-        states = zip(self._sets[self._now], self._sets[after], strict=True)
+        states = zip(self.states, self._sets[after], strict=True)
         for layer in self.layers:
             if isinstance(layer, MLSTM):
                 x = self._one_by_one(layer, x, *next(states), places)
@@ -96,25 +96,14 @@ class Memories:
             before = after
         return np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
+    @property
+    def states(self) -> list[MatrixState]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The current set."""
+        return self._sets[self._now]
+
     def initial(self) -> list[dict[str, Any]]:
         """See `Stateful`."""
-        return [
-            {name: np.zeros(shape, memory.dtype) for name, shape in memory.state_shapes.items()}
-            for memory in self.memories
-        ]
-
-    def read(self, rows: Rows) -> list[MatrixState]:
-        """See `Stateful`."""
-        return [
-            MatrixState(*(array.copy() if rows is ALL else array[rows] for array in state))
-            for state in self._sets[self._now]
-        ]
-
-    def write(self, rows: Rows, entries: Sequence[Any]) -> None:
-        """See `Stateful`."""
-        for state, new in zip(self._sets[self._now], entries, strict=True):
-            for old, array in zip(state, new, strict=True):
-                old[rows] = array
+        return [cell.initial for cell in self.cells]
 
     def snapshot(self, rows: Rows) -> Any:
         """See `Stateful`."""

@@ -142,6 +142,22 @@ class Cells:
         return [cell.initial for cell in self.places.values()]
 
 
+class InPlace:
+    """Base class of parts whose states, `states`, are arrays of all rows that the kernel updates in place."""
+
+    states: Sequence[Any]
+
+    def read(self, rows: Rows) -> list[CellState | Frames]:
+        """See `Stateful`."""
+        return [type(state)(*(_own(array, rows) for array in state)) for state in self.states]
+
+    def write(self, rows: Rows, entries: Sequence[Any]) -> None:
+        """See `Stateful`."""
+        for state, new in zip(self.states, entries, strict=True):
+            for old, array in zip(state, new, strict=True):
+                old[rows] = array
+
+
 class OwnCells(Cells):
     """Cells whose rows are always stepped together: the kernel stores the states, in its own layout.
 
@@ -184,7 +200,7 @@ class OwnCells(Cells):
         self.kernel.undo()
 
 
-class SharedCells(Cells):
+class SharedCells(InPlace, Cells):
     """Cells of which a call may step only some rows: the kernel reads and writes the states in place.
 
     Args:
@@ -291,15 +307,9 @@ class SharedCells(Cells):
             for place, made in block.items()
         }
 
-    def read(self, rows: Rows) -> list[CellState | Frames]:
-        """See `Stateful`."""
-        return [type(state)(*(_own(array, rows) for array in state)) for state in self.states]
-
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
         """See `Stateful`."""
-        for state, new in zip(self.states, entries, strict=True):
-            for old, array in zip(state, new, strict=True):
-                old[rows] = array
+        super().write(rows, entries)
         if self.patches:
             self.taken[rows] = 0
 

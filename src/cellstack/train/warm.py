@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cellstack import layers, nodes
-from cellstack.cells.mlstm import MemorySizes
+from cellstack.cells.mlstm import MemorySpec
 from cellstack.formats import load_network
 from cellstack.network import Network
 from cellstack.nodes import Dense
@@ -98,7 +98,7 @@ def _cells(network: Network) -> list[_Cell]:
         found += [_Cell(asdict(cell.spec), cell.arrays) for cell in cells]
         if isinstance(node, nodes.MLSTM) and isinstance(before, Dense):
             bias = np.zeros(node.input_size or 0) if before.bias is None else before.bias
-            found.append(_mlstm(len(before.kernel), node.sizes, {"kernel": before.kernel, "bias": bias}))
+            found.append(_mlstm(len(before.kernel), node.memory, {"kernel": before.kernel, "bias": bias}))
     return found
 
 
@@ -113,13 +113,13 @@ def _cells_of(model: Model) -> list[_Cell]:
 def _of_layer(layer: Any) -> _Cell:
     if isinstance(layer, layers.MLSTM):
         arrays = dict(layer.named_parameters())
-        return _mlstm(len(arrays["kernel"]), layer.sizes, arrays)
+        return _mlstm(len(arrays["kernel"]), layer.spec, arrays)
     spec = layer.cell.spec
     return _Cell(asdict(spec), {name: getattr(layer.cell, name) for name in spec.shapes})
 
 
-def _mlstm(width: int, sizes: MemorySizes, arrays: dict[str, Any]) -> _Cell:
-    return _Cell({"kind": MLSTM, "input_size": width, **sizes._asdict()}, arrays)
+def _mlstm(width: int, spec: MemorySpec, arrays: dict[str, Any]) -> _Cell:
+    return _Cell({"kind": MLSTM, "input_size": width, **spec._asdict()}, arrays)
 
 
 @torch.no_grad()

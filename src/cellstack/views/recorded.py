@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+from cellstack.cells.mlstm import MemorySpec
 from cellstack.cells.spec import CellSpec
 
-# Widths: units, projected units, features, x.
-H, P, I, X = "H", "P", "I", "X"  # noqa: E741
+# Widths: units, features, x.
+H, I, X = "H", "I", "X"  # noqa: E741
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +37,25 @@ class Value:
     numbers: tuple[float, ...] = ()
 
 
-class RecordedMath:
-    """Elementwise operations, which `cellstack.cells.base.Ops` and `cellstack.cells.mlstm.MemoryOps` share.
+@dataclass
+class Recorded:
+    """The operations of a cell's step, see `Ops`; every method appends a value to `values`, after those it is of.
 
-    Attributes:
-        values: all values in the order in which they are computed; every method appends one.
+    `gates` and `states` are what the step returns: the gates, and the states after it, before zoneout. `kept` is the
+    share of each state before the step that zoneout keeps in inference. Of an mLSTM, all heads together are one vector.
     """
 
-    values: list[Value]
+    spec: Any  # a CellSpec, or a MemorySpec
+    values: list[Value] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        spec, kind = self.spec, self.spec.of_kind
+        self.shapes = spec.axes
+        self.before = [self._new("state", width=axis, name=name) for name, axis in spec.state_axes.items()]
+        a = kind.prepared(self, spec, self._new("x", width=(1, I if kind.arrays and not spec.scalar else X)))
+        self.gates, found = kind.step(self, spec, a, *self.before)
+        self.states = found[-len(self.before) :]
+        self.kept = tuple(spec.zoneout_rates.values())
 
     def _new(
         self,
@@ -82,29 +96,6 @@ class RecordedMath:
     def record(self, name: str, v: Value) -> Value:
         """Record a named value."""
         return self._new("record", v, name=name)
-
-
-@dataclass
-class Recorded(RecordedMath):
-    """The operations of a cell's step, see `Ops`; every method appends a value to `values`.
-
-    `gates` and `states` are what the step returns: the gates, and the states after it, before zoneout. `kept` is the
-    share of each state before the step that zoneout keeps in inference.
-    """
-
-    spec: CellSpec
-    values: list[Value] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        spec, kind = self.spec, self.spec.of_kind
-        self.shapes = spec.axes
-        self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
-        a = kind.prepared(self, spec, self._new("x", width=(1, X if spec.scalar else I)))
-        self.gates, self.states = kind.step(self, spec, a, *self.before)
-        self.kept = tuple(spec.zoneout_rates.values())
-
-    def _letter(self, state: str) -> str:
-        return P if state == "h" and self.spec.proj_size else H
 
     def product(self, v: Value, name: str, gates: slice = slice(None)) -> Value:
         """Record a matrix product."""
@@ -166,27 +157,72 @@ class Recorded(RecordedMath):
         """Record the last column of x."""
         return self._new("scalar", x, width=(1, H), name=self.spec.of_kind.scalar)
 
+    def absolute(self, v: Value) -> Value:
+        """Record `max(v, -v)`."""
+        return self.maximum(v, self.affine(v, -1.0))
 
-def form_of(spec: CellSpec) -> dict[str, Any]:
+    def affine(self, v: Value, factor: float = 1.0, offset: float = 0.0) -> Value:
+        """Record `factor·v + offset`."""
+        return self._new("affine", v, numbers=(factor, offset))
+
+    def parts(self, x: Value, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[Value]:
+        """Record parts of x, each with its first column."""
+        widths = [math.prod(shape) for shape in shapes.values()]
+        firsts = accumulate(widths, initial=0)
+        named = zip(shapes, widths, firsts, strict=False)
+        return [self._new("part", x, width=(width, ""), name=name, part=first) for name, width, first in named]
+
+    def joined(self, v: Value) -> Value:
+        """Return `v`, which is one vector."""
+        return v
+
+    def scaled(self, v: Value, s: Value, axes: int = 1) -> Value:
+        """Record vectors or matrices times numbers."""
+        return self._new("scaled", s, v, width=v.width)
+
+    def divided(self, v: Value, s: Value) -> Value:
+        """Record vectors divided by numbers."""
+        return self._new("div", v, self._new("scaled", s, width=v.width))
+
+    def dot(self, a: Value, b: Value) -> Value:
+        """Record inner products."""
+        return self._new("contract", a, b, width=(self.spec.heads, ""))
+
+    def outer(self, a: Value, b: Value) -> Value:
+        """Record `a·bᵀ`."""
+        return self._new("outer", a, b, width=(a.width[0] * b.width[0] // self.spec.heads, ""))
+
+    def retrieved(self, M: Value, q: Value) -> Value:
+        """Record `Mᵀq`."""
+        return self._new("contract", M, q, width=(self.spec.units, ""))
+
+
+def form_of(spec: CellSpec | MemorySpec) -> dict[str, Any]:
     """Return a form of cell, which is a cell regardless of its widths, as JSON-compatible values.
 
     Returns:
-        `settings`, the fields of the `CellSpec`; `title` of the kind; `gates`, their roles by name; `blocks`, the gates
-        that have columns in the arrays; `trace`, the names of the gates and states that a run records; `meanings` of
-        these; `scalar`, the flag with which the last column of x is a number of the step, or ""; `states`, each with
-        its width and the share that zoneout keeps; `activations` by slot; `shapes` of the arrays. And the step:
-        `values`, in which `of` are positions; `before` and `after`, the positions of the states.
+        `settings`, as `CellSpec.form`; `title` of the kind; `heads` of states that have an axis of heads, or 0;
+        `gates`, their roles by name; `blocks`, the gates that have columns in the arrays; `trace`, the names of the
+        gates and states that a run records; `meanings` of these and of the states; `scalar`, the flag with which the
+        last column of x is a number of the step, or ""; `states`, each with its width and the share that zoneout keeps;
+        `activations` by slot; `shapes` of the arrays. And the step: `values`, in which `of` are positions; `before` and
+        `after`, the positions of the states.
+
+    The values of an mLSTM are computed by more operations: `"part"`, some columns of x, the first of which is `part`;
+    `"affine"`, `v·numbers[0] + numbers[1]`; `"scaled"`, a vector times a number per head, or only that number;
+    `"outer"`, the products of two vectors of each head; and `"contract"`, a matrix of each head, transposed, times a
+    vector.
     """
     kind, recorded = spec.of_kind, Recorded(spec)
     place = {id(value): n for n, value in enumerate(recorded.values)}
-    settings = {**asdict(spec), "gate_activations": dict(spec.gate_activations)}
     return {
-        "settings": {name: value for name, value in settings.items() if name not in ("input_size", "units")},
+        "settings": spec.form,
         "title": kind.title,
+        "heads": spec.heads if any(len(shape) > 1 for shape in spec.state_shapes.values()) else 0,
         "gates": dict(kind.gates),
         "blocks": list(spec.gates),
         "trace": list(kind.trace._fields),
-        "meanings": {name: kind.meaning(name) for name in kind.trace._fields},
+        "meanings": {name: kind.meaning(name) for name in (*kind.trace._fields, *spec.state_shapes)},
         "scalar": kind.scalar if spec.scalar else "",
         "states": {
             value.name: {"width": list(value.width), "kept": rate}
@@ -194,23 +230,17 @@ def form_of(spec: CellSpec) -> dict[str, Any]:
         },
         "activations": {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)},
         "shapes": {name: [list(axis) for axis in axes] for name, axes in spec.axes.items()},
-        "values": listed(recorded.values),
+        "values": [
+            {
+                "operation": value.operation,
+                "of": [place[id(source)] for source in value.of],
+                "width": list(value.width),
+                "name": value.name,
+                "part": value.part,
+                "numbers": list(value.numbers),
+            }
+            for value in recorded.values
+        ],
         "before": [place[id(value)] for value in recorded.before],
         "after": [place[id(value)] for value in recorded.states],
     }
-
-
-def listed(values: Sequence[Value]) -> list[dict[str, Any]]:
-    """Return values, each after its operands, as JSON-compatible values, in which `of` are positions in the list."""
-    place = {id(value): n for n, value in enumerate(values)}
-    return [
-        {
-            "operation": value.operation,
-            "of": [place[id(source)] for source in value.of],
-            "width": list(value.width),
-            "name": value.name,
-            "part": value.part,
-            "numbers": list(value.numbers),
-        }
-        for value in values
-    ]

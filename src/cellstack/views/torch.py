@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cellstack.cells.mlstm import MemorySpec
 from cellstack.cells.spec import CellSpec
 
 
@@ -16,8 +19,26 @@ def clipped(z: Tensor, low: float, high: float) -> Tensor:
     return torch.where((z > low) & (z < high), z, z.detach().clamp(low, high))
 
 
-class TorchMath:
-    """Elementwise operations, which `cellstack.cells.base.Ops` and `cellstack.cells.mlstm.MemoryOps` share."""
+class TorchOps:
+    """See `cellstack.cells.base.Ops`; vectors are tensors `[B, …]`, or `[B, T, …]` for all steps at once.
+
+    Args:
+        spec: the cell.
+        arrays: its arrays by name.
+        activations: the function of each of `spec.slots`.
+        drop: `[B, P]`, the mask of recurrent dropout; None for none.
+    """
+
+    def __init__(
+        self,
+        spec: CellSpec | MemorySpec,
+        arrays: Mapping[str, Tensor],
+        activations: Sequence[Callable[[Tensor], Tensor]],
+        drop: Tensor | None,
+    ) -> None:
+        self.spec: Any = spec
+        self.arrays, self.drop = arrays, drop
+        self.activations = dict(zip(spec.slots, activations, strict=True))
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `a + b`."""
@@ -46,27 +67,6 @@ class TorchMath:
     def record(self, name: str, v: Tensor) -> Tensor:
         """Return `v`."""
         return v
-
-
-class TorchOps(TorchMath):
-    """See `cellstack.cells.base.Ops`; vectors are tensors `[B, …]`, or `[B, T, …]` for all steps at once.
-
-    Args:
-        spec: the cell.
-        arrays: its arrays by name.
-        activations: the function of each of `spec.slots`.
-        drop: `[B, P]`, the mask of recurrent dropout; None for none.
-    """
-
-    def __init__(
-        self,
-        spec: CellSpec,
-        arrays: Mapping[str, Tensor],
-        activations: Sequence[Callable[[Tensor], Tensor]],
-        drop: Tensor | None,
-    ) -> None:
-        self.spec, self.arrays, self.drop = spec, arrays, drop
-        self.activations = dict(zip(spec.slots, activations, strict=True))
 
     def product(self, v: Tensor, name: str, gates: slice = slice(None)) -> Tensor:
         """Return the matrix product."""
@@ -132,10 +132,6 @@ class TorchOps(TorchMath):
         """Return the last column of x."""
         return x[..., -1:]
 
-
-class TorchMemoryOps(TorchMath):
-    """See `cellstack.cells.mlstm.MemoryOps`; numbers are `[B, heads]`, vectors and matrices have more axes."""
-
     def absolute(self, v: Tensor) -> Tensor:
         """Return `|v|`."""
         return v.abs()
@@ -144,13 +140,18 @@ class TorchMemoryOps(TorchMath):
         """Return `factor·v + offset`."""
         return v * factor + offset
 
-    def scaled(self, v: Tensor, s: Tensor) -> Tensor:
-        """Return vectors times numbers."""
-        return v * s[..., None]
+    def parts(self, x: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[Tensor]:
+        """Return parts of x by head."""
+        parts = x.split([math.prod(shape) for shape in shapes.values()], dim=-1)
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes.values(), strict=True)]
 
-    def scaled_matrix(self, M: Tensor, s: Tensor) -> Tensor:
-        """Return matrices times numbers."""
-        return M * s[..., None, None]
+    def joined(self, v: Tensor) -> Tensor:
+        """Return the vectors of all heads as one."""
+        return v.flatten(-2)
+
+    def scaled(self, v: Tensor, s: Tensor, axes: int = 1) -> Tensor:
+        """Return vectors or matrices times numbers."""
+        return v * s[(..., *[None] * axes)]
 
     def divided(self, v: Tensor, s: Tensor) -> Tensor:
         """Return vectors divided by numbers."""
@@ -167,7 +168,3 @@ class TorchMemoryOps(TorchMath):
     def retrieved(self, M: Tensor, q: Tensor) -> Tensor:
         """Return `Mᵀq`."""
         return (M * q[..., None]).sum(-2)
-
-    def sigmoid(self, name: str, v: Tensor) -> Tensor:
-        """Return a gate."""
-        return torch.sigmoid(v)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from cellstack.formats.build import Names
 from cellstack.formats.c.cells import HELPERS, Form
-from cellstack.formats.c.memories import FUNCTION
 from cellstack.formats.c.narrow import Narrow
 from cellstack.network import Network
 from cellstack.nodes import Activation, Array, Embedding, GlobalPool, Node
@@ -257,9 +256,9 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
     def _helpers(self, code: str) -> str:
         """Return the functions that `code` calls."""
         own = self.narrow.helpers if self.narrow else {}
-        other = HELPERS | {"memory_step": FUNCTION}
         texts = {
-            helper: self.fill(text) for helper, text in (own | {n: t for n, t in other.items() if n not in own}).items()
+            helper: self.fill(text)
+            for helper, text in (own | {n: t for n, t in HELPERS.items() if n not in own}).items()
         }
         called: set[str] = set()
         found = re.findall(rf"\b{self.name}_(\w+?)\(", code)

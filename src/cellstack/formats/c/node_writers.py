@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack import nodes
-from cellstack.formats.c.memories import lines_of
 from cellstack.formats.c.step import called, literal
 from cellstack.nodes.elementwise import Elementwise
 
@@ -29,12 +28,16 @@ class Feed(NamedTuple):
 def _memory(out: Writer, owner: str, node: nodes.MLSTM, feed: Feed) -> Output:
     """The state of a memory starts with zeros."""
     target, state = out.target(feed, node.units), []
-    for name, shape in node.sizes.state_shapes.items():
+    for name, shape in node.memory.state_shapes.items():
         member = out.identifier(f"{owner}_{name}")
         out.memories.append((member, math.prod(shape), f"{name} of {owner}"))
         out.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")
         state.append(f"s->{member}")
-    out.steps += lines_of(node, feed.at, target, state)
+    sizes = f"{node.heads}, {node.key_size}, {node.value_size}, {literal(node.epsilon)}"
+    out.steps.append(f"    ${{name}}_memory_step({sizes}, {feed.at}, {', '.join(state)}, {target});")
+    if node.output_gate:
+        gate = f"${{name}}_sigmoid({feed.at}[{node.core_size} + j])"
+        out.steps += out.each(node.units, target, f"{target}[j] * {gate}")
     return target, node.units
 
 

@@ -25,7 +25,8 @@ from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.formats.onnx.scan import body_of
 from cellstack.network import Network
-from cellstack.nodes import Bidirectional, Cell, Node, Recurrent
+from cellstack.nodes import MLSTM, Bidirectional, Cell, Node, Recurrent
+from cellstack.nodes.values import MemoryCell
 
 NOT_IN_ONNX = {
     "heads": 1,
@@ -154,7 +155,13 @@ class CellWriter(Pieces):
         self.masks: dict[str, str] = {}  # masks by value: a flag per step, [B, T, 1], True where it is used
 
     def start(
-        self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool, given: Sequence[str]
+        self,
+        where: str,
+        cells: tuple[Cell | MemoryCell, ...],
+        names: list[str],
+        x: str,
+        ways: bool,
+        given: Sequence[str],
     ) -> list[str]:
         """Add the initial states, and return the values of each part.
 
@@ -163,7 +170,7 @@ class CellWriter(Pieces):
         no inputs for them.
         """
         if given:
-            parts = list(cells[0].spec.state_sizes)
+            parts = list(cells[0].spec.state_shapes)
             ready = []
             for place, part in enumerate(parts):
                 self.begun += [["", f"{name}.{part}"] for name in names]
@@ -175,16 +182,16 @@ class CellWriter(Pieces):
                     each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
                 ready += each
             return ready
-        sizes = cells[0].spec.state_sizes
-        if ways and not self.takes_states and not any(cell.initial[part].any() for cell in cells for part in sizes):
-            self.begun += [["", f"{name}.{part}"] for part in sizes for name in names]
-            return [""] * len(sizes)
+        shapes = cells[0].spec.state_shapes
+        if ways and not self.takes_states and not any(cell.initial[part].any() for cell in cells for part in shapes):
+            self.begun += [["", f"{name}.{part}"] for part in shapes for name in names]
+            return [""] * len(shapes)
         batch = self.put("Shape", [x], self.fresh(f"{where}.batch"), start=0, end=1)
         ready = []
-        for part, size in sizes.items():
+        for part, axes in shapes.items():
             each = []
             shape = self.fresh(f"{where}.{part}.shape")
-            self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
+            self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(*axes)], shape, axis=0)
             for name, cell in zip(names, cells, strict=True):
                 start = self.initial(f"{name}.{part}", cell.initial[part][None])
                 if ways:
@@ -261,7 +268,7 @@ class CellWriter(Pieces):
     def scan(
         self,
         where: str,
-        cell: Cell,
+        cell: Cell | MemoryCell,
         direction: str,
         x: str,
         steps: str,
@@ -276,9 +283,10 @@ class CellWriter(Pieces):
         """
         states = self.start(where, (cell,), [where], x, False, given)
         body = body_of(where, cell, bool(mask), residual)
-        ends = self.after([size] for size in cell.spec.state_sizes.values())
+        ends = self.after(cell.spec.state_shapes.values())
         last, y = ends[0], self.fresh(f"{where}.y")
-        if mask:
+        repeats = mask and cell.spec.of_kind.carries_h
+        if repeats:
             states.append(states[0])
             last = self.fresh(f"{where}.y_last")
         way = [int(direction == "reverse")]
@@ -287,7 +295,7 @@ class CellWriter(Pieces):
             self.onnx.helper.make_node(
                 "Scan",
                 [*states, *flows],
-                [*ends, *([last] if mask else []), y],
+                [*ends, *([last] if repeats else []), y],
                 name=where,
                 body=body,
                 num_scan_inputs=len(flows),
@@ -338,6 +346,12 @@ class CellWriter(Pieces):
             self.nodes[-1].output[0] = output
         else:  # it is also the state after the call
             self.put("Identity", [last], output, f"{name}.end")
+
+    def memory(self, name: str, node: MLSTM, x: str, mask: str) -> None:
+        """Add the memory of an mLSTM, as a stack of one cell that returns all steps."""
+        steps, flags = [self.of("Transpose", flow, perm=[1, 0, 2]) if flow else "" for flow in (x, mask)]
+        y, _ = self.scan(name, node.memory_in(self.dtype), "forward", x, steps, flags, False, ())
+        self.put("Transpose", [y], name, f"{name}.rows", perm=[1, 0, 2])
 
     def bidirectional(
         self, name: str, node: Bidirectional, x: str, output: str, mask: str, starts: Sequence[str]

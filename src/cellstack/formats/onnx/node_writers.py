@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cellstack import nodes
-from cellstack.formats.onnx import compositions, memories
+from cellstack.formats.onnx import compositions
 from cellstack.formats.onnx.masks import last_used, masked, neutral, reduced
 from cellstack.nodes.base import Shape
 from cellstack.nodes.elementwise import FUNCTIONS, Elementwise
@@ -194,7 +194,7 @@ def _masked(out: Pieces, name: str, node: nodes.Embedding | nodes.Masking, feed:
 WRITERS: dict[type[nodes.Node], Callable[[Any, str, Any, Feed], Any]] = {
     nodes.Recurrent: _recurrent,
     nodes.Bidirectional: _bidirectional,
-    nodes.MLSTM: lambda out, name, node, feed: memories.memory(out, name, node, feed.x, feed.mask),
+    nodes.MLSTM: lambda out, name, node, feed: out.memory(name, node, feed.x, feed.mask),
     nodes.Embedding: _masked,
     nodes.Masking: _masked,
     nodes.StepMask: _step_mask,

@@ -189,18 +189,18 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     return [*ends, y]
 
 
-def _add_memory(reader: Reader, node: Any, memory: MLSTM, values: list[Any]) -> list[Any]:
+def _add_memory(reader: Reader, node: Any, made: MLSTM, values: list[Any]) -> list[Any]:
     """Add a memory, and return the states after it and its output."""
     *starts, x = values
-    for name, start in zip(memory.sizes.state_shapes, starts, strict=True):
+    for name, start in zip(made.memory.state_shapes, starts, strict=True):
         array = numbers(start)
         if not isinstance(array, np.ndarray) or array.any():
             raise Refused(f"expected the initial {name} to be zeros")
     flow = reader.flowing(x, "its steps")
     if not flow.has("TBF"):
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
-    y = reader.put(node, memory, flow)
-    return [*(FinalMemory(y.wire, name) for name in memory.sizes.state_shapes), y]
+    y = reader.put(node, made, flow)
+    return [*(FinalMemory(y.wire, name) for name in made.memory.state_shapes), y]
 
 
 HANDLERS: dict[str, Handler] = {**dict.fromkeys(KIND_OF, recurrent), "Scan": scanned}

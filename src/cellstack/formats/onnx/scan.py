@@ -10,7 +10,8 @@ Ref: ONNX, Operators.md, Scan.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,10 +20,20 @@ import numpy as np
 from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.nodes.cell_arrays import Cell
+from cellstack.nodes.values import MemoryCell
 
 
-class OnnxMath(Pieces):
-    """Elementwise operations, which `cellstack.cells.base.Ops` and `cellstack.cells.mlstm.MemoryOps` share."""
+class OnnxOps(Pieces):
+    """See `cellstack.cells.base.Ops`; vectors are the names of values `[B, …]`."""
+
+    def __init__(self, where: str, cell: Cell | MemoryCell) -> None:
+        super().__init__(onnx_package(), cell.dtype, set(), f"{where}/")  # names of a Network have no slash
+        self.spec: Any = cell.spec
+        self.w = {
+            name: self.tensor(f"{where}/{name}", array)
+            for name, array in cell.arrays.items()
+            if not name.startswith("initial_")
+        }
 
     def add(self, a: str, b: str) -> str:
         """Return `a + b`."""
@@ -47,19 +58,6 @@ class OnnxMath(Pieces):
     def record(self, name: str, v: str) -> str:
         """Return `v`."""
         return v
-
-
-class OnnxOps(OnnxMath):
-    """See `cellstack.cells.base.Ops`; vectors are the names of values `[B, …]`."""
-
-    def __init__(self, where: str, cell: Cell) -> None:
-        super().__init__(onnx_package(), cell.dtype, set(), f"{where}/")  # names of a Network have no slash
-        self.spec = cell.spec
-        self.w = {
-            name: self.tensor(f"{where}/{name}", array)
-            for name, array in cell.arrays.items()
-            if not name.startswith("initial_")
-        }
 
     def columns(self, v: str, start: int, stop: int) -> str:
         """Return the columns of some gates."""
@@ -137,45 +135,99 @@ class OnnxOps(OnnxMath):
             "Slice", x, self.integers(self.spec.features), self.integers(self.spec.input_size), self.integers(-1)
         )
 
+    def wide(self, v: str, axes: int = 1, last: int = -1) -> str:
+        """Return `v` with so many new axes of size 1, the last one at `last`; `v` itself with none."""
+        return self.of("Unsqueeze", v, self.integers(*range(last, last - axes, -1))) if axes else v
 
-def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False) -> Any:
+    def parts(self, x: str, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[str]:
+        """Return parts of `x [B, W]` by head."""
+        ends = [0, *accumulate(map(math.prod, shapes.values()))]
+        found = []
+        for (name, shape), pair in zip(shapes.items(), pairwise(ends), strict=True):
+            part = self.cut(x, slice(*pair), -1, self.fresh(f"{self.prefix}{name}"))
+            found.append(self.of("Reshape", part, self.integers(0, *shape)))
+        return found
+
+    def absolute(self, v: str) -> str:
+        """Return `|v|`."""
+        return self.of("Abs", v)
+
+    def affine(self, v: str, factor: float = 1.0, offset: float = 0.0) -> str:
+        """Return `factor·v + offset`."""
+        if factor != 1.0:
+            v = self.of("Neg", v) if factor == -1.0 else self.of("Mul", v, self.number(factor))
+        return self.of("Add", v, self.number(offset)) if offset else v
+
+    def joined(self, v: str) -> str:
+        """Return the vectors of all heads as one."""
+        return self.of("Reshape", v, self.integers(0, self.spec.units))
+
+    def scaled(self, v: str, s: str, axes: int = 1) -> str:
+        """Return vectors or matrices times numbers."""
+        return self.of("Mul", v, self.wide(s, axes))
+
+    def divided(self, v: str, s: str) -> str:
+        """Return vectors divided by numbers."""
+        return self.of("Div", v, self.wide(s))
+
+    def dot(self, a: str, b: str) -> str:
+        """Return inner products."""
+        product = self.of("MatMul", self.wide(a, last=-2), self.wide(b))
+        return self.of("Squeeze", product, self.integers(-1, -2))
+
+    def outer(self, a: str, b: str) -> str:
+        """Return `a·bᵀ`."""
+        return self.of("Mul", self.wide(a), self.wide(b, last=-2))
+
+    def retrieved(self, M: str, q: str) -> str:
+        """Return `Mᵀq`."""
+        return self.of("Squeeze", self.of("MatMul", self.wide(q, last=-2), M), self.integers(-2))
+
+
+def body_of(where: str, cell: Cell | MemoryCell, masked: bool = False, residual: bool = False) -> Any:
     """Return a step of a cell as a GraphProto: states and x in, states and y out.
 
     Args:
         where: the prefix of all names.
         cell: the cell.
         masked: whether it takes a flag per row too, False where the step is skipped: then all states are carried over.
-            The previous y is then an additional state, the last one.
+            The previous y is then an additional state, the last one; where h isn't a state, y is zeros.
         residual: whether y is h + x; only with `masked`.
     """
     cell = cell.one_head
-    step, spec = OnnxOps(where, cell), cell.spec
+    step, kind = OnnxOps(where, cell), cell.spec.of_kind
+    spec = step.spec
     info = step.onnx.helper.make_tensor_value_info
-    sizes = dict(spec.state_sizes) | ({"y": spec.output_size} if masked else {})
-    before = {name: step.fresh(f"{where}/{name}_before") for name in sizes}
+    repeats = masked and kind.carries_h
+    shapes = dict(spec.state_shapes) | ({"y": (spec.output_size,)} if repeats else {})
+    before = {name: step.fresh(f"{where}/{name}_before") for name in shapes}
     x = step.fresh(f"{where}/x")
-    own = [before[name] for name in spec.state_sizes]
-    kind = spec.of_kind
-    new = list(kind.step(step, spec, kind.prepared(step, spec, x), *own)[1])
+    own = [before[name] for name in spec.state_shapes]
+    found = list(kind.step(step, spec, kind.prepared(step, spec, x), *own)[1])
+    y, new = found[0], found[-len(own) :]
     for n, kept in enumerate(spec.zoneout_rates.values()):
         if kept:
             old = step.of("Mul", own[n], step.number(kept))
             new[n] = step.of("Add", old, step.of("Mul", new[n], step.number(1.0 - kept)))
-    inputs = [info(before[name], step.type, ["batch", size]) for name, size in sizes.items()]
+    inputs = [info(before[name], step.type, ["batch", *shape]) for name, shape in shapes.items()]
     inputs.append(info(x, step.type, ["batch", spec.input_size]))
     if masked:
         used = step.fresh(f"{where}/used")
         inputs.append(info(used, step.onnx.TensorProto.BOOL, ["batch", 1]))
-        new.append(step.of("Add", new[0], x) if residual else new[0])
-        new = [step.of("Where", used, now, then) for now, then in zip(new, before.values(), strict=True)]
+        if repeats:
+            new.append(step.of("Add", new[0], x) if residual else new[0])
+        flags = [step.wide(used, len(shape) - 1) for shape in shapes.values()]
+        new = [step.of("Where", *flow) for flow in zip(flags, new, before.values(), strict=True)]
+        y = new[-1] if repeats else step.of("Where", used, y, step.number(0.0))
+    elif kind.carries_h:
+        y = new[0]
     outputs = []
-    for name, value in zip([*sizes, "out"], [*new, new[-1] if masked else new[0]], strict=True):
-        size = sizes.get(name, spec.output_size)
-        outputs.append(info(step.put("Identity", [value], step.fresh(f"{where}/{name}_after")), step.type,
-                            ["batch", size]))  # fmt: skip
-    return step.onnx.helper.make_graph(
-        step.nodes, f"{where}/step", inputs, outputs, step.tensors, doc_string="" if masked else described(cell)
-    )
+    shapes |= {"out": (spec.output_size,)}
+    for (name, shape), value in zip(shapes.items(), [*new, y], strict=True):
+        after = step.put("Identity", [value], step.fresh(f"{where}/{name}_after"))
+        outputs.append(info(after, step.type, ["batch", *shape]))
+    text = described(cell) if isinstance(cell, Cell) and not masked else ""
+    return step.onnx.helper.make_graph(step.nodes, f"{where}/step", inputs, outputs, step.tensors, doc_string=text)
 
 
 def described(cell: Cell) -> str:

@@ -297,7 +297,7 @@ def _mlstm(module: Any, path: str) -> list[Node]:
     kernel = weight_of(path, module, "kernel")
     if kernel is None:
         raise refuse(path, module, "expected weights: give input_size, or call it first")
-    nodes: list[Node] = [Dense(kernel, weight_of(path, module, "bias")), MLSTM(*module.sizes, output_gate=True)]
+    nodes: list[Node] = [Dense(kernel, weight_of(path, module, "bias")), MLSTM(*module.spec)]
     return nodes if module.return_sequences else [*nodes, GlobalPool("last")]
 
 

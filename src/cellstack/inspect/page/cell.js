@@ -75,7 +75,7 @@ export class CellView {
   build(place, unit) {
     const { cell } = place;
     const { heads } = cell.form;
-    const each = cell.units.length / (heads ?? 1); // shown together: the units of a head
+    const each = cell.units.length / (heads || 1); // shown together: the units of a head
     const start = unit - (unit % each);
     const first = Math.max(start, Math.min(unit - MOST_UNITS / 2, start + each - MOST_UNITS));
     const parts = getComputedStyle(this.body).gridTemplateColumns.split(" ").length;

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cellstack.cells.mlstm import MemorySizes
+from cellstack.cells.mlstm import MemorySpec
 from cellstack.cells.slstm import SLSTMState
 from cellstack.cells.spec import CellSpec
 from cellstack.layers import forward, mlstm, op
@@ -62,10 +62,10 @@ def _slstm_examples(module: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-def _memory_sizes(module: Any) -> MemorySizes:
+def _memory_sizes(module: Any) -> MemorySpec:
     """Return the sizes of the memory of an `mLSTMCell`; its epsilon is the default of the package's functions."""
     heads, width = module.config.num_heads, module.config.embedding_dim
-    return MemorySizes(heads, width // heads, width // heads, 1e-6)
+    return MemorySpec(heads, width // heads, width // heads, 1e-6)
 
 
 class MatrixMemory(HandWritten):
@@ -105,7 +105,7 @@ def _memory_examples(module: Any) -> list[tuple[Any, ...]]:
     return [tuple(torch.randn(2, count, width) for _ in range(3)) for count in steps]
 
 
-def _large_sizes(module: Any) -> MemorySizes:
+def _large_sizes(module: Any) -> MemorySpec:
     """Return the sizes of the memory of an xLSTMLarge's `mLSTMLayer`."""
     config, backend = module.config, module._modules["mlstm_backend"].config
     if "siging" in backend.chunkwise_kernel:
@@ -113,7 +113,7 @@ def _large_sizes(module: Any) -> MemorySizes:
     if not backend.return_last_states and "inference" not in backend.mode:
         raise ValueError("return_last_states=False isn't supported, which xlstm's own layer doesn't support either")
     heads = config.num_heads
-    return MemorySizes(heads, module.qk_dim // heads, module.v_dim // heads, backend.eps)
+    return MemorySpec(heads, module.qk_dim // heads, module.v_dim // heads, backend.eps)
 
 
 class LargeMemory(HandWritten):

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx.decomposed.scans import KNOWN
 from cellstack.formats.onnx.decomposed.sums import bare
 from cellstack.formats.onnx.file import DOMAINS, Budget, Graph, Model, Scope, Tensors, declared, label, onnx_package
 from cellstack.formats.onnx.fold import numbers
-from cellstack.formats.onnx.memories import body_of
+from cellstack.formats.onnx.scan import body_of
 from cellstack.nodes import MLSTM
 
 EPSILON = 2.0  # of the memory that we write to compare with: no other number in it is as large
@@ -24,9 +25,10 @@ DTYPES = {1: np.dtype(np.float32), 11: np.dtype(np.float64)}
 def memory_of(scope: Scope, node: Any) -> MLSTM | None:
     """Return the memory whose step a Scan computes; None if it computes something else, or skips masked steps."""
     attributes = scope.model.attributes(node)
-    if attributes.keys() != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"] != 1:
+    backwards = any(attributes.get(f"scan_{end}_directions", [0]) != [0] for end in ("input", "output"))
+    if backwards or attributes.keys() - KNOWN or attributes.get("num_scan_inputs") != 1:
         return None
-    body = attributes["body"]
+    body: Any = attributes.get("body")
     if not isinstance(body, onnx_package().GraphProto):
         return None
     if {len(part) for part in (body.input, body.output, node.input, node.output)} != {4}:
@@ -36,7 +38,7 @@ def memory_of(scope: Scope, node: Any) -> MLSTM | None:
     if sizes is None or dtype is None:
         return None
     form = MLSTM(*sizes[:3], epsilon=EPSILON, output_gate=sizes[3])
-    graph = Graph.of(body_of("step", form, dtype, masked=False))
+    graph = Graph.of(body_of("step", form.memory_in(dtype)))
     ours = Model("", graph, FORM_OPSET, (), "", None, Tensors(""), Budget(0)).scope()
     comparison = _Comparison(ours, Scope(scope.model, body, scope, label(node)))
     if not comparison.same_graph() or len(comparison.epsilons) != 1:
