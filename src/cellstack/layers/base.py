@@ -167,6 +167,7 @@ class Layer(nn.Module):
     """Base of all layers. A subclass records its constructor's arguments in `_config` and defines `build`."""
 
     _config: dict[str, Any]
+    _like: Tensor  # carries dtype and device while a layer has no weights
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -179,6 +180,12 @@ class Layer(nn.Module):
     @property
     def _owner(self) -> str:
         return type(self).__name__ if self.name is None else f"{type(self).__name__} {self.name!r}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Layer:
+        super()._apply(fn, recurse)
+        if "_like" in self.__dict__:
+            self._like = fn(self._like)
+        return self
 
     @property
     def built(self) -> bool:

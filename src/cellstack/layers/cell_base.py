@@ -134,7 +134,6 @@ class Cell(Layer):
         }
         for name in ARRAYS:
             self.register_parameter(name, None)
-        # Carries dtype and device until there are weights, so that .to() and .double() work before the first call.
         self._like = torch.empty(0, dtype=as_dtype(given["dtype"]), device=given["device"])
         if given["input_size"] is not None:
             self.build(given["input_size"])
@@ -291,11 +290,6 @@ class Cell(Layer):
         if given is None and self.unit_forget_bias:
             given = usual_forget_bias(self._spec)
         return given if "f" in self._spec.gates else None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Cell:
-        super()._apply(fn, recurse)
-        self._like = fn(self._like)
-        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         kernel = state_dict.get(f"{prefix}kernel")

@@ -40,7 +40,8 @@ def in_columns(cell: CellCall, weights: Sequence[Tensor]) -> list[Tensor]:
     return [array.unflatten(-1, (len(gates), -1))[..., places, :].flatten(-2) for array in arrays]
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Return where the numbers of a tensor are; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()  # 0 for an empty tensor too
 
 
@@ -152,7 +153,7 @@ def _sequences(call: OpCall) -> tuple[native.Sequences, list[Any]]:
         stride_batch, stride_time, _ = x.stride()
     mask = None if mask is None else mask.contiguous()
     reset = None if reset is None else reset.contiguous()
-    flags = _address(mask), _address(reset), call.reverse, None, call.time_major
+    flags = address(mask), address(reset), call.reverse, None, call.time_major
     return native.Sequences(batch, steps, x.data_ptr(), stride_batch, stride_time, *flags), [x, mask, reset]
 
 
@@ -169,8 +170,8 @@ def _layer(
     if saved is _NOTHING and drops is None:  # the usual step
         return native.Layer(weights, first, last)
     y, gates, states, intermediate = saved
-    kept = _address(y), _address(gates), [*map(Tensor.data_ptr, states)], _address(intermediate)
-    masks = {} if drops is None else {name: _address(mask) for name, mask in zip(cell.masks, drops, strict=False)}
+    kept = address(y), address(gates), [*map(Tensor.data_ptr, states)], address(intermediate)
+    masks = {} if drops is None else {name: address(mask) for name, mask in zip(cell.masks, drops, strict=False)}
     return native.Layer(weights, first, last, *kept, **masks)
 
 
@@ -280,12 +281,12 @@ def backward(
         layers.append(_layer(cell, _weights(cell, flat, x.dtype, False), own, (), kept[n], masks))
         gradients.append(
             native.Gradients(
-                _address(of_saved.y),
-                [*map(_address, of_ends)],
-                _address(of_saved.gates),
-                [*map(_address, of_saved.states)],
-                _address(results[0]) if n == 0 else 0,
-                [*map(_address, islice(wanted_starts, count))],
+                address(of_saved.y),
+                [*map(address, of_ends)],
+                address(of_saved.gates),
+                [*map(address, of_saved.states)],
+                address(results[0]) if n == 0 else 0,
+                [*map(address, islice(wanted_starts, count))],
                 _addresses(cell, into),
             )
         )

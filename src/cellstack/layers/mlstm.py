@@ -17,6 +17,7 @@ from cellstack.cells.plan import Plan
 from cellstack.layers import weights
 from cellstack.layers.base import EXPORT_HINT, Layer, as_dtype, as_input, last_axis
 from cellstack.layers.eager import run_eagerly
+from cellstack.layers.kernel_calls import address
 from cellstack.layers.sequences import as_steps, as_used
 from cellstack.layers.tracing import batched, symbolic, transformed
 
@@ -62,10 +63,10 @@ class _Memory(torch.autograd.Function):
         native.memory_backward(
             _call(ctx.spec, x, mask, reset, scores, before, (), y),
             _twice(x),
-            _address(dy),
-            [_address(part) for part in dafter],
-            _address(dx),
-            [_address(part) for part in dbefore],
+            address(dy),
+            [address(part) for part in dafter],
+            address(dx),
+            [address(part) for part in dbefore],
             torch.get_num_threads(),
         )
         return (None, None, None, dx, None, None, *dbefore)
@@ -98,30 +99,28 @@ def _loop_gradients(
     return [next(queue) if need else None for need in needs]
 
 
-def _memory(spec: MemorySpec, keeps_state: bool, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor]) -> Any:
+def run_memory(
+    spec: MemorySpec,
+    x: Tensor,
+    before: Sequence[Tensor] = (),
+    keeps_state: bool = True,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return h `[B, T, spec.units]` and, if it is to be kept, the state after the last step, C, n and m.
+
+    Args:
+        spec: the memory, without an output gate.
+        x: q, k, v, ĩ and f̃, `[B, T, spec.core]`.
+        before: the state before the first step; empty: zeros.
+        keeps_state: whether the state after the last step is returned, which costs a product.
+        mask, reset: bool `[B, T]`, contiguous: see `MLSTM.forward`.
+    """
     if transformed() or symbolic(x):
         found = _loop(spec, x, before, mask, reset)
         return found if keeps_state else found[:1]
     keeps_scores = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *before))
     return _Memory.apply(spec, keeps_state, keeps_scores, x, mask, reset, *before)
-
-
-def run_memory(
-    spec: MemorySpec, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True
-) -> tuple[Tensor, ...]:
-    """Return h `[B, T, spec.units]` and, if it is to be kept, the state after the last step, C, n and m.
-
-    Args:
-        spec: those of the memory.
-        x: q, k, v, ĩ and f̃, `[B, T, spec.core]`.
-        before: the state before the first step; empty: zeros.
-        keeps_state: whether the state after the last step is returned, which costs a product.
-    """
-    return _memory(spec, keeps_state, x, None, None, before)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _twice(x: Tensor) -> bool:
@@ -138,12 +137,12 @@ def _call(
     after: Sequence[Tensor],
     y: Tensor,
 ) -> native.Memory:
-    flags = (_address(mask), _address(reset))
+    flags = (address(mask), address(reset))
     batch, steps, _ = x.shape
     sequences = native.Sequences(batch, steps, x.data_ptr(), x.stride(0), x.stride(1), *flags)
-    states = [_address(part) for part in before], [_address(part) for part in after]
+    states = [address(part) for part in before], [address(part) for part in after]
     row = 0 if scores is None else scores.shape[-1]
-    return native.Memory(sequences, *spec[:4], *states, y.data_ptr(), scores=_address(scores), score_row=row)
+    return native.Memory(sequences, *spec[:4], *states, y.data_ptr(), scores=address(scores), score_row=row)
 
 
 class MLSTM(Layer):
@@ -264,11 +263,6 @@ class MLSTM(Layer):
         """Whether the weights exist."""
         return self.kernel is not None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> MLSTM:
-        super()._apply(fn, recurse)
-        self._like = fn(self._like)
-        return self
-
     def forward(
         self, sequences: Any, initial_state: Any = None, mask: Any = None, reset: Any = None, lengths: Any = None
     ) -> Any:
@@ -310,7 +304,7 @@ class MLSTM(Layer):
             z = torch.nn.functional.linear(x, self.kernel.t(), self.bias)
             core, gate = z.split([self.spec.core, self.units], dim=-1)
             ungated = self.spec._replace(output_gate=False)
-            h, *after = _memory(ungated, self.return_state, core, used, starts, before)
+            h, *after = run_memory(ungated, core, before, self.return_state, used, starts)
             y = torch.sigmoid(gate) * h
         if not self.return_sequences:
             y = _last(y, used)

@@ -128,11 +128,6 @@ class RNN(StatefulLayer):
         if isinstance(self.cell, Layer):
             self.cell.build(input_size)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> RNN:
-        super()._apply(fn, recurse)
-        self._like = fn(self._like)
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         # A tensor with a graph can't be copied, and observers observe only this layer.
         return {**super().__getstate__(), "_activity": None, "_observers": ()}

@@ -54,11 +54,6 @@ class TimeDistributed(Layer):
         if isinstance(self.layer, Layer):
             self.layer.build(input_size)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> TimeDistributed:
-        super()._apply(fn, recurse)
-        self._like = fn(self._like)
-        return self
-
     def forward(self, inputs: Any, mask: Any = None, training: bool | None = None) -> Any:
         """Apply the layer to each step.
 

@@ -7,6 +7,7 @@ from onnx_graphs import compare, model, write
 
 from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx as adapter
+from cellstack.formats.onnx.axis_rules import RULES
 from cellstack.nodes import (
     Activation,
     Clip,
@@ -147,3 +148,7 @@ def test_pads_that_are_refused(tmp_path):
         path = chain(tmp_path, steps, ["B", "T", 3])
         with pytest.raises(FormatError, match=message):
             adapter.load(path)
+
+
+def test_every_operator_has_a_rule_about_axes():
+    assert adapter.HANDLERS.keys() <= RULES.keys()

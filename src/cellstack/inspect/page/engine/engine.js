@@ -97,7 +97,7 @@ export function readNetwork({ description, arrays, cells: { forms, numbers } }) 
     if (type === "recurrent") stacks.push(["", settings]);
     if (type === "bidirectional") stacks.push(["forward/", settings.forward], ["backward/", settings.backward]);
     const found = stacks.flatMap(([prefix, stack]) => stack.cells.map((spec, n) => [spec, groups[`${name}/${prefix}${n}`] ?? {}]));
-    if (type === "mlstm" && Object.hasOwn(numbers, name)) found.push([{}, {}]); // its form has its settings
+    if (!stacks.length && Object.hasOwn(numbers, name)) found.push([{}, {}]); // the form has the settings, as of an mLSTM
     const cells = found.map(([spec, own], n) => {
       const form = forms[numbers[name][n]];
       return { spec: { ...form.settings, ...spec }, form, arrays: own };
@@ -127,7 +127,7 @@ export function unsupported(network) {
     if (states.length) {
       found.push(`${name}: reading the states ${states.join(", ")} isn't supported: run the network in Python.`);
     }
-    if (!Object.hasOwn(NODE_KINDS, type) || (type === "mlstm" && !cells.length)) {
+    if (!Object.hasOwn(NODE_KINDS, type) || ("passes" in NODE_KINDS[type] && !cells.length)) {
       found.push(`${name}: a node of the type ${type} isn't supported.`);
       continue;
     }

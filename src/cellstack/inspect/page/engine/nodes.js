@@ -6,23 +6,9 @@ import { CellPass } from "./cells.js";
 import { CellBack } from "./cells_back.js";
 import { backStack, fromTheEnd, runStack } from "./stacks.js";
 import { flagsOf, noFlags } from "./nodes_base.js";
-import {
-  activationNode,
-  clipNode,
-  denseNode,
-  embeddingNode,
-  functionNode,
-  groupNormNode,
-  groupedDenseNode,
-  layerNormNode,
-  maskingNode,
-  powerNode,
-  rmsNormNode,
-  scaleNode,
-  standardiseNode,
-} from "./nodes_rows.js";
-import { convolutionNode, globalPoolNode, reduceNode, windowPoolNode } from "./nodes_time.js";
-import { mergeNode, padNode, permuteNode, repeatNode, reshapeNode, selectNode } from "./nodes_shape.js";
+import { ROW_NODES } from "./nodes_rows.js";
+import { TIME_NODES } from "./nodes_time.js";
+import { SHAPE_NODES } from "./nodes_shape.js";
 
 export const STACK_SETTINGS = ["cells", "return_sequences", "go_backwards", "zero_output_for_mask", "residual"];
 
@@ -132,28 +118,7 @@ export const NODE_KINDS = {
   recurrent: recurrentNode,
   bidirectional: bidirectionalNode,
   mlstm: memoryNode,
-  standardise: standardiseNode,
-  scale: scaleNode,
-  layer_norm: layerNormNode,
-  rms_norm: rmsNormNode,
-  group_norm: groupNormNode,
-  dense: denseNode,
-  grouped_dense: groupedDenseNode,
-  activation: activationNode,
-  clip: clipNode,
-  power: powerNode,
-  function: functionNode,
-  embedding: embeddingNode,
-  masking: maskingNode,
-  conv1d: convolutionNode,
-  pool1d: windowPoolNode,
-  pool: globalPoolNode,
-  reduce: reduceNode,
-  pad: padNode,
-  flatten: reshapeNode([], () => [-1]),
-  reshape: reshapeNode(["shape"], (node) => node.settings.shape),
-  permute: permuteNode,
-  repeat: repeatNode,
-  select: selectNode,
-  merge: mergeNode,
+  ...ROW_NODES,
+  ...TIME_NODES,
+  ...SHAPE_NODES,
 };

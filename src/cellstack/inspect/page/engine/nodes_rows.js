@@ -18,7 +18,7 @@ function denseSums(node, x) {
   return { z, rows, I, O };
 }
 
-export const denseNode = stepwiseNode(
+const denseNode = stepwiseNode(
   ["input_size", "units", "use_bias", "activation"],
   ["kernel", "bias"],
   (node, x) => {
@@ -38,7 +38,7 @@ export const denseNode = stepwiseNode(
   },
 );
 
-export const groupedDenseNode = stepwiseNode(
+const groupedDenseNode = stepwiseNode(
   ["groups", "group_input_size", "group_units", "units", "use_bias"],
   ["kernel", "bias"],
   (node, x) => {
@@ -68,51 +68,9 @@ export const groupedDenseNode = stepwiseNode(
   },
 );
 
-export const activationNode = stepwiseNode(
-  ["activation"],
-  [],
-  (node, x) => ({ data: activateRows(node.settings.activation, x.data, lastAxis(x.shape)), shape: x.shape }),
-  (node, x, y, dy) => activateRowsBack(node.settings.activation, x.data, y.data, lastAxis(x.shape), dy),
-);
-
 const boundsOf = ({ low, high }) => [low ?? -Infinity, high ?? Infinity];
 
-export const clipNode = elementwiseNode(
-  ["low", "high"],
-  [],
-  (bounds, x) => betweenOf(x, ...boundsOf(bounds)),
-  (bounds, y, x) => [x > boundsOf(bounds)[0] && x < boundsOf(bounds)[1] ? 1 : 0],
-);
-
-export const powerNode = elementwiseNode(
-  ["exponent"],
-  [],
-  ({ exponent }, x) => x ** exponent,
-  ({ exponent }, y, x) => [exponent * x ** (exponent - 1)],
-);
-
 const FUNCTION_SLOPES = { abs: Math.sign, cos: (x) => -Math.sin(x), log: (x) => 1 / x, sin: Math.cos };
-
-export const functionNode = elementwiseNode(
-  ["function"],
-  [],
-  (settings, x) => Math[settings.function](x),
-  (settings, y, x) => [FUNCTION_SLOPES[settings.function](x)],
-);
-
-export const standardiseNode = elementwiseNode(
-  ["input_size"],
-  ["mean", "scale"],
-  (_, x, mean, scale) => (x - mean) / scale,
-  (_, y, x, mean, scale) => [1 / scale, -1 / scale, -y / scale],
-);
-
-export const scaleNode = elementwiseNode(
-  ["input_size"],
-  ["scale", "shift"],
-  (_, x, scale, shift) => x * scale + shift,
-  (_, y, x, scale) => [scale, x, 1],
-);
 
 // Normalise each group of every row; also returns the result before the gain, and the deviations, for the backward pass.
 function normalisedRows(node, x, centred) {
@@ -144,9 +102,7 @@ const normNode = (centred, ...settings) =>
     },
   );
 
-export const layerNormNode = normNode(true);
-export const rmsNormNode = normNode(false);
-export const groupNormNode = {
+const groupNormNode = {
   ...normNode(true, "groups", "over_time"),
   refuses: ({ over_time: overTime }) => (overTime ? "a norm over time isn't supported." : null),
 };
@@ -154,7 +110,7 @@ export const groupNormNode = {
 // A mask that a node creates, combined with its input's mask.
 const withOwnMask = (mask, own) => (mask === null ? own : own.map((kept, at) => kept & mask[at]));
 
-export const embeddingNode = {
+const embeddingNode = {
   settings: ["ids", "units", "mask_zero"],
   arrays: ["table"],
   run(node, [flow]) {
@@ -175,7 +131,7 @@ export const embeddingNode = {
   },
 };
 
-export const maskingNode = {
+const maskingNode = {
   settings: ["value"],
   arrays: [],
   run(node, [flow], { dtype }) {
@@ -192,4 +148,50 @@ export const maskingNode = {
     const W = lastAxis(flow.x.shape);
     return [dy.map((d, n) => (own[Math.floor(n / W)] ? d : 0))];
   },
+};
+
+export const ROW_NODES = {
+  standardise: elementwiseNode(
+    ["input_size"],
+    ["mean", "scale"],
+    (_, x, mean, scale) => (x - mean) / scale,
+    (_, y, x, mean, scale) => [1 / scale, -1 / scale, -y / scale],
+  ),
+  scale: elementwiseNode(
+    ["input_size"],
+    ["scale", "shift"],
+    (_, x, scale, shift) => x * scale + shift,
+    (_, y, x, scale) => [scale, x, 1],
+  ),
+  layer_norm: normNode(true),
+  rms_norm: normNode(false),
+  group_norm: groupNormNode,
+  dense: denseNode,
+  grouped_dense: groupedDenseNode,
+  activation: stepwiseNode(
+    ["activation"],
+    [],
+    (node, x) => ({ data: activateRows(node.settings.activation, x.data, lastAxis(x.shape)), shape: x.shape }),
+    (node, x, y, dy) => activateRowsBack(node.settings.activation, x.data, y.data, lastAxis(x.shape), dy),
+  ),
+  clip: elementwiseNode(
+    ["low", "high"],
+    [],
+    (bounds, x) => betweenOf(x, ...boundsOf(bounds)),
+    (bounds, y, x) => [x > boundsOf(bounds)[0] && x < boundsOf(bounds)[1] ? 1 : 0],
+  ),
+  power: elementwiseNode(
+    ["exponent"],
+    [],
+    ({ exponent }, x) => x ** exponent,
+    ({ exponent }, y, x) => [exponent * x ** (exponent - 1)],
+  ),
+  function: elementwiseNode(
+    ["function"],
+    [],
+    (settings, x) => Math[settings.function](x),
+    (settings, y, x) => [FUNCTION_SLOPES[settings.function](x)],
+  ),
+  embedding: embeddingNode,
+  masking: maskingNode,
 };

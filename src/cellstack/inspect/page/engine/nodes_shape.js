@@ -3,7 +3,7 @@
 import { numbersIn, shapeText, slicedEntries } from "./shapes.js";
 import { around, axisOf, flagsOf, inOrder, movingNode, noFlags, takenMap, withAxis } from "./nodes_base.js";
 
-export const reshapeNode = (settings, lengths) => ({
+const reshapeNode = (settings, lengths) => ({
   ...movingNode(
     settings,
     (node, shape) => {
@@ -22,7 +22,7 @@ export const reshapeNode = (settings, lengths) => ({
   shapesOnly: true,
 });
 
-export const permuteNode = {
+const permuteNode = {
   ...movingNode(
     ["dims"],
     (node, shape) => {
@@ -45,7 +45,7 @@ export const permuteNode = {
   shapesOnly: true,
 };
 
-export const repeatNode = movingNode(
+const repeatNode = movingNode(
   ["times"],
   (node, [B, W]) => {
     const { times } = node.settings;
@@ -54,7 +54,7 @@ export const repeatNode = movingNode(
   noFlags,
 );
 
-export const selectNode = {
+const selectNode = {
   ...movingNode(
     ["start", "stop", "step", "axis"],
     (node, shape) => {
@@ -88,7 +88,7 @@ function begunAt(reset, B, T, entries) {
   return begun;
 }
 
-export const padNode = {
+const padNode = {
   ...movingNode(
     ["before", "after", "value", "axis"],
     (node, shape) => {
@@ -208,7 +208,7 @@ function concatPlan(node, flows) {
   return { shape, maps };
 }
 
-export const mergeNode = {
+const mergeNode = {
   settings: ["mode", "axis"],
   arrays: [],
   run(node, flows) {
@@ -272,4 +272,14 @@ export const mergeNode = {
     }
     return dxs;
   },
+};
+
+export const SHAPE_NODES = {
+  pad: padNode,
+  flatten: reshapeNode([], () => [-1]),
+  reshape: reshapeNode(["shape"], (node) => node.settings.shape),
+  permute: permuteNode,
+  repeat: repeatNode,
+  select: selectNode,
+  merge: mergeNode,
 };

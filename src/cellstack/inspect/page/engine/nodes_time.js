@@ -52,7 +52,7 @@ function convolutionSums(node, x) {
   return { z, B, T, C, F, groups, channels, filters, count };
 }
 
-export const convolutionNode = {
+const convolutionNode = {
   settings: ["taps", "input_size", "units", "strides", "dilation", "groups", "padding", "use_bias", "activation"],
   arrays: ["kernel", "bias"],
   mixesSteps: ({ taps, strides, padding }) => taps > 1 || strides > 1 || Array.isArray(padding),
@@ -132,7 +132,7 @@ const alongAxis = (at, n, inner, used) => {
 
 const usedSteps = ({ mask, x }) => (mask === null ? () => true : (o, entry) => mask[o * x.shape[1] + entry]);
 
-export const globalPoolNode = poolingNode(
+const globalPoolNode = poolingNode(
   ["mode"],
   (node, flow) => {
     const [B, T, W] = flow.x.shape;
@@ -148,7 +148,7 @@ export const globalPoolNode = poolingNode(
 const reducedShape = ({ settings }, shape, axis) =>
   settings.keepdims ? withAxis(shape, axis, 1) : shape.filter((_, n) => n !== axis);
 
-export const reduceNode = poolingNode(
+const reduceNode = poolingNode(
   ["mode", "axis", "keepdims"],
   (node, flow) => {
     const { shape } = flow.x;
@@ -165,7 +165,7 @@ export const reduceNode = poolingNode(
   ({ axis }) => axis === 1 || axis < -1,
 );
 
-export const windowPoolNode = poolingNode(
+const windowPoolNode = poolingNode(
   ["mode", "size", "strides", "padding"],
   (node, flow) => {
     const [B, T, W] = flow.x.shape;
@@ -184,3 +184,5 @@ export const windowPoolNode = poolingNode(
   noFlags,
   () => true,
 );
+
+export const TIME_NODES = { conv1d: convolutionNode, pool1d: windowPoolNode, pool: globalPoolNode, reduce: reduceNode };
