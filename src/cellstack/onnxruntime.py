@@ -14,8 +14,7 @@ from typing import Any
 
 import onnxruntime
 
-from cellstack.cells.plan import Plan
-from cellstack.formats.onnx.segments import SegmentedNetwork
+from cellstack.formats.onnx.segments import SegmentedNetwork, undivided
 
 
 def __getattr__(name: str) -> Any:
@@ -103,9 +102,9 @@ class InferenceSession(onnxruntime.InferenceSession):
         more = {"graph_name": proto.graph.name, "graph_description": proto.graph.doc_string}
         return SimpleNamespace(**found, **more, version=proto.model_version, custom_metadata_map=own)
 
-    def plan(self) -> Plan:
-        """Return what runs each part of the file, in order."""
-        return Plan([f"ONNX Runtime: {self._why}"]) if self._parts is None else self._parts.plan()
+    def plan(self) -> Any:
+        """Return what runs each part of the file, in order: a tuple of lines."""
+        return undivided(self._why) if self._parts is None else self._parts.plan()
 
 
 def _divided(path_or_bytes: str | PathLike[str] | bytes) -> SegmentedNetwork:

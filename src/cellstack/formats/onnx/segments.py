@@ -339,6 +339,11 @@ def segmented(path: str, reason: str) -> SegmentedNetwork | None:
     return made if made.kernels else None
 
 
+def undivided(reason: str) -> Plan:
+    """Return the plan of a file that ONNX Runtime runs alone."""
+    return Plan([f"ONNX Runtime: {reason}"])
+
+
 def _argument(value: Any) -> NodeArg:
     """Return an input of a graph."""
     kind = value.type.tensor_type
