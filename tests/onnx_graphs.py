@@ -27,8 +27,8 @@ ACTIVATIONS = {  # with a range for alpha and one for beta
     "ThresholdedRelu": ((-0.3, 0.3),),
 }
 BOUNDED = ("Sigmoid", "HardSigmoid", "Tanh")
-# ONNX Runtime's RNN ended the process where only the second direction's activation has an alpha. For Python 3.10, 1.23
-# is the last version.
+# ONNX Runtime's RNN ended the process where only one direction's activation has an alpha or beta. For Python 3.10,
+# 1.23 is the last version.
 READS_BEYOND_ALPHA = [int(part) for part in onnxruntime.__version__.split(".")[:2]] < [1, 24]
 
 
@@ -113,8 +113,8 @@ def random_activations(rng, kind, ways):
         names.append(name)
         for values, bounds in zip((alphas, betas), ACTIVATIONS[name], strict=False):
             values.append(round(rng.uniform(*bounds), 2))
-    if READS_BEYOND_ALPHA and kind == "RNN" and ways == 2 and not ACTIVATIONS[names[0]]:
-        names.reverse()
+    if READS_BEYOND_ALPHA and kind == "RNN" and {len(alphas), len(betas)} - {0, ways}:
+        return {}
     attributes = {"activations": names, "activation_alpha": alphas, "activation_beta": betas}
     return {key: value for key, value in attributes.items() if value}
 

@@ -1021,6 +1021,8 @@ def test_autocast_gives_the_dtypes_that_pytorch_gives(kind, dtype, start, runs):
 @pytest.mark.parametrize("lengths", [[5], [5, 5], [1, 1], [5, 3]], ids=str)
 @pytest.mark.parametrize("kind", MODULES)
 def test_autocast_gives_packed_rows_the_dtypes_that_pytorch_gives(kind, lengths, runs):
+    if torch.__version__ < (2, 13) and kind is nn.LSTM and len(set(lengths)) == 1:
+        pytest.skip("PyTorch gave these float32, unlike other rows")
     theirs, ours = pair(kind, 3, 4)
     x = pack_sequence([torch.randn(length, 3) for length in lengths])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

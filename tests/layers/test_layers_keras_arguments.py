@@ -88,7 +88,7 @@ def test_a_keras_initialiser_with_an_incomplete_description_is_called():
 
 def test_omitted_settings_of_keras_have_default_values():
     config = keras.initializers.serialize(keras.initializers.HeNormal(seed=1))
-    assert None in config["config"].values()
+    config["config"] |= {"input_axes": None, "output_axes": None}  # as Keras 3.15 writes it
     ours = layers.SimpleRNN(4, kernel_initializer=config, input_size=3).get_weights()[0]
     same = layers.SimpleRNN(4, kernel_initializer=keras.initializers.HeNormal(seed=1), input_size=3).get_weights()[0]
     np.testing.assert_array_equal(ours, same)

@@ -41,7 +41,7 @@ NO_MASKS = Masks()
 def op_masks(masks: Sequence[Masks], cells: Sequence[op.CellCall], like: Tensor) -> list[Tensor]:
     """Return the masks of layers as the op's list, with empty tensors like `like` for absent ones."""
     for of_layer in masks:  # faster than `all`, at every call
-        if of_layer is not NO_MASKS:
+        if of_layer.recurrent is not None or of_layer.zoneout:
             break
     else:
         return []

@@ -68,18 +68,18 @@ class TorchOps:
         """Return `v`."""
         return v
 
-    def product(self, v: Tensor, name: str, gates: slice = slice(None)) -> Tensor:
-        """Return the matrix product."""
+    def product(self, v: Tensor, name: str, gates: slice | None = None) -> Tensor:
+        """Return the matrix product; without `gates`, of all of them."""
         matrix = self.arrays[name]
         if matrix.ndim == 3:
             return self._by_heads(v, matrix, gates)
-        if gates != slice(None):
+        if gates is not None:
             matrix = matrix[:, gates.start * self.spec.units : gates.stop * self.spec.units]
         return v @ matrix
 
-    def _by_heads(self, v: Tensor, matrix: Tensor, gates: slice) -> Tensor:
+    def _by_heads(self, v: Tensor, matrix: Tensor, gates: slice | None) -> Tensor:
         heads, rows, _ = matrix.shape
-        matrices = matrix.reshape(heads, rows, len(self.spec.gates), -1)[:, :, gates]
+        matrices = matrix.reshape(heads, rows, len(self.spec.gates), -1)[:, :, gates or slice(None)]
         return torch.einsum("...jk,jkgu->...gju", v.unflatten(-1, (heads, rows)), matrices).flatten(-3)
 
     def weight(self, name: str, row: int | None = None) -> Tensor:

@@ -269,7 +269,10 @@ def test_float64(tmp_path):
         net = adapter.load(written(model, tmp_path / f"model{suffix}"))
         assert net.dtype == np.float64
         theirs = outputs_of(model, x)[0]
-        np.testing.assert_allclose(net(x), theirs, rtol=0, atol=1e-12)
+        # Keras 3.12, the last for Python 3.10, rounds some values to float32.
+        np.testing.assert_allclose(
+            net(x), theirs, rtol=0, atol=tolerances.NETWORK if keras.__version__.startswith("3.12.") else 1e-12
+        )
 
 
 def test_standardising_layers(tmp_path):

@@ -65,9 +65,9 @@ def ours(net, arrays, batch_first):
     return y.transpose(1, 2, 0, 3), *ends
 
 
-def test_all_18_are_here():
+def test_all_are_here():
     assert len(MODULES) == 3
-    assert len(FOUND) == 18
+    assert len(FOUND) in (12, 18)  # six are new in onnx 1.21 or later
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1], ids=["as it is", "random", "random again"])

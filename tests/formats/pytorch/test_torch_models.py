@@ -77,7 +77,7 @@ OTHERS = {  # some of the unsupported contents that `load` has to name
     "medaka": ["linear (weight [5, 256], bias [5])"],
     "g2p-fa": ["encoder.embedding (weight [41, 40])", "decoder.fc_out (weight [33, 256], bias [33])"],
     "arabic-diacritizer": ["embedding (weight [54, 128])", "attention.W (weight [512, 512])"],
-    "silero-vad, TorchScript": ["'vad.model.vad_annotator.VADRNNJIT'", " more; pass order="],
+    "silero-vad, TorchScript": ["'vad.model.vad_annotator.VADRNNJIT'", " more; pass `order="],
 }
 
 

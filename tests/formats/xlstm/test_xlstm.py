@@ -376,6 +376,7 @@ def test_accelerated_cells(settings, cell, text):
     assert type(getattr(model.blocks[0].xlstm, cell)) is before_class
 
 
+@needs_large
 @pytest.mark.parametrize(
     "settings", [{}, pytest.param({"weight_mode": "fused", "mode": "train"}, marks=pytest.mark.slow)]
 )
@@ -411,6 +412,7 @@ def flat(states):
     return [part for layer in states.values() for part in layer]
 
 
+@needs_large
 def test_a_large_model_with_sigmoid_input_gates_is_not_accelerated():
     model = large_model(num_blocks=1)
     model.backbone.blocks[0].mlstm_layer.mlstm_backend.config.chunkwise_kernel = "chunkwise--triton_xl_chunk_siging"

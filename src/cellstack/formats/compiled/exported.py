@@ -73,7 +73,8 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
     def look(message: Warning | str, category: type[Warning], *_: Any) -> None:
         if category.__name__ == "TracerWarning" and LOOKS in str(message):
             # PyTorch's own checks of values don't change what a module computes.
-            line = line_of(outside(sys._getframe(1), OURS, warnings.__file__))
+            own = warnings.__file__, warnings.simplefilter.__code__.co_filename  # two since Python 3.14
+            line = line_of(outside(sys._getframe(1), OURS, *own))
             looks.extend([line] if line else [])
 
     def run(inlining: bool) -> None:
