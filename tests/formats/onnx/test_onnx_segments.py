@@ -261,6 +261,42 @@ def test_without_onnxruntime_a_call_names_the_segment(tmp_path):
     )
 
 
+def test_a_layout_with_the_batch_first(tmp_path):
+    """ONNX Runtime doesn't have this layout: the results are those of the other one, with the axes in another order."""
+    path, other = str(graph(path=tmp_path / "a.onnx", ways=2, given=("lengths", "h", "c"))), str(tmp_path / "b.onnx")
+    model = onnx.load(path)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "layout":
+                attribute.i = 1
+            elif attribute.name == "perm":
+                attribute.ints[:] = [0, 2, 1]
+    for value in model.graph.input[1:3]:
+        value.CopyFrom(floats(value.name, "B", 2, UNITS))
+    onnx.save(model, other)
+    given = inputs_of(theirs(path), 9, 3)
+    turned = given | {name: given[name].swapaxes(0, 1) for name in ("h", "c")}
+    expected, found = SegmentedNetwork(path)(given), SegmentedNetwork(other)(turned)
+    np.testing.assert_array_equal(found[0], expected[0].transpose(2, 0, 1, 3))
+    for ours, end in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(ours, end.swapaxes(0, 1))
+
+
+def test_verify_compares_with_onnxruntime_alone(tmp_path):
+    path = graph(path=tmp_path / "model.onnx", ways=2)
+    parts = loaded(path)
+    report = cs.verify(parts, path)
+    assert report.ok()
+    assert report.inputs == {"x": (5, 4, 7)}
+    assert [one.name for one in report.differences] == ["y", "Y_h", "Y_c"]
+    assert cs.verify(parts, path, RNG.normal(size=(1, 4, 30)).astype("f4")).ok()
+    model = onnx.load(path)
+    weight = next(one for one in model.graph.initializer if one.name == "a.R")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[:, ::-1], "a.R"))
+    onnx.save(model, path)
+    assert not cs.verify(parts, path).ok()
+
+
 # ── InferenceSession ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -299,3 +335,39 @@ def test_a_file_without_recurrent_operators_runs_in_onnxruntime(tmp_path):
     assert session.get_session_options().intra_op_num_threads == 0
     with pytest.raises(Exception, match="NO_SUCHFILE"):
         InferenceSession(str(tmp_path / "none.onnx"))
+
+
+# ── Every variant of an operator ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 100))])
+def test_random_operators(seed, tmp_path):
+    """Attributes, optional inputs and used outputs in any combination."""
+    rng = np.random.default_rng(seed)
+
+    def maybe(share):
+        return bool(rng.random() < share)
+
+    kind, ways = str(rng.choice(list(GATES))), int(rng.integers(1, 3))
+    direction = "bidirectional" if ways == 2 else str(rng.choice(["forward", "reverse"]))
+    attributes = {"hidden_size": UNITS, "direction": direction}
+    attributes |= {"clip": float(rng.uniform(0.3, 2))} if maybe(0.3) else {}
+    attributes |= {"linear_before_reset": int(maybe(0.5))} if kind == "GRU" else {}
+    attributes |= {"input_forget": int(maybe(0.3))} if kind == "LSTM" else {}
+    taken = ["x", "a.W", "a.R", "a.B" if maybe(0.7) else "", "lengths" if maybe(0.4) else ""]
+    taken += [name if maybe(0.4) else "" for name in ("h", "c")[: 2 if kind == "LSTM" else 1]]
+    taken += ["P"] if kind == "LSTM" and maybe(0.3) else []
+    while not taken[-1]:
+        taken.pop()
+    every = ["Y", "Y_h", "Y_c"][: 3 if kind == "LSTM" else 2]
+    outputs = [name if maybe(0.6) else "" for name in every]
+    outputs = outputs if any(outputs) else every
+    peepholes = numpy_helper.from_array(rng.normal(0, 0.4, (ways, 3 * UNITS)).astype("f4"), "P")
+    tensors = [one for one in (*weights(kind, "a", ways=ways), peepholes) if one.name in taken]
+    inputs = [floats("x", "T", "B", WIDTH), *(floats(name, ways, "B", UNITS) for name in ("h", "c") if name in taken)]
+    inputs += [helper.make_tensor_value_info("lengths", TensorProto.INT32, ["B"])] if "lengths" in taken else []
+    node = helper.make_node(kind, taken, outputs, "layer", **attributes)
+    path = str(write(tmp_path / "model.onnx", [node], inputs, list(filter(None, outputs)), tensors))
+    parts = SegmentedNetwork(path)
+    assert [type(part) for part in parts.parts] == [Kernel]
+    compared(path, parts)

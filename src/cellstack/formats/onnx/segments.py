@@ -282,11 +282,14 @@ class SegmentedNetwork:
             ValueError: missing or unknown inputs.
             ModuleNotFoundError: onnxruntime isn't installed.
         """
-        if not isinstance(x, Mapping):
-            values = [x] if len(self.inputs) == 1 else list(x)
-            x = dict(zip(self.inputs, values, strict=True))
-        found = self.compute(x)
+        found = self.compute(self.by_name(x))
         return found[0] if len(found) == 1 else tuple(found)
+
+    def by_name(self, x: Any) -> Mapping[str, Any]:
+        """Return the inputs, given by name or in order, by name."""
+        if isinstance(x, Mapping):
+            return x
+        return dict(zip(self.inputs, [x] if len(self.inputs) == 1 else x, strict=True))
 
     def plan(self) -> Plan:
         """Return what runs each part, in order, and why the graph isn't a Network."""
