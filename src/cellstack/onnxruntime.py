@@ -12,7 +12,11 @@ from os import PathLike, fspath
 from types import SimpleNamespace
 from typing import Any
 
-import onnxruntime
+try:
+    import onnxruntime
+except ModuleNotFoundError as error:
+    needs = "cellstack.onnxruntime needs onnxruntime: pip install 'cellstack[onnxruntime]'"
+    raise ModuleNotFoundError(needs, name=error.name) from None
 
 from cellstack.formats.onnx.segments import SegmentedNetwork, undivided
 
