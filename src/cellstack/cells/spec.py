@@ -14,6 +14,7 @@ from cellstack.cells.activations import Activation, activation
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, documented
 from cellstack.cells.arrays import Axis, axes_of
 from cellstack.cells.errors import ShapeError, as_flag, as_integer, as_number
+from cellstack.cells.mlstm import MemorySpec
 
 GATES = {name: tuple(kind.gates) for name, kind in KINDS.items()}
 """The kinds of cell, and the order of their gate blocks in every array that has H columns per gate."""
@@ -325,6 +326,10 @@ class CellSpec:
     def text(self) -> str:
         """The description as one line of JSON, which `described` parses."""
         return json.dumps(self.settings)
+
+
+Spec = CellSpec | MemorySpec
+"""The description of a cell: what the views of a step have in common."""
 
 
 def _flags() -> Iterator[Argument]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import Array
     from cellstack.nodes.cell_arrays import Cell
     from cellstack.nodes.patches import CellPatches
-    from cellstack.nodes.values import MemoryCell
+    from cellstack.nodes.values import Celled
 
 KEY, VERSION = "cellstack_trace", 1
 
@@ -205,7 +205,7 @@ def _value(network: Network, name: str, tensor: str, batch: int, tensors: _Tenso
     return tensors.take(tensor, [batch, *shape], "biuf" if ids else network.dtype)
 
 
-def _state(cell: Cell | MemoryCell, where: str, batch: int, dtype: np.dtype[Any], tensors: _Tensors) -> Any:
+def _state(cell: Celled, where: str, batch: int, dtype: np.dtype[Any], tensors: _Tensors) -> Any:
     shapes = {name: [batch, *shape] for name, shape in cell.state_shapes.items()}
     return tensors.fields(where, cell.state_type, shapes, dtype)
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cellstack.cells import activations
-from cellstack.cells.mlstm import MemorySpec
-from cellstack.cells.spec import CellSpec
+from cellstack.cells.spec import CellSpec, Spec
 from cellstack.views.torch import TorchOps, clipped
 
 Function = Callable[[Tensor], Tensor]
@@ -161,7 +160,7 @@ def run_eagerly(
     dropped: Sequence[Tensor],
     mask: Tensor | None,
     reset: Tensor | None,
-    specs: Sequence[CellSpec | MemorySpec],
+    specs: Sequence[Spec],
     functions: Sequence[Sequence[Function]],
     reverse: bool,
     sequences: bool,
@@ -191,7 +190,7 @@ def run_eagerly(
     return [*finals, *(ys[-1:] if sequences else ())]
 
 
-def _initial(spec: CellSpec | MemorySpec, arrays: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
+def _initial(spec: Spec, arrays: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
     """Return the initial state for calls without one."""
     return [
         arrays[f"initial_{name}"].expand(x.shape[0], *shape)

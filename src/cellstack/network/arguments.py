@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.cells.base import HiddenState, MatrixState, State
 from cellstack.cells.errors import ShapeError, as_nested, check_mask, check_state
 from cellstack.nodes.base import Array, CellState
-from cellstack.nodes.cell_arrays import Cell
-from cellstack.nodes.values import MemoryCell
+from cellstack.nodes.values import Celled
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:
@@ -89,7 +87,7 @@ class OwnState(tuple[Any, ...]):
 
 
 def as_states(
-    owner: str, state: Any, cells: Sequence[Cell | MemoryCell], batch: int, sources: Sequence[str] = ()
+    owner: str, state: Any, cells: Sequence[Celled], batch: int, sources: Sequence[str] = ()
 ) -> tuple[CellState | None, ...]:
     """Return one state per cell and memory, contiguous and of its dtype; None where the state isn't given.
 
@@ -133,9 +131,9 @@ def as_states(
     return tuple(states)
 
 
-def _of_one_cell(state: Any, cell: Cell | MemoryCell) -> bool:
+def _of_one_cell(state: Any, cell: Celled) -> bool:
     """Whether `state` is the state of the one cell itself (an array, or h and c), without an outer tuple."""
-    if isinstance(state, (State, HiddenState, MatrixState)) or _is_array(state):
+    if hasattr(state, "_fields") or _is_array(state):
         return True
     alone = isinstance(state, Sequence) and len(state) == len(cell.state_shapes) > 1
     return alone and all(map(_is_array, state))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +38,13 @@ class Flow(NamedTuple):
 
 
 class Celled:
-    """What has the state of a cell, which its description declares."""
+    """What has the state of a cell, which its description declares: a `Cell`, or the cell of an `MLSTM`."""
 
     spec: Any
+    dtype: Any
+    arrays: Any
+    initial: Any
+    one_head: Any
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,7 +76,11 @@ class MemoryCell(Celled):
 
     spec: MemorySpec
     dtype: np.dtype[Any]
-    arrays: ClassVar[dict[str, Array]] = {}
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Its arrays by name: none."""
+        return {}
 
     @property
     def one_head(self) -> MemoryCell:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from cellstack.cells.mlstm import MemorySpec
-from cellstack.cells.spec import CellSpec
+from cellstack.cells.spec import Spec
 
 # Widths: units, features, x.
 H, I, X = "H", "I", "X"  # noqa: E741
@@ -45,7 +44,7 @@ class Recorded:
     share of each state before the step that zoneout keeps in inference. Of an mLSTM, all heads together are one vector.
     """
 
-    spec: Any  # a CellSpec, or a MemorySpec
+    spec: Any  # a Spec
     values: list[Value] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -197,7 +196,7 @@ class Recorded:
         return self._new("contract", M, q, width=(self.spec.units, ""))
 
 
-def form_of(spec: CellSpec | MemorySpec) -> dict[str, Any]:
+def form_of(spec: Spec) -> dict[str, Any]:
     """Return a form of cell, which is a cell regardless of its widths, as JSON-compatible values.
 
     Returns:

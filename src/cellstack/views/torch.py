@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cellstack.cells.mlstm import MemorySpec
-from cellstack.cells.spec import CellSpec
+from cellstack.cells.spec import Spec
 
 
 def clipped(z: Tensor, low: float, high: float) -> Tensor:
@@ -31,7 +30,7 @@ class TorchOps:
 
     def __init__(
         self,
-        spec: CellSpec | MemorySpec,
+        spec: Spec,
         arrays: Mapping[str, Tensor],
         activations: Sequence[Callable[[Tensor], Tensor]],
         drop: Tensor | None,

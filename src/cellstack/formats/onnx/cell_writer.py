@@ -26,7 +26,7 @@ from cellstack.formats.onnx.pieces import Pieces
 from cellstack.formats.onnx.scan import body_of
 from cellstack.network import Network
 from cellstack.nodes import MLSTM, Bidirectional, Cell, Node, Recurrent
-from cellstack.nodes.values import MemoryCell
+from cellstack.nodes.values import Celled
 
 NOT_IN_ONNX = {
     "heads": 1,
@@ -157,7 +157,7 @@ class CellWriter(Pieces):
     def start(
         self,
         where: str,
-        cells: tuple[Cell | MemoryCell, ...],
+        cells: tuple[Celled, ...],
         names: list[str],
         x: str,
         ways: bool,
@@ -268,7 +268,7 @@ class CellWriter(Pieces):
     def scan(
         self,
         where: str,
-        cell: Cell | MemoryCell,
+        cell: Celled,
         direction: str,
         x: str,
         steps: str,

@@ -20,13 +20,13 @@ import numpy as np
 from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.nodes.cell_arrays import Cell
-from cellstack.nodes.values import MemoryCell
+from cellstack.nodes.values import Celled
 
 
 class OnnxOps(Pieces):
     """See `cellstack.cells.base.Ops`; vectors are the names of values `[B, …]`."""
 
-    def __init__(self, where: str, cell: Cell | MemoryCell) -> None:
+    def __init__(self, where: str, cell: Celled) -> None:
         super().__init__(onnx_package(), cell.dtype, set(), f"{where}/")  # names of a Network have no slash
         self.spec: Any = cell.spec
         self.w = {
@@ -184,7 +184,7 @@ class OnnxOps(Pieces):
         return self.of("Squeeze", self.of("MatMul", self.wide(q, last=-2), M), self.integers(-2))
 
 
-def body_of(where: str, cell: Cell | MemoryCell, masked: bool = False, residual: bool = False) -> Any:
+def body_of(where: str, cell: Celled, masked: bool = False, residual: bool = False) -> Any:
     """Return a step of a cell as a GraphProto: states and x in, states and y out.
 
     Args:
