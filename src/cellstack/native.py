@@ -187,10 +187,11 @@ def sequences(
     reset: NDArray[np.bool_] | None = None,
     reverse: bool = False,
     places: NDArray[np.int64] | None = None,
+    time_major: bool = False,
 ) -> Sequences:
     """Return the kernel's object for `x [B, T, I]` of any strides and flags `[B, T]`.
 
-    `reverse`: run from the end; `places`: the row of the states of each row of x.
+    `reverse`: run from the end; `places`: the row of the states of each row of x; `time_major`: y is `[T, B, ·]`.
     """
     item = x.itemsize
     stride_batch, stride_time, stride = x.strides
@@ -198,7 +199,9 @@ def sequences(
         x = plain(x)
         stride_batch, stride_time, _ = x.strides
     mask, reset = (None if flags is None else plain(flags) for flags in (mask, reset))
-    return Sequences(len(x), x.shape[1], x, stride_batch // item, stride_time // item, mask, reset, reverse, places)
+    return Sequences(
+        len(x), x.shape[1], x, stride_batch // item, stride_time // item, mask, reset, reverse, places, time_major
+    )
 
 
 def results(

@@ -32,7 +32,7 @@ nodes layers
 network keras
 streaming
 formats
-inspect
+inspect onnxruntime
 train
 scale sklearn
 adapters
@@ -73,6 +73,7 @@ OUTSIDE_ALSO = {
     "formats": {"safetensors"},
     "inspect": {"safetensors"},
     "layers": {"torch"},
+    "onnxruntime": {"onnxruntime"},
     "views": {"torch"},
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
@@ -258,6 +259,11 @@ def test_dir_shows_the_public_names_and_nothing_else():
         ("torch", "from cellstack import layers", "cellstack.layers needs torch: pip install 'cellstack[torch]'"),
         ("torch", "import cellstack; cellstack.layers", "cellstack.layers needs torch: pip install 'cellstack[torch]'"),
         ("torch", "from cellstack.train import fit", "cellstack.train.fit needs torch: pip install 'cellstack[torch]'"),
+        (
+            "onnxruntime",
+            "import cellstack.onnxruntime",
+            "cellstack.onnxruntime needs onnxruntime: pip install 'cellstack[onnxruntime]'",
+        ),
         ("tqdm", "from cellstack import train; train.fit", "train.fit needs tqdm: pip install 'cellstack[torch]'"),
         ("torch", "import cellstack.keras", "cellstack.keras needs torch: pip install 'cellstack[torch]'"),
         ("keras", "import cellstack.keras", "cellstack.keras needs Keras 3: pip install 'cellstack[torch]' keras"),

@@ -388,7 +388,7 @@ def test_a_missing_package_is_one_line(capsys, tmp_path, monkeypatch):
     def needs(path, **options):
         raise ModuleNotFoundError("ONNX files need the package onnx: pip install 'cellstack[onnx]'")
 
-    monkeypatch.setattr(cli_files, "load", needs)
+    monkeypatch.setattr(cli_files, "load_network", needs)
     (tmp_path / "net.onnx").write_bytes(b"")
     for words in (["info"], ["convert", str(tmp_path / "b.c")], ["stream"]):
         verb, *rest = words

@@ -17,7 +17,7 @@ import numpy as np
 
 from cellstack import FormatError, Network
 from cellstack.cli.arguments import names
-from cellstack.formats import extract, listed, load, writers
+from cellstack.formats import extract, listed, load_network, writers
 from cellstack.formats.files import NATIVE, found
 from cellstack.nodes.cell_arrays import STORED_WEIGHTS
 from cellstack.train.checks import UsageError
@@ -102,7 +102,7 @@ def load_model(name: str, options: Mapping[str, Any] | None = None) -> tuple[Net
         OSError: the file can't be read.
     """
     path, given = found(name), options or {}
-    return loaded(path, given, lambda: load(path, **given)), path
+    return loaded(path, given, lambda: load_network(path, **given)), path
 
 
 def loaded(path: str, options: Mapping[str, Any], read: Callable[[], T]) -> T:
@@ -188,7 +188,7 @@ def info(args: argparse.Namespace) -> int:
     head = f"{path}: {size:,} bytes"
     options = load_options(args)
     try:
-        net = loaded(path, options, lambda: load(path, **options))
+        net = loaded(path, options, lambda: load_network(path, **options))
     except FormatError as error:
         if options:  # they ask for the whole network
             raise

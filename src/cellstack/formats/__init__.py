@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from importlib import import_module
 from os import PathLike, fspath
@@ -85,7 +86,9 @@ def load(source: Any, **options: Any) -> Network:
             values are repeated at the start of the next frame.
 
     Returns:
-        The network, with its names and metadata.
+        The network, with its names and metadata. An ONNX file with operators that a Network doesn't have, and with
+        recurrent operators that the kernel runs, becomes a `cellstack.formats.onnx.segments.SegmentedNetwork`, with a
+        warning: ONNX Runtime runs all of its other operators.
 
     Raises:
         TypeError: an option that the file's format doesn't have, or an order for a file that specifies its own; a
@@ -96,7 +99,35 @@ def load(source: Any, **options: Any) -> Network:
         ModuleNotFoundError: the package that reads the format isn't installed; the message names it.
         OSError: the file can't be read, or isn't a regular file, such as a named pipe.
     """
-    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        return _read(source, options)
+    except FormatError as error:
+        given = any(value is not None for value in options.values())
+        if given or not isinstance(source, (str, PathLike)) or os.path.isdir(source):
+            raise
+        adapter = adapter_of(path := found(source))
+        parts = adapter.segmented(path, str(error)) if hasattr(adapter, "segmented") else None
+        if parts is None:
+            raise
+        warnings.warn(f"load: {error}; ONNX Runtime runs all but the recurrent operators: see plan()", stacklevel=2)
+        return parts
+
+
+def load_network(source: Any, **options: Any) -> Network:
+    """Return what `load` returns, but refuse files of which ONNX Runtime would run a part.
+
+    Args:
+        source, **options: as for `load`.
+
+    Raises:
+        FormatError and others: as `load` does.
+    """
+    return _read(source, options)
+
+
+def _read(source: Any, given: dict[str, Any]) -> Network:
+    """Return the network of a file or a model."""
+    options = {name: value for name, value in given.items() if value is not None}
     if not isinstance(source, (str, PathLike)):
         if options:
             raise TypeError(f"load: {', '.join(options)}: only files take options, got a {type(source).__name__}")

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cellstack.cells.errors import FormatError
-from cellstack.formats import load
+from cellstack.formats import load_network
 from cellstack.formats.files import digest_of, found
 from cellstack.scale.folder import Folder, InputFile
 from cellstack.scale.job import Chain, Job, Scored
@@ -98,7 +98,7 @@ def score_files(
         raise UsageError(f"expected batch_rows of at least 1, got {batch_rows!r}")
     path, options = Path(found(model)), dict(options or {})
     try:
-        scorer = Scorer(load(path, **options), id, time, features, missing=missing, threads=threads)
+        scorer = Scorer(load_network(path, **options), id, time, features, missing=missing, threads=threads)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except ValueError as error:  # a network that can't be streamed

@@ -197,9 +197,11 @@ class Model:
         Raises:
             FormatError, OSError: see `cellstack.load`.
         """
-        from cellstack.formats import load
+        from cellstack.formats import load_network
 
-        return cls(path.stem, load(path, **options), limits, version, digest_of(path, options), threads, options)
+        return cls(
+            path.stem, load_network(path, **options), limits, version, digest_of(path, options), threads, options
+        )
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver answers on this event loop from now on."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cellstack import layers, nodes
 from cellstack.cells.mlstm import MemorySpec
-from cellstack.formats import load
+from cellstack.formats import load_network
 from cellstack.network import Network
 from cellstack.nodes import Dense
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
@@ -36,7 +36,7 @@ class Start:
 
     def __init__(self, given: Network | str | os.PathLike[str]):
         self.name = "init" if isinstance(given, Network) else os.fspath(given)
-        self.network = given if isinstance(given, Network) else load(given)
+        self.network = given if isinstance(given, Network) else load_network(given)
         is_ours = self.network.metadata.get("task") is not None
         self.trained = predict.trained(self.network, self.name) if is_ours else None
 

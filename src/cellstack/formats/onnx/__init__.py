@@ -23,6 +23,7 @@ from cellstack.formats.onnx.frames import frames_of, makes_steps
 from cellstack.formats.onnx.inputs import data_inputs
 from cellstack.formats.onnx.networks import load_graph
 from cellstack.formats.onnx.passes import passes
+from cellstack.formats.onnx.segments import segmented as segmented
 from cellstack.formats.onnx.writer import write
 from cellstack.network import Network, layouts
 from cellstack.network.layouts import Layout
@@ -148,7 +149,7 @@ def load(path: str, **options: Any) -> Network:
     """
     network = read_whole(path, **options)
     if others(network):
-        warnings.warn(f"load: {path} {layouts.warning(network)}", stacklevel=3)  # the call of cellstack.load
+        warnings.warn(f"load: {path} {layouts.warning(network)}", stacklevel=4)  # the call of cellstack.load
     return network
 
 
