@@ -343,7 +343,7 @@ DAMAGE = {
     "masking": (put("mask", "value", "0"), "'mask': expected value to be float, found str"),
     "type": (
         put("mask", "type", "dropout"),
-        "'mask': expected type to be one of recurrent, .*, merge, .*, found 'dropout'",
+        "'mask': expected type to be one of .*, merge, .*, recurrent, .*, found 'dropout'",
     ),
     "width": (to_both_too, "scale: expected an input of 4 features, got 5 from before it"),
 }

@@ -18,7 +18,7 @@ from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
 NODES: dict[str, type[Node]] = {
     one.file_type: one
-    for one in tuple(globals().values())
+    for _, one in sorted(globals().items())
     if isinstance(one, type) and issubclass(one, Node) and one is not Node
 }
 """Every kind of node by its type in files."""

@@ -97,13 +97,13 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
         for name, one in found.modules.items():
             kind = kind_of(one).rpartition(".")[2]
             if kind in MODULES and attributes_of(one).get("batch_first") is False:
-                warnings.warn(f"load: {path}: {name or 'the module'} ({kind}) {TIME_FIRST}", stacklevel=4)
+                warnings.warn(f"load: {path}: {name or 'the module'} ({kind}) {TIME_FIRST}", stacklevel=5)
                 break
         return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)
     reader = Reader()
     network = _network(path, Saved(SavedFile(path, scripts), module), ".".join(place), reader)
     for doubt in reader.doubts:
-        warnings.warn(f"load: {path}: {doubt}", stacklevel=4)  # the call of cellstack.load
+        warnings.warn(f"load: {path}: {doubt}", stacklevel=5)  # the call of cellstack.load
     return network
 
 

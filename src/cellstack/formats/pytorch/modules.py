@@ -75,7 +75,7 @@ def of_module(module: Any) -> Network:
     reader = Reader()
     network = network_of_module(module, reader=reader)
     for doubt in reader.doubts:
-        warnings.warn(f"load: {doubt}", stacklevel=4)  # the call of cellstack.load
+        warnings.warn(f"load: {doubt}", stacklevel=5)  # the call of cellstack.load
     return network
 
 

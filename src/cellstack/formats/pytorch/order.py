@@ -65,7 +65,7 @@ def in_order(found: Contents, source: SavedFile, order: Sequence[str | Node]) ->
             f"{where}: order has to name every module with weights; it doesn't name {listed(rest, 6, ', ')}"
         )
     for doubt in reader.doubts:
-        warnings.warn(f"load: {where}: {doubt}", stacklevel=5)
+        warnings.warn(f"load: {where}: {doubt}", stacklevel=6)
     reader.builder.output(reader.wire)
     said = {"assumed": "; ".join(dict.fromkeys(assumed))} if assumed else {}
     metadata = {"source": {"format": "pytorch", "order": [str(entry) for entry in order]}, **said}
@@ -80,7 +80,7 @@ def _warn_of_last(reader: Reader, where: str) -> None:
             f'load: {where}: "last" after a bidirectional layer is the last step, not both final states: at that step '
             "the backward direction has read one step only. This is right for a model that takes y[:, -1]; for one "
             'that takes h[-2] and h[-1], write "final" instead',
-            stacklevel=6,  # the call of cellstack.load
+            stacklevel=7,  # the call of cellstack.load
         )
 
 
