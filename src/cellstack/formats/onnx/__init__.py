@@ -149,7 +149,7 @@ def load(path: str, **options: Any) -> Network:
     """
     network = read_whole(path, **options)
     if others(network):
-        warnings.warn(f"load: {path} {layouts.warning(network)}", stacklevel=5)  # the call of cellstack.load
+        warnings.warn(f"load: {path} {layouts.warning(network)}", stacklevel=4)  # the call of cellstack.load
     return network
 
 
