@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
 
 class InferenceSession(onnxruntime.InferenceSession):
-    """A session of ONNX Runtime, in which the kernel runs LSTM, GRU and RNN with constant weights in float32.
+    """A session of ONNX Runtime, in which the kernel runs LSTM, GRU and RNN with constant weights.
 
     All other operators run in sessions of ONNX Runtime. A file without such operators, or one that can't be divided,
     runs in one session of ONNX Runtime; `plan` says why. Of a divided file, only the methods below are available.

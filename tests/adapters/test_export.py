@@ -18,7 +18,7 @@ SIZES = ((2, 9), (3, 31), (1, 7), (5, 1))  # the first is that of the example
 
 
 class Tagger(nn.Module):
-    """A convolution, a recurrent layer with or without a given state, and a pooled output beside the sequence."""
+    """A convolution, and a recurrent layer with or without a given state; returns y, its mean and the state."""
 
     def __init__(self, kind, states=False, batch_first=True, **flags):
         super().__init__()

@@ -46,7 +46,7 @@ def export_onnx(
     Args:
         module: the module, accelerated or not.
         args: an example of its inputs.
-        path: the file to write; weights above 2 GiB are written beside it.
+        path: the file to write; weights above 2 GiB go into a second file in its folder.
         kwargs: an example of its inputs by name.
         dynamic_shapes: which axes may have other lengths, as for `torch.export.export`:
             `({0: Dim("batch"), 1: Dim("time")},)`. None: none.

@@ -133,7 +133,7 @@ def test_the_plan_says_what_runs_where_and_why(tmp_path):
 
 
 def deep(path):
-    """Two layers on top of each other and one beside them, whose values meet in several segments."""
+    """Two layers on top of each other and a third that reads the same input; their values meet in several segments."""
     nodes = [
         helper.make_node("Relu", ["x"], ["r"]),
         helper.make_node("LSTM", ["r", "a.W", "a.R", "a.B"], ["a"], "a", hidden_size=UNITS),
@@ -186,7 +186,7 @@ def test_inner_graphs_take_values_of_the_outer_one(tmp_path):
 
 
 def test_what_the_kernel_lacks_stays_in_a_segment(tmp_path):
-    """Weights that are an input, beside a layer that the kernel runs."""
+    """A layer whose weights are an input, and one that the kernel runs."""
     nodes = [
         helper.make_node("LSTM", ["x", "a.W", "a.R", "a.B"], ["a"], "fixed", hidden_size=UNITS),
         helper.make_node("LSTM", ["x", "W", "b.R", "b.B"], ["b"], "given", hidden_size=UNITS),

@@ -34,8 +34,6 @@ from cellstack.nodes.base import Array
 
 IR_VERSION = 8  # of segments whose operators don't need a later one
 DRAWS = ("Random", "Multinomial", "Bernoulli")  # operators that draw numbers, without inputs too
-
-
 TENSORS = {"float32": "tensor(float)", "float64": "tensor(double)", "object": "tensor(string)"}
 
 
@@ -179,7 +177,7 @@ class Segment:
 class SegmentedNetwork:
     """A graph whose recurrent operators run on the kernel, and all others in segments, by ONNX Runtime.
 
-    It takes and returns what the file or module does, with its axes. Unlike a Network, it can't stream and can't be
+    It takes and returns what the file does, with its axes. Unlike a Network, it can't stream and can't be
     written as C: these need every operator.
 
     Attributes:
