@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
-from cellstack.formats.compiled.copied import duplicate
-from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
+from cellstack.capture.copied import duplicate
+from cellstack.capture.nested import array_of, fresh, like, tensors_in, wider
 from cellstack.formats.runtimes.axes import parted
 from cellstack.formats.runtimes.differences import apart
 from cellstack.network import Network
@@ -30,8 +31,6 @@ def difference(
 
     They are compared for the example, for random inputs of its shape at each scale, and for other shapes.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     ends = Ends(network, len(tensors_in(example)))
 
@@ -81,8 +80,6 @@ def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> b
     Rounding errors may grow from step to step and from layer to layer: then float32 doesn't determine the output for a
     long sequence, or for very large inputs.
     """
-    import torch
-
     nudged = duplicate(module)
     with torch.no_grad():
         for weight in nudged.parameters():
@@ -156,8 +153,6 @@ class Ends:
         """Return the outputs of a module as a list; if a call is one step, those of several steps."""
         if not self.steps:
             return tensors_in(module(*fresh(like(example, given))))
-        import torch
-
         made: list[list[Any]] = []
         after = self._next_states()
         for t in range(STEPS):

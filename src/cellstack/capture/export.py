@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cellstack.formats.compiled.copied import duplicate
+from cellstack.capture.copied import duplicate
 from cellstack.formats.onnx.cell_writer import operator_of_specs
 from cellstack.formats.onnx.cells import ORDER, orders_of_peepholes
 from cellstack.layers import accelerate, op

@@ -1,15 +1,22 @@
-"""Converts a PyTorch module to a network for inference, directly or by exporting it to ONNX, and compares the two."""
+"""PyTorch modules as networks for inference and as ONNX files, compared with the module."""
 
 from __future__ import annotations
+
+from cellstack.cells.errors import check_installed
+
+check_installed("cellstack.capture", "torch", "torch")
 
 import warnings
 from typing import Any
 
+from cellstack.capture.attempts import TOLERANCE, attempt
+from cellstack.capture.export import export_onnx
+from cellstack.capture.parts import compilable
+from cellstack.capture.prepared import checked, copied_for, named, same_random_numbers
 from cellstack.cells.errors import FormatError
-from cellstack.formats.compiled.attempts import TOLERANCE, attempt
-from cellstack.formats.compiled.parts import compilable
-from cellstack.formats.compiled.prepared import checked, copied_for, named, same_random_numbers
 from cellstack.network import Network
+
+__all__ = ["compile", "export_onnx"]
 
 
 def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cellstack.cells.errors import FormatError
-from cellstack.formats.compiled.equality import FLAGS, MUCH_LONGER, difference
-from cellstack.formats.compiled.exported import remedy, shortened
-from cellstack.formats.compiled.nested import fresh, tensors_in
-from cellstack.formats.compiled.packing import (
+from cellstack.capture.equality import FLAGS, MUCH_LONGER, difference
+from cellstack.capture.exported import remedy, shortened
+from cellstack.capture.nested import fresh, tensors_in
+from cellstack.capture.packing import (
     is_count,
     packs,
     padded,
@@ -18,9 +17,10 @@ from cellstack.formats.compiled.packing import (
     with_lengths,
     with_zeros,
 )
-from cellstack.formats.compiled.prepared import Prepared
-from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
-from cellstack.formats.compiled.routes import by_onnx, directly
+from cellstack.capture.prepared import Prepared
+from cellstack.capture.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
+from cellstack.capture.routes import by_onnx, directly
+from cellstack.cells.errors import FormatError
 from cellstack.network import Network, layouts
 
 TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders

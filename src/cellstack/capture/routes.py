@@ -10,13 +10,15 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from cellstack.capture.copied import duplicate
+from cellstack.capture.exported import export
+from cellstack.capture.nested import fresh, like, tensors_in, wider
+from cellstack.capture.probes import calls
 from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
-from cellstack.formats.compiled.copied import duplicate
-from cellstack.formats.compiled.exported import export
-from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
-from cellstack.formats.compiled.probes import calls
 from cellstack.formats.pytorch import network_of_module
 from cellstack.formats.pytorch.torch_modules import KNOWN
 from cellstack.network import Network
@@ -111,8 +113,6 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
 
     To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors.
     """
-    import torch
-
     flat = tensors_in(inputs)
 
     def takes(grown: dict[int, int]) -> bool:
@@ -157,8 +157,6 @@ def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
 
     PyTorch exports an nn.GRUCell and an nn.RNNCell as sums and products, in which states can't be recognised.
     """
-    import torch
-
     flat = tensors_in(inputs)
     cells = [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)]
     if flat[0].ndim != 2 or calls(module, cells, inputs) != 1:
