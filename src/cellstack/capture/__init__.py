@@ -13,10 +13,11 @@ from cellstack.capture.attempts import TOLERANCE, attempt
 from cellstack.capture.export import export_onnx
 from cellstack.capture.parts import compilable
 from cellstack.capture.prepared import checked, copied_for, named, same_random_numbers
+from cellstack.capture.segmented import in_segments
 from cellstack.cells.errors import FormatError
 from cellstack.network import Network
 
-__all__ = ["compile", "export_onnx"]
+__all__ = ["compile", "compile_network", "export_onnx"]
 
 
 def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:
@@ -26,6 +27,9 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     compared with those of the module: for the example, for other values of the same shape, and for other sizes that
     both accept: one row, more rows, one step, one step fewer, and up to 250 more steps. The comparison uses a copy of
     the module in evaluation mode, converted to float32 if it has weights in float16 or bfloat16.
+
+    Of a module with operators that a Network doesn't have, the recurrent layers run on the kernel and all else runs in
+    ONNX Runtime, with a warning: see Returns. `compile_network` refuses such a module.
 
     Args:
         module: the module; it may be accelerated.
@@ -40,6 +44,8 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
         The network, with inputs and outputs in the module's order. Final states that the module returns are among those
         that `Network.run` returns; a state is an output `[B, H]` if the module uses nothing else of its layer. A module
         that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
+        For a module that ONNX Runtime runs in part, a `cellstack.formats.onnx.segments.SegmentedNetwork`, which takes
+        and returns the tensors that the module does, with the same axes, and can't stream.
 
     Outputs of the module that aren't tensors are left out. If the module's code reads values of tensors, as in
     `if x.sum() > 0`, compares sizes of its input, as in `if x.shape[1] > 4`, or turns them into plain numbers, as in
@@ -50,8 +56,8 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     Raises:
         TypeError: `module` isn't a module, the example holds no tensor, or the tolerance isn't a number.
         ValueError: the example is empty, the module itself rejects it, or returns NaN or no tensor for it.
-        FormatError: neither way leads to a network with the module's outputs; the message gives the reason for each,
-            and names parts of the module that can be compiled. Or the module can't be copied.
+        FormatError: no way leads to a network with the module's outputs; the message gives the reason for each, and
+            names parts of the module that can be compiled. Or the module can't be copied.
         ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
 
     >>> import numpy as np
@@ -60,6 +66,23 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     >>> compile(module, torch.zeros(2, 5, 3)).run(np.ones((1, 6, 3), np.float32))[0].shape
     (1, 6, 4)
     """
+    return _compiled(module, example, tolerance, segments=True)
+
+
+def compile_network(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:
+    """Return what `compile` returns, but refuse modules of which ONNX Runtime would run a part.
+
+    Args:
+        module, example, tolerance: as for `compile`.
+
+    Raises:
+        FormatError and others: as `compile` does.
+    """
+    return _compiled(module, example, tolerance, segments=False)
+
+
+def _compiled(module: Any, example: Any, tolerance: float, segments: bool) -> Any:
+    """Return a Network or, with `segments`, possibly a SegmentedNetwork."""
     inputs = checked(module, example, tolerance)
     name = named(module)
     with same_random_numbers():
@@ -67,8 +90,15 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
         try:
             network, notes = attempt(ready, tolerance)
         except FormatError as error:
-            parts = compilable(ready, tolerance)
-            raise FormatError(f"compile: {name} can't be a Network: {error}{parts}") from error
+            why = str(error)
+            try:
+                if not segments:
+                    raise
+                network, notes = in_segments(ready, tolerance, why)
+            except FormatError as also:
+                why += "" if also is error else f"; with ONNX Runtime: {also}"
+                parts = compilable(ready, tolerance)
+                raise FormatError(f"compile: {name} can't be a Network: {why}{parts}") from error
     for note in notes:
-        warnings.warn(f"compile: {name} {note}", stacklevel=2)
+        warnings.warn(f"compile: {name} {note}", stacklevel=3)
     return network

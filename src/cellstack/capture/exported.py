@@ -89,12 +89,12 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             warnings.showwarning = look
             try:
                 # The console output of a scripted module, which takes no hook, can't be suppressed otherwise.
-                with _without_console() if handle is None else nullcontext():
+                with without_console() if handle is None else nullcontext():
                     run(False)
             except Exception as error:  # the exporter fails in as many ways as there are modules
                 if "Python operator" not in str(error) and "PythonOp" not in str(error):
                     raise
-                with _without_console():  # C++ code of PyTorch prints warnings about functions that it can't inline
+                with without_console():  # C++ code of PyTorch prints warnings about functions that it can't inline
                     run(True)
     except ModuleNotFoundError:
         raise
@@ -195,7 +195,7 @@ def _step(name: str, x: Any, state: Any, w_ih: Any, w_hh: Any, b_ih: Any = None,
 
 
 @contextmanager
-def _without_console() -> Iterator[None]:
+def without_console() -> Iterator[None]:
     """Redirect console output that bypasses Python to a temporary file."""
     with tempfile.TemporaryFile() as elsewhere:
         kept = {}

@@ -10,11 +10,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cellstack.capture.copied import duplicate
-from cellstack.capture.equality import Ends
+from cellstack.capture.equality import Ends, GraphEnds
 from cellstack.capture.nested import fresh, like, tensors_in
 from cellstack.capture.sizes import OURS, Places, compared, line_of, outside, pytorch
 from cellstack.formats.runtimes.in_memory import watched
-from cellstack.network import Network
 
 
 def value_reads() -> Any:
@@ -54,10 +53,10 @@ def calls_cells_repeatedly(module: Any, inputs: tuple[Any, ...]) -> bool:
     return calls(module, [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)], inputs) > 1
 
 
-def compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> Places:
+def compared_sizes(ends: Ends | GraphEnds, module: Any, example: tuple[Any, ...]) -> Places:
     """Return where a module's code depends on sizes of its input."""
     first, module = tensors_in(example), duplicate(module)  # whose attributes may keep sizes
-    others = [given for _, given in Ends(network, len(first)).longer(first)]
+    others = [size.given for size in ends.longer(first)]
     try:
         return compared(lambda given: module(*fresh(like(example, given))), first, others)
     except Exception as error:  # code may reject sizes that aren't plain integers
