@@ -238,6 +238,11 @@ class CellSpec:
         return {name: (size,) for name, size in self.state_sizes.items()}
 
     @property
+    def trace_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each field of a trace, by name, without the batch and the steps."""
+        return {name: (self.output_size if name == "h" else self.units,) for name in self.of_kind.trace._fields}
+
+    @property
     def state_axes(self) -> dict[str, Axis]:
         """The number of values of each array of the state, by name, as a number of blocks and a letter; see `axes`."""
         return {name: (1, "P" if name == "h" and self.proj_size else "H") for name in self.state_sizes}

@@ -31,7 +31,7 @@ from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Products
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recording import Recording
-from cellstack.nodes.values import Celled, MemoryCell
+from cellstack.nodes.values import Celled
 
 TASKS = ("classify", "regress", "forecast", "text")
 
@@ -181,7 +181,7 @@ class Network(Delegated):
     @property
     def stateful(self) -> tuple[Celled, ...]:
         """Whatever has a state, in the order of the states: all cells, then the memories of `MLSTM` nodes."""
-        memories = (MemoryCell(node.memory, self.dtype) for node in self.nodes if node.memory is not None)
+        memories = (cell for node in self.nodes if node.memory is not None for cell in node.cells_in(self.dtype))
         return (*self.cells, *memories)
 
     @property

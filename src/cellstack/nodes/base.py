@@ -18,7 +18,7 @@ from cellstack.cells.bfloat16 import BFloat16Array
 from cellstack.cells.errors import ShapeError
 from cellstack.cells.mlstm import MemorySpec
 from cellstack.nodes.masks import ArrayMasks
-from cellstack.nodes.values import Array, CellState, Flow, Shape, StateGradients, Types
+from cellstack.nodes.values import Array, Celled, CellState, Flow, Shape, StateGradients, Types
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -193,6 +193,10 @@ class Node:
     def kernel_layers(self) -> KernelLayers | None:
         """What the kernel can run in one call with the nodes below and above; None if it can't run the node."""
         return None
+
+    def cells_in(self, dtype: np.dtype[Any]) -> tuple[Celled, ...]:
+        """Return its cells, or that of its memory, in a network of this dtype."""
+        return self.cells
 
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
