@@ -61,7 +61,7 @@ def scaled_after(draft: Draft, name: str) -> bool:
         made = _finite(product.kernel.dtype, product.kernel * scale, bias)
         return None if made is None else replace(product, kernel=made[0], bias=made[1] if keeps else None)
 
-    made = draft.made(product, "after", draft.nodes[name], make=make)
+    made = draft.rewritten(product, "after", draft.nodes[name], make=make)
     return made is not None and draft.fuse(before, name, made)
 
 
@@ -82,7 +82,7 @@ def scaled_before(draft: Draft, name: str) -> bool:
     )
     if not fits:
         return False
-    made = draft.made(node, "before", draft.nodes[before], make=lambda: _with_input(node, scale, shift))
+    made = draft.rewritten(node, "before", draft.nodes[before], make=lambda: _with_input(node, scale, shift))
     return made is not None and draft.fold(before, name, made)
 
 

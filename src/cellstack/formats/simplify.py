@@ -80,14 +80,14 @@ def states_alone(draft: Draft, name: str) -> bool:
 def last_state(draft: Draft, name: str) -> bool:
     """Start cells from the state h of a Recurrent instead of from its last step, which is the same value."""
     comes, starts = draft.nodes[name].apart(draft.sources[name])
-    own = {start: state_of(start, "h") for start in starts if _returns_h(draft.nodes.get(start))}
-    if not own:
+    states = {start: state_of(start, "h") for start in starts if _returns_h(draft.nodes.get(start))}
+    if not states:
         return False
-    for start, state in own.items():
+    for start, state in states.items():
         draft.takers[start] = [taker for taker in draft.takers[start] if taker != name]
         draft.takers[state].append(name)
-    draft.sources[name] = (*comes, *(own.get(start, start) for start in starts))
-    draft.waiting.extend(map(origin, own))
+    draft.sources[name] = (*comes, *(states.get(start, start) for start in starts))
+    draft.waiting.extend(map(origin, states))
     return True
 
 
@@ -160,13 +160,13 @@ def padded_before(draft: Draft, name: str) -> bool:
         if node.spread[0] > 1:
             return False
         wide = ((pad.before + first, pad.after + last), *others)
-        made = draft.made(node, pad, make=lambda: replace(node, padding=wide))
-        return made is not None and draft.fold(before, name, made)
+        padded = draft.rewritten(node, pad, make=lambda: replace(node, padding=wide))
+        return padded is not None and draft.fold(before, name, padded)
     if node.padding == "same":
         return False
     first, last = pads(node.padding, 0, node.span, node.strides)
-    made = draft.made(node, pad, make=lambda: replace(node, padding=(pad.before + first, pad.after + last)))
-    return made is not None and draft.fold(before, name, made)
+    padded = draft.rewritten(node, pad, make=lambda: replace(node, padding=(pad.before + first, pad.after + last)))
+    return padded is not None and draft.fold(before, name, padded)
 
 
 def named_padding(draft: Draft, name: str) -> bool:
@@ -178,10 +178,10 @@ def named_padding(draft: Draft, name: str) -> bool:
     if not isinstance(node, (Conv1D, Pool1D)) or node.padding != (0, 1) or node.strides != 2:
         return False
     span = node.span if isinstance(node, Conv1D) else node.size
-    made = draft.made(node, "same", make=lambda: replace(node, padding="same")) if span == 2 else None
-    if made is None:
+    padded = draft.rewritten(node, "same", make=lambda: replace(node, padding="same")) if span == 2 else None
+    if padded is None:
         return False
-    draft.nodes[name] = made
+    draft.nodes[name] = padded
     return True
 
 
@@ -294,8 +294,8 @@ def activated(draft: Draft, name: str) -> bool:
     if not isinstance(product, (Dense, Conv1D)) or product.activation != "linear":
         return False
     text = node.activation
-    made = draft.made(product, text, make=lambda: replace(product, activation=text))
-    return made is not None and draft.fuse(before, name, made)
+    fused = draft.rewritten(product, text, make=lambda: replace(product, activation=text))
+    return fused is not None and draft.fuse(before, name, fused)
 
 
 def bounded(draft: Draft, name: str) -> bool:

@@ -74,10 +74,10 @@ def half_lives(cell: CellTrace) -> Array:
             pre-activations.
     """
     with np.errstate(divide="ignore", invalid="ignore"):  # gates of 0, and of infinity as well
-        kept, used = _log_kept(cell), _used(cell)
+        log_kept, used = _log_kept(cell), _used(cell)
         if not used.any():
-            return np.full(kept.shape[2], np.nan)
-        rate = -kept[used].mean(axis=0)
+            return np.full(log_kept.shape[2], np.nan)
+        rate = -log_kept[used].mean(axis=0)
         return np.where(rate <= 0.0, np.inf, math.log(2.0) / rate)
 
 
@@ -216,12 +216,12 @@ def _by_gates(cell: CellTrace) -> tuple[Array, Array] | None:
 def _update(cell: CellTrace) -> tuple[Array, Array]:
     """Return the factor by which each step keeps the memory, and what it adds to it, `[B, T, H]` each."""
     spec = cell.cell.spec
-    kind, found = spec.of_kind, _by_gates(cell)
-    if found is None and {"keep", "write"} & set(kind.gates.values()):
+    kind, update = spec.of_kind, _by_gates(cell)
+    if update is None and {"keep", "write"} & set(kind.gates.values()):
         raise ValueError(f"expected a cell whose gates alone determine its state, got {kind.title} with {spec.text}")
-    if found is None:
+    if update is None:
         raise ValueError(f"expected a cell with gates: {kind.title} has no gate that keeps a state")
-    (kept, written), rate = found, spec.zoneout_rates[kind.memory]
+    (kept, written), rate = update, spec.zoneout_rates[kind.memory]
     return rate + (1.0 - rate) * kept, (1.0 - rate) * written
 
 
@@ -275,8 +275,8 @@ class Report:
                 each = value.items() if isinstance(value, dict) else [("", value)]
                 form = ".1%" if what.startswith(SHARE) else ".3g"
                 lines.append(f"  {what}: {', '.join(f'{part} {number:{form}}'.strip() for part, number in each)}")
-        found = [f"- {sentence}" for sentence in self.findings] or ["nothing stands out"]
-        return "\n".join([*lines, *found])
+        findings = [f"- {sentence}" for sentence in self.findings] or ["nothing stands out"]
+        return "\n".join([*lines, *findings])
 
 
 def report(t: NetworkTrace) -> Report:
@@ -297,9 +297,9 @@ def report(t: NetworkTrace) -> Report:
         _whole(cell)
         if not _used(cell).any():
             raise ValueError(f"report: expected at least one used step, got none in {name}")
-        own, found = _examined(cell)
-        figures[name] = own
-        findings += [(rank, f"{name}: {sentence}") for rank, sentence in found]
+        cell_figures, cell_findings = _examined(cell)
+        figures[name] = cell_figures
+        findings += [(rank, f"{name}: {sentence}") for rank, sentence in cell_findings]
     return Report(tuple(sentence for _, sentence in sorted(findings, key=lambda one: one[0])), figures)
 
 
@@ -310,7 +310,7 @@ def _named(node: str, cells: Sequence[CellTrace]) -> Iterable[tuple[str, CellTra
 def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], list[tuple[int, str]]]:
     """Return the figures of a cell, and its findings with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
-    found = unit_findings(cell)
+    findings = unit_findings(cell)
     h = cell.flat("h")[used].astype(np.float64)
     figures: dict[str, float | dict[str, float]] = {"rms of h": rms(h)}
     for gate, (left, right) in gate_shares(cell).items():
@@ -326,18 +326,18 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
         keeping = (lives > steps) & (steps > 1)
         if keeping.any():
             text = f"keeping more than half over the whole run of {steps} steps"
-            found.append((5, f"{units(keeping, cell)} {text}: reset the state where a new sequence begins"))
+            findings.append((5, f"{units(keeping, cell)} {text}: reset the state where a new sequence begins"))
     if radii := spectral_radii(cell.cell):
         figures["spectral radius of the recurrent weights"] = radii
     patched = cell.record is not None and cell.record.patches is not None
     exponent = math.nan if patched or _has_matrix(cell) else lyapunov_exponent(cell)
     if patched:
-        found.append((6, "patched: the figures describe the changed run, without a Lyapunov exponent"))
+        findings.append((6, "patched: the figures describe the changed run, without a Lyapunov exponent"))
     elif not _has_matrix(cell):
         figures["largest Lyapunov exponent, nats a step"] = exponent
     if exponent > 0.0:
         grow = f"small differences in the state grow by {math.expm1(exponent):.1%} per step, so distant outputs"
-        found.append((2, f"{grow} are unreliable. Regularise the recurrent weights"))
+        findings.append((2, f"{grow} are unreliable. Regularise the recurrent weights"))
     sizes = [] if _has_matrix(cell) else _rms_by_step(cell, spec.of_kind.memory)
     quarter = len(sizes) // 4
     if quarter >= LEAST_QUARTER:
@@ -348,18 +348,18 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
         )
         if drift > GROWN:
             grown = f"the state grows by a factor of {drift:.1f} from the second quarter of the run to the last"
-            found.append((2, f"{grown}. Reset it, or clip c"))
-    return figures, found
+            findings.append((2, f"{grown}. Reset it, or clip c"))
+    return figures, findings
 
 
 def unit_findings(cell: CellTrace) -> list[tuple[int, str]]:
     """Return findings on the values of units and gates over the used steps: sentences with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
-    found: list[tuple[int, str]] = []
+    findings: list[tuple[int, str]] = []
 
     def say(rank: int, which: Any, text: str) -> None:
         if np.any(which):
-            found.append((rank, f"{units(which, cell)} {text}"))
+            findings.append((rank, f"{units(which, cell)} {text}"))
 
     h = cell.flat("h")[used].astype(np.float64)
     broken = ~np.isfinite(h).all(axis=0)
@@ -376,7 +376,7 @@ def unit_findings(cell: CellTrace) -> list[tuple[int, str]]:
             say(3, flat, f"{said}. Clip {kind.memory}, or reset it regularly")
     for gate in (gate for gate, role in kind.gates.items() if role == "write"):
         say(4, shares[gate].left > MOSTLY, f"closed to new input: {gate} is below {LEFT} at nearly every step")
-    return found
+    return findings
 
 
 def rms(values: Array) -> float:

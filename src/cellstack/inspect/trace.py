@@ -217,10 +217,10 @@ class NetworkTrace(Mapping[str, NodeTrace]):
     @property
     def _parts(self) -> TraceContents:
         """The contents of the trace, built at the first access, which keeps short runs fast."""
-        made = self._made
-        if not isinstance(made, TraceContents):
-            made = self._made = made()
-        return made
+        contents = self._made
+        if not isinstance(contents, TraceContents):
+            contents = self._made = contents()
+        return contents
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NetworkTrace, (self.network, self.y, self.state, self._parts)
@@ -257,7 +257,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Raises:
             IndexError: a row, a step or a unit that doesn't exist.
         """
-        numbers, aligned, own, masks, whole = self._parts
+        numbers, aligned, traced, masks, whole = self._parts
         some = places_of("rows", rows, len(as_tuple(self.y)[0]))
         at = places_of("steps", steps, len(numbers))
 
@@ -265,7 +265,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             return array[some][:, at] if name in aligned else array[some]
 
         nodes = {}
-        for name, node in own.items():
+        for name, node in traced.items():
             sources = self.network.wires[self.network.names.index(name)]
             xs = tuple(of_value(array, source) for array, source in zip(as_tuple(node.x), sources, strict=True))
             cells = tuple(
@@ -280,9 +280,9 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
     def _copied(self) -> NetworkTrace:
         """Return the trace with copied arrays, so that the memory of the full run can be freed."""
-        numbers, aligned, own, masks, whole = self._parts
+        numbers, aligned, traced, masks, whole = self._parts
         nodes = {}
-        for name, node in own.items():
+        for name, node in traced.items():
             x = alone(tuple(array.copy() for array in as_tuple(node.x)))
             nodes[name] = NodeTrace(node.node, x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells))
         y = alone(tuple(array.copy() for array in as_tuple(self.y)))

@@ -75,15 +75,15 @@ CLASSIFIER = SEQUENCE | {one.name: one for one in CLASSES}
 FORECASTER = parameters("forecasts", (*declared(ForecastOptions), *READING, *NETWORK), (*OWN, SHORT))
 
 
-def made(name: str, of: Mapping[str, Argument], *bases: type) -> Any:
+def parameters_class(name: str, of: Mapping[str, Argument], *bases: type) -> Any:
     """Return a dataclass with these parameters; scikit-learn needs all of them in the signature of `__init__`."""
     columns = [(one.name, one.type, field(default=one.default)) for one in of.values()]
     return make_dataclass(name, columns, bases=bases, repr=False, eq=False, kw_only=True)
 
 
-SequenceParameters: Any = made("SequenceParameters", SEQUENCE, BaseEstimator)
-ClassifierParameters: Any = made("ClassifierParameters", CLASSIFIER, SequenceParameters)
-ForecasterParameters: Any = made("ForecasterParameters", FORECASTER, BaseEstimator)
+SequenceParameters: Any = parameters_class("SequenceParameters", SEQUENCE, BaseEstimator)
+ClassifierParameters: Any = parameters_class("ClassifierParameters", CLASSIFIER, SequenceParameters)
+ForecasterParameters: Any = parameters_class("ForecasterParameters", FORECASTER, BaseEstimator)
 
 
 def described(of: Mapping[str, Argument]) -> Callable[[C], C]:

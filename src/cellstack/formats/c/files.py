@@ -127,14 +127,14 @@ class Files:
     def sizes(self) -> Sizes:
         """The bytes that the network needs."""
         item = self.network.dtype.itemsize
-        state, scratch = sum(size for _, size, _ in self.kept), sum(self.scratch.values())
+        state, scratch = sum(size for _, size, _ in self.state_members), sum(self.scratch.values())
         row = self.row_length if self.narrow is None or self.narrow.scaled else item * self.row_length
         if not state and not scratch:
             scratch = 1  # C doesn't allow an empty struct
         return Sizes(self.constants, item * state, item * scratch + row)
 
     @property
-    def kept(self) -> list[tuple[str, int, str]]:
+    def state_members(self) -> list[tuple[str, int, str]]:
         """The members that are kept between steps: name, length, description."""
         return self.members + self.memories + self.frames
 
@@ -152,7 +152,7 @@ class Files:
             stack, depth = "no recursion, no array of more than four numbers: a few pointers and counters", "four"
         in_format = f" * Matrices: {self.narrow.name}\n" if self.narrow else ""
         described = [f" *     {line}" for line in repr(self.network).splitlines()]
-        kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.kept]
+        kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.state_members]
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
         if self.narrow and self.row:
             scratch.append(f"    {self.narrow.row} row[{self.row_length}]; /* scratch */")

@@ -272,16 +272,17 @@ def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
     width = arrays[0].shape
     if len(width) != 1 or any(array.shape != width for array in arrays):
         raise layer.refuse(f"expected weights [W] each, found {', '.join(str(array.shape) for array in arrays)}")
-    given = dict(zip([*_affine(layer), "mean", "variance"], arrays, strict=True))
-    return Scale.of_statistics(given["mean"], given["variance"], _epsilon(layer), given.get("gamma"), given.get("beta"))
+    *affine, mean, variance = arrays
+    named = dict(zip(_affine(layer), affine, strict=True))
+    return Scale.of_statistics(mean, variance, _epsilon(layer), named.get("gamma"), named.get("beta"))
 
 
 def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:
     if layer.flag("invert"):
         raise layer.refuse("expected invert=False, found True")
     if not arrays:
-        given = [layer.config.get(name) for name in ("mean", "variance")]
-        arrays = [np.asarray(one, "float64" if layer.config.get("dtype") == "float64" else "float32") for one in given]
+        dtype = "float64" if layer.config.get("dtype") == "float64" else "float32"
+        arrays = [np.asarray(layer.config.get(name), dtype) for name in ("mean", "variance")]
     mean, variance = (array.reshape(-1) for array in arrays)
     if mean.shape != variance.shape or not (variance >= 0.0).all():
         raise layer.refuse("expected a mean and a variance for each feature, found others")
@@ -291,8 +292,8 @@ def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:
 def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
     if layer.flag("rms_scaling"):
         raise layer.refuse("rms_scaling isn't supported")
-    given = dict(zip(_affine(layer), arrays, strict=True))
-    return LayerNorm(given.get("gamma"), given.get("beta"), _epsilon(layer))
+    named = dict(zip(_affine(layer), arrays, strict=True))
+    return LayerNorm(named.get("gamma"), named.get("beta"), _epsilon(layer))
 
 
 def _pool(layer: Layer, arrays: list[Array], major: int) -> Node:
@@ -338,10 +339,10 @@ def _permute(layer: Layer, arrays: list[Array], major: int) -> Node:
 def _pair(layer: Layer, name: str) -> tuple[int, int]:
     """Return the numbers of steps at the start and at the end in a setting."""
     layer.check_channels_last()
-    found = layer.config.get(name)
-    pair = [found, found] if type(found) is int else found
+    setting = layer.config.get(name)
+    pair = [setting, setting] if type(setting) is int else setting
     if not isinstance(pair, list) or len(pair) != 2 or not all(type(one) is int and one >= 0 for one in pair):
-        raise layer.refuse(f"expected {name} at the start and the end, found {short(found)}")
+        raise layer.refuse(f"expected {name} at the start and the end, found {short(setting)}")
     return pair[0], pair[1]
 
 
