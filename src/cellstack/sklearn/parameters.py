@@ -8,15 +8,8 @@ from typing import Any, TypeVar
 
 from sklearn.base import BaseEstimator
 
-from cellstack.train.options import (
-    Architecture,
-    Argument,
-    ForecastOptions,
-    Optimisation,
-    applying,
-    declared,
-    documented,
-)
+from cellstack.cells.arguments import Argument, documented
+from cellstack.train.options import Architecture, ForecastOptions, Optimisation, applying, declared
 from cellstack.train.tables.table import READING
 
 C = TypeVar("C", bound=type)
