@@ -8,8 +8,8 @@ from string import Template
 from typing import NamedTuple
 
 from cellstack.formats.build import Names
-from cellstack.formats.c.cells import HELPERS, Form
-from cellstack.formats.c.narrow import Narrow
+from cellstack.formats.c.cells import Form
+from cellstack.formats.c.narrow import Narrow, functions
 from cellstack.network import Network
 from cellstack.nodes import Activation, Array, Embedding, GlobalPool, Node
 
@@ -255,17 +255,16 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
 
     def _helpers(self, code: str) -> str:
         """Return the functions that `code` calls."""
-        own = self.narrow.helpers if self.narrow else {}
-        texts = {
-            helper: self.fill(text)
-            for helper, text in (own | {n: t for n, t in HELPERS.items() if n not in own}).items()
-        }
+        helpers = dict(self.narrow.helpers) if self.narrow else {}
+        for name, text in functions("real.c").items():
+            helpers.setdefault(name, text)
+        texts = {name: self.fill(text) for name, text in helpers.items()}
         called: set[str] = set()
-        found = re.findall(rf"\b{self.name}_(\w+?)\(", code)
-        while new := set(found) - called:
+        names = re.findall(rf"\b{self.name}_(\w+?)\(", code)
+        while new := set(names) - called:
             called |= new
-            found = [name for helper in new for name in re.findall(rf"\b{self.name}_(\w+?)\(", texts.get(helper, ""))]
-        return "".join(texts[helper] for helper in texts if helper in called)
+            names = [name for helper in new for name in re.findall(rf"\b{self.name}_(\w+?)\(", texts.get(helper, ""))]
+        return "".join(text for name, text in texts.items() if name in called)
 
 
 def acts(node: Node) -> bool:
