@@ -15,7 +15,7 @@ from cellstack.cells.activations import activation
 from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import Array, from_rows, reorder
 from cellstack.cells.spec import CellSpec
-from cellstack.formats.build import clean
+from cellstack.formats.build import clean, errors_of
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
 from cellstack.network import Network
@@ -297,10 +297,8 @@ def _cells(
     cells = []
     for d, flags in enumerate(settings):
         flags = {**flags, "use_bias": "B" in arrays, "peepholes": "P" in arrays and "peepholes" in kind.settings}
-        try:
+        with errors_of(where):
             spec = CellSpec(weights.shape[2], units, **flags, learn_initial_state=bool(starts))
-        except (ValueError, TypeError) as error:
-            raise FormatError(f"{where}: {str(error)[:200]}") from None
         biases = tuple(np.split(arrays["B"][d], 2)) if "B" in arrays else ()
         rows = from_rows(kind.name, arrays["W"][d], arrays["R"][d], biases, ORDER[kind.name], spec.reset_after)
         by_name: dict[str, Any] = rows._asdict()

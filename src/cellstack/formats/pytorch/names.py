@@ -22,7 +22,7 @@ from cellstack.cells.bfloat16 import exact
 from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import from_rows
 from cellstack.cells.spec import MATRICES, CellSpec
-from cellstack.formats.build import HINT, Builder, listed
+from cellstack.formats.build import HINT, chain, errors_of, listed
 from cellstack.formats.pytorch import ours, pararnn, sru
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import either, of_units
@@ -199,10 +199,8 @@ def with_dense(networks: Mapping[str, Network], tensors: Mapping[str, Any], wher
 def dense(title: str, tensors: Mapping[str, Any], where: str) -> Network:
     """Return the network of the Linear with this name."""
     weight, bias = (tensors.get(f"{title}.{what}" if title else what) for what in ("weight", "bias"))
-    try:
+    with errors_of(f"{where}: {short(title, 200)}"):
         node = Dense(array(weight).T, None if bias is None else array(bias))
-    except (FormatError, ValueError, TypeError) as error:
-        raise FormatError(f"{where}: {short(title, 200)}: {str(error)[:300]}") from None
     return Network([node], metadata={"source": {"format": "pytorch", "module": title}})
 
 
@@ -341,17 +339,13 @@ def _network(part: RecurrentTensors, tensors: Mapping[str, Any], where: str, act
     computed = {what: tensors[name].how for (what, _, _), name in names.items() if hasattr(tensors[name], "how")}
     if computed:
         metadata["computed"] = computed
-    builder = Builder()
-    wire = builder.input("x")
-    try:
-        for number, (cell, *back) in enumerate(layers):
-            ahead = Recurrent((cell,))
-            node = Bidirectional(ahead, Recurrent(tuple(back), go_backwards=True)) if back else ahead
-            wire = builder.add(f"layer_{number}", node, wire)
-        builder.output(wire)
-        return builder.network(metadata)
-    except (ValueError, TypeError) as error:  # layers whose shapes don't match
-        raise FormatError(f"{here}: {str(error)[:300]}") from None
+    with errors_of(here):  # layers whose shapes don't match
+        return chain([_both_ways(*cells) for cells in layers], metadata)
+
+
+def _both_ways(cell: Cell, *back: Cell) -> Recurrent | Bidirectional:
+    ahead = Recurrent((cell,))
+    return Bidirectional(ahead, Recurrent(back, go_backwards=True)) if back else ahead
 
 
 def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], activation: str | None) -> Cell:
@@ -384,10 +378,8 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], acti
     arrays = {what: array(tensors[name], f"{tensor(what)}: ") for what, name in names.items()}
     biases = tuple(arrays[what] for what in ("bias_ih", "bias_hh") if what in arrays)
     size = out if projected else 0
-    try:
+    with errors_of(tensor("weight_ih")):  # a projection as wide as the units, dtypes that differ
         spec = CellSpec(width, units, activation or "tanh", use_bias=bool(biases), kind=kind.name, proj_size=size)
         order = kind.names["torch"].order
         cell = from_rows(kind.name, arrays["weight_ih"], arrays["weight_hh"], biases, order)._asdict()
         return Cell(spec, **cell, **({"projection": arrays["weight_hr"].T} if projected else {}))
-    except (ValueError, TypeError) as error:  # a projection as wide as the units, dtypes that differ
-        raise FormatError(f"{tensor('weight_ih')}: {str(error)[:300]}") from None

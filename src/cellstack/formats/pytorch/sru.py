@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import CellSpec
-from cellstack.formats.build import Builder
+from cellstack.formats.build import chain, errors_of
 from cellstack.formats.pytorch.tensors import array, short
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Cell, Dense, Node, Recurrent
@@ -66,18 +65,12 @@ def network_of_layer(layer: Layer, tensors: Mapping[str, Any], where: str) -> Ne
         FormatError: shapes that no such module has, or arrays of an option that isn't supported, such as layer_norm.
     """
     arrays = {name: array(tensors[name], f"{where}: tensor {short(name, 200)}: ") for name in layer.used}
-    builder = Builder()
-    try:
+    metadata = {"source": {"format": "pytorch", "module": layer.title}, "assumed": ASSUMED}
+    with errors_of(f"{where}: {short(layer.title or 'the module', 200)}"):
         cells = [_cells({what: arrays[name] for what, name in names.items()}) for names in layer.cells]
-        nodes: list[Node] = [Recurrent(tuple(cell for of_layer in cells for cell in of_layer))]
-        linear = arrays.get(f"{layer.prefix}input_to_hidden.weight")
-        wire = builder.input("x")
-        for number, node in enumerate([*_linear(linear), *nodes]):
-            wire = builder.add(f"layer_{number}", node, wire)
-        builder.output(wire)
-    except ValueError as error:
-        raise FormatError(f"{where}: {short(layer.title or 'the module', 200)}: {str(error)[:300]}") from None
-    return builder.network({"source": {"format": "pytorch", "module": layer.title}, "assumed": ASSUMED}, numbered=True)
+        stack = Recurrent(tuple(cell for of_layer in cells for cell in of_layer))
+        linear = _linear(arrays.get(f"{layer.prefix}input_to_hidden.weight"))
+        return chain([*linear, stack], metadata, numbered=True)
 
 
 def nodes_of(module: Any, weights: Mapping[str, Array]) -> list[Node]:
