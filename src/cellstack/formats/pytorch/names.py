@@ -26,7 +26,7 @@ from cellstack.formats.build import HINT, chain, errors_of, listed
 from cellstack.formats.pytorch import ours, pararnn, sru
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import either, of_units
-from cellstack.formats.pytorch.tensors import array, short
+from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
 from cellstack.network import Network
 from cellstack.nodes import Dense
 from cellstack.nodes.cell_arrays import Cell
@@ -56,7 +56,7 @@ MOST_OF_A_MODULE = 4  # how many tensors of a module a message lists
 
 
 @dataclass
-class RecurrentTensors:
+class RecurrentTensors(ModuleTensors):
     """The tensors of one recurrent module.
 
     Attributes:
@@ -66,15 +66,9 @@ class RecurrentTensors:
         others: other tensors of the module itself, not of a child.
     """
 
-    prefix: str
     layered: bool
     names: dict[tuple[str, int, bool], str] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """The module's name."""
-        return self.prefix[:-1]
 
     @property
     def used(self) -> list[str]:

@@ -18,7 +18,7 @@ from cellstack.cells import KINDS, Kind
 from cellstack.cells.errors import FormatError
 from cellstack.cells.spec import ARRAYS, MATRICES, STATES, CellSpec
 from cellstack.formats.build import chain, errors_of, listed
-from cellstack.formats.pytorch.tensors import array, short
+from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
 from cellstack.network import Network
 from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
@@ -42,7 +42,7 @@ ASSUMED = (
 
 
 @dataclass
-class Layer:
+class Layer(ModuleTensors):
     """The tensors of one of our layers.
 
     Attributes:
@@ -51,14 +51,8 @@ class Layer:
         held: the names of the tensors of a stateful layer's state.
     """
 
-    prefix: str
     cells: dict[tuple[str, int], dict[str, str]] = field(default_factory=dict)
     held: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """The layer's name."""
-        return self.prefix[:-1]
 
     @property
     def used(self) -> list[str]:

@@ -28,7 +28,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import CellSpec
 from cellstack.formats.build import chain, errors_of
-from cellstack.formats.pytorch.tensors import array, short
+from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
 from cellstack.network import Network
 from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Recurrent
@@ -48,16 +48,10 @@ ASSUMED = "sigmoid for gates, tanh for candidates and c: a state dict doesn't re
 
 
 @dataclass
-class Layer:
+class Layer(ModuleTensors):
     """The tensors of one cell, or of the cells of a stack, bottom first: their names in the file, by array."""
 
-    prefix: str
     cells: list[dict[str, str]]
-
-    @property
-    def title(self) -> str:
-        """The module's name."""
-        return self.prefix[:-1]
 
     @property
     def used(self) -> list[str]:

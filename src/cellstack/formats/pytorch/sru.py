@@ -20,7 +20,7 @@ import numpy as np
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import CellSpec
 from cellstack.formats.build import chain, errors_of
-from cellstack.formats.pytorch.tensors import array, short
+from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Cell, Dense, Node, Recurrent
 
@@ -31,17 +31,11 @@ ASSUMED = "one direction, no activation of c, and a highway: a state dict doesn'
 
 
 @dataclass
-class Layer:
+class Layer(ModuleTensors):
     """The tensors of a module: the names in the file of each layer's arrays, and of all of the module."""
 
-    prefix: str
     cells: list[dict[str, str]]
     used: list[str]
-
-    @property
-    def title(self) -> str:
-        """The module's name."""
-        return self.prefix[:-1]
 
 
 def layers_of(tensors: Mapping[str, Any]) -> list[Layer]:

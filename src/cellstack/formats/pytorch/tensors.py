@@ -352,6 +352,18 @@ def _dtype(where: str, kind: Any) -> str:
     return dtype
 
 
+@dataclass
+class ModuleTensors:
+    """The tensors of a module in a state dict, whose names begin with `prefix`, including its dot."""
+
+    prefix: str
+
+    @property
+    def title(self) -> str:
+        """The module's name."""
+        return self.prefix[:-1]
+
+
 def array(tensor: Any, label: str = "") -> NDArray[Any]:
     """Return a weight of a file, float32 or float64; `label` begins the message about another dtype."""
     numbers = np.asarray(tensor)
