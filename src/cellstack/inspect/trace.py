@@ -76,20 +76,24 @@ class CellTrace(Mapping[str, Array]):
     def __getattr__(self, name: str) -> Array:
         if name.startswith("_") or "cell" not in self.__dict__:
             raise AttributeError(name)
-        if name in tuple(self):
+        if name in self._names:
             return getattr(self.fields, name)
-        raise AttributeError(f"a trace of this cell has {', '.join(self)}, not {name!r}")
+        raise AttributeError(f"a trace of this cell has {', '.join(self._names)}, not {name!r}")
 
     def __getitem__(self, name: str) -> Array:
-        if name not in tuple(self):
-            raise KeyError(f"expected one of {', '.join(self)}, got {name!r}")
+        if name not in self._names:
+            raise KeyError(f"expected one of {', '.join(self._names)}, got {name!r}")
         return getattr(self.fields, name)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.cell.spec.of_kind.trace._fields
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.cell.spec.of_kind.trace._fields)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(tuple(self))
+        return len(self._names)
 
     def flat(self, name: str) -> Array:
         """Return a field as `[B, T, W]`: of an mLSTM, heads one after the other."""
