@@ -338,7 +338,7 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     if exponent > 0.0:
         grow = f"small differences in the state grow by {math.expm1(exponent):.1%} per step, so distant outputs"
         findings.append((2, f"{grow} are unreliable. Regularise the recurrent weights"))
-    sizes = [] if _has_matrix(cell) else _rms_by_step(cell, spec.of_kind.memory)
+    sizes = np.empty(0) if _has_matrix(cell) else _rms_by_step(cell, spec.of_kind.memory)
     quarter = len(sizes) // 4
     if quarter >= LEAST_QUARTER:
         early, late = (float(part.mean()) for part in (sizes[quarter : 2 * quarter], sizes[-quarter:]))

@@ -91,7 +91,7 @@ def format_of(network: Network, weights: str | None) -> Narrow | None:
 
 def functions(file: str) -> dict[str, str]:
     """Return the C functions in a file of this folder by name, each with the empty line before it."""
-    parts = resources.files(__package__).joinpath(file).read_text("ascii").rstrip().split("\n\n")[1:]
+    parts = resources.files("cellstack.formats.c").joinpath(file).read_text("ascii").rstrip().split("\n\n")[1:]
     return {re.findall(r"^static .*\$\{name\}_(\w+)\(", part, re.MULTILINE)[0]: f"\n{part}\n" for part in parts}
 
 
