@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from cellstack.cells.errors import check_installed
-
-check_installed("cellstack.capture", "torch", "torch")
-
 import warnings
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from cellstack.capture.attempts import TOLERANCE, attempt
-from cellstack.capture.export import export_onnx
-from cellstack.capture.parts import compilable
-from cellstack.capture.prepared import checked, copied_for, named, same_random_numbers
-from cellstack.capture.segmented import in_segments
-from cellstack.cells.errors import FormatError
+from cellstack.cells.errors import FormatError, check_installed
 from cellstack.network import Network
 
+if TYPE_CHECKING:
+    from cellstack.capture.export import export_onnx
+
 __all__ = ["compile", "compile_network", "export_onnx"]
+
+TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch at its first use."""
+    if name != "export_onnx":
+        raise AttributeError(f"module 'cellstack.capture' has no attribute {name!r}")
+    return import_module("cellstack.capture.export").export_onnx
 
 
 def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:
@@ -83,6 +87,12 @@ def compile_network(module: Any, example: Any = None, tolerance: float = TOLERAN
 
 def _compiled(module: Any, example: Any, tolerance: float, segments: bool) -> Any:
     """Return a Network or, with `segments`, possibly a SegmentedNetwork."""
+    check_installed("cellstack.capture", "torch", "torch")
+    from cellstack.capture.attempts import attempt
+    from cellstack.capture.parts import compilable
+    from cellstack.capture.prepared import checked, copied_for, named, same_random_numbers
+    from cellstack.capture.segmented import in_segments
+
     inputs = checked(module, example, tolerance)
     name = named(module)
     with same_random_numbers():

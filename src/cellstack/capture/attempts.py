@@ -24,7 +24,6 @@ from cellstack.capture.sizes import Places
 from cellstack.cells.errors import FormatError
 from cellstack.network import Network, layouts
 
-TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
 SCALES = (1.0, 0.01, 10.0)  # of the random inputs for the comparison
 MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # if a module's code depends on values
 DRAWS = (

@@ -87,21 +87,18 @@ class Operators(TorchFunctionMode):
         """Run `torch.lstm` and its like: on `(input, hx, …, batch_first)` or `(data, batch_sizes, hx, …)`."""
         padded = self.packed.get(id(args[0]))
         if padded is None:
-            hx, weights, biases, layers, _, _, both, batch_first = args
-            x = x if batch_first else x.transpose(0, 1)
+            hx, weights, biases, layers, _, _, both, first = args
+            x = x if first else x.transpose(0, 1)
         else:
-            hx, weights, biases, layers, _, _, both = args[1:]
+            (hx, weights, biases, layers, _, _, both), first = args[1:], True
             x = x.reshape(padded.rows, padded.steps, x.shape[-1])
         states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
         used = None if padded is None else padded.used
         if x.shape[2] != weights[0].shape[1] or any(state.shape[1] != x.shape[0] for state in states):
             raise ValueError(f"{mode}: x or a state has another size than the weights or the number of rows")
         y, ends = run_stack(mode, x, weights, states, used, biases, layers, both)  # y [T, B, ·]
-        if padded is not None:
-            y = y.transpose(0, 1).reshape(padded.rows * padded.steps, y.shape[-1])
-        elif batch_first:
-            y = y.transpose(0, 1)
-        return y, *ends
+        y = y.transpose(0, 1) if first else y
+        return y if padded is None else y.reshape(padded.rows * padded.steps, y.shape[-1]), *ends
 
 
 def _step(mode: str, x: Tensor, hx: Any, *weights: Any) -> Any:

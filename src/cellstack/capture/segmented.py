@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -70,7 +71,7 @@ def in_segments(ready: Prepared, tolerance: float, reason: str) -> tuple[Segment
 
 
 def _saved(
-    save: Any, module: Any, inputs: tuple[Any, ...], outputs: int, axes: list[Axes], looks: list[str], reason: str
+    save: Any, module: Any, inputs: tuple[Any, ...], outputs: int, axes: Sequence[Axes], looks: list[str], reason: str
 ) -> SegmentedNetwork:
     """Return the graph that a function writes; the places where the module's code reads values are added to `looks`.
 
