@@ -256,8 +256,9 @@ void weight_gradient(const WeightGradient<T>& f) {
     const int G = f.gates, wide = G * W, together = G > 1 ? 1 : int(kBlocksOfPanel);
     const bool pairs = f.tiles->pairs();
     const int64_t count = pairs ? (f.dz_rows + 1) / 2 : f.dz_rows, dz_stride = count * wide;
+    const auto is_diagonal = [&](const auto& of) { return !pairs && of.heads > 1 && of.heads == f.units; };
     for (const auto& of : f.of)
-        for (int64_t m = 0; !f.copied && of.columns && m < count; ++m) {
+        for (int64_t m = 0; !f.copied && of.columns && !is_diagonal(of) && m < count; ++m) {
             T* to = of.copy + m * gradient_stride(of.columns);
             if (pairs)
                 f.tiles->pair_rows(to, of.rows[2 * m], 2 * m + 1 < f.dz_rows ? of.rows[2 * m + 1] : nullptr,
@@ -277,12 +278,31 @@ void weight_gradient(const WeightGradient<T>& f) {
                                        2 * m + 1 < f.dz_rows ? row + wide : nullptr, wide);
                 }
         }
+        for (const auto& of : f.of) {
+            if (!of.columns || !is_diagonal(of)) continue;
+            for (int64_t own = block; own < block + N; ++own) {
+                const T* dz = f.dz + own * f.dz_rows * wide;
+                T* to = of.out + own * W * G;
+                V<T> sums[kMostGates];
+                for (int v = of.first_gate; v < of.last_gate; ++v) {
+                    sums[v] = splat(T(0));
+                    for (int k = 0; f.more && k < lanes; ++k) sums[v][k] = to[k * G + v];
+                }
+                for (int64_t m = 0; m < f.dz_rows; ++m) {
+                    const V<T> a = load_lanes(of.rows[m] + own * W, lanes);
+                    for (int v = of.first_gate; v < of.last_gate; ++v)
+                        sums[v] = fma(a, load(dz + m * wide + v * W), sums[v]);
+                }
+                for (int v = of.first_gate; v < of.last_gate; ++v)
+                    for (int k = 0; k < lanes; ++k) to[k * G + v] = sums[v][k];
+            }
+        }
         const int vectors = N > 1 ? N : G;  // one gate of several blocks, or all gates of one block
         for (int64_t piece = 0; piece < pieces; ++piece) {
             const int64_t m = count * piece / pieces, rows = count * (piece + 1) / pieces - m;
             const bool more = f.more || piece > 0;
             for (const auto& of : f.of) {
-                if (!of.columns) continue;
+                if (!of.columns || is_diagonal(of)) continue;
                 const int64_t stride = gradient_stride(of.columns), H = f.units;
                 // Sums of some columns, whose first one is at `sums`, and of lanes [lane, lane + lanes) of each vector.
                 const auto add_up = [&](T* sums, const Sums& apart, int64_t first, int64_t columns, int vectors,

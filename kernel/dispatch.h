@@ -31,13 +31,15 @@ Matrix<T> matrix_of(const Description& d, const T* at, int64_t depth, int64_t un
     return m;
 }
 
-// The band of a recurrent matrix in panels of `wide` columns, with `step` of the `total` rows in one.
+// The band of a recurrent matrix in panels of `wide` columns, with `step` of the `total` rows in one, for weights of
+// this format.
 struct Bands {
     int64_t depth;
     std::vector<int64_t> first;  // empty without heads
-    Band band() const { return {depth, first.empty() ? nullptr : first.data()}; }
+    bool diagonal = false;
+    Band band() const { return {depth, first.empty() ? nullptr : first.data(), diagonal}; }
 };
-Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step);
+Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step, Element element);
 
 // The recurrent matrix in the caller's layout, and which part of it a panel has.
 template <class T>

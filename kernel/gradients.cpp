@@ -121,12 +121,13 @@ class BackwardLayer {
     const int64_t columns = columns_of(P), unit_columns = columns_of(H);
     // Of the sums over x and h: of the gates, or of the backbone.
     const int64_t U = d.sum_units(), sum_blocks = ceil_div(U, W), sum_deep = sum_gates * W;
-    const Bands bands = bands_of(d, wide, sum_blocks* W, W);  // blocks of their gradient
     const int64_t planes = d.planes(), intermediate_size = d.intermediate_size();
     const int inner = d.inner_states();
     const bool by_rows = !d.plain(), reset_before = d.resets_before();
     const bool again = !s.gates;  // gates are recomputed, a chunk at a time
     const bool pairs = s.weights->element() == Element::kBfloat16 && leaf.bfloat16.pairs();  // products of bfloat16
+    // Blocks of the gradient of the sums.
+    const Bands bands = bands_of(d, wide, sum_blocks* W, W, pairs ? Element::kBfloat16 : element_of<T>());
     const Tiles<T>& tiles = pairs ? leaf.bfloat16 : leaf.plain;
     // Whether any gradient from before the first step is requested; if not, its product is skipped.
     const bool to_start = any(g.dbefore) || any(to.initial);

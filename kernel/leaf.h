@@ -73,10 +73,12 @@ struct Tiles {
 
 // Which rows of a matrix of heads its panels have: those of the heads to which a panel's columns belong. All panels
 // have the same number of rows, so some also have rows of zeros, of an adjacent head. Rows are counted in words of the
-// weights' format; in a transposed matrix, in blocks of dz.
+// weights' format; in a transposed matrix, in blocks of dz. A diagonal matrix, of heads of one unit each, is a vector
+// for each gate of a block instead, [blocks][gates][W], in a transposed matrix too.
 struct Band {
     int64_t depth;
     const int64_t* first;  // of each panel; null: all have all rows
+    bool diagonal = false;
     int64_t start(int64_t panel) const { return first ? first[panel] : 0; }
 };
 
@@ -122,7 +124,9 @@ struct Panels {
     }
     // Whether a step is computed by blocks, the shorter path of the plain LSTM, which exists in float32.
     static constexpr bool kBlocks = sizeof(T) == 4;
-    bool by_blocks() const { return kBlocks && flagless && !unpacked && element != Element::kInt8 && !patched; }
+    bool by_blocks() const {
+        return kBlocks && flagless && !unpacked && element != Element::kInt8 && !patched && !band.diagonal;
+    }
 };
 
 // A matrix [depth, gates·units] in the caller's layout, or a bias as a matrix of depth 1.

@@ -218,6 +218,7 @@ struct Product {
             }
             return;
         }
+        if (heads > 1 && w.band.diagonal) return diagonal(rows, count, to, add, first, wanted);
         if (count == 1) {
             t.row_scales = row_scales;
             const auto tile = [&](TileRoutine<T> alone, int, int64_t, int64_t) INLINED {
@@ -237,6 +238,24 @@ struct Product {
             each_tile(some, tile, most_rows(vectors));
         };
         each_group(to, add, down, count, first, wanted, tiles);
+    }
+
+    // The product with a diagonal matrix: the sums of a unit only include its own h.
+    NOINLINE void diagonal(const Rows<T>& rows, int64_t count, T* to, bool add, int first, int wanted) const {
+        constexpr int W = Vec<T>::W;
+        for (int64_t m = 0; m < count; ++m, to += gates * stride) {
+            const T* row = rows.at(m);
+            for (int64_t of = block; of < end_block; ++of)
+                for (int gate = first; gate < first + wanted; ++gate) {
+                    const T* own_bias = bias ? bias + of * t.from_block : nullptr;
+                    V<T> sum = !bias                                 ? splat(T(0))
+                               : tail.vectors && of == end_block - 1 ? gate_of(own_bias, tail, gate)
+                                                                     : load(own_bias + gate * W);
+                    sum = fma(load(row + of * W), load(matrix + of * panel + gate * W), sum);
+                    T* at = to + gate * stride + of * W;
+                    store(at, add ? load(at) + sum : sum);
+                }
+        }
     }
 
     // A row's product with an unpacked matrix of heads.
@@ -270,6 +289,17 @@ template <class T, class F>
 INLINE void product_transposed(const Transposed<T>& p, F&& body) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
     const T* dz = p.dz + p.m * p.gates * W;
+    if (p.band.diagonal) {
+        for (int64_t block = 4 * p.first; block < 4 * p.last && block < p.blocks; ++block)
+            for (int64_t r = 0; r < p.count; ++r) {
+                V<T> sum = splat(T(0));
+                for (int64_t at = 0; at < p.gates * W; at += W)
+                    sum = fma(load(dz + (block * p.dz_rows + r) * p.gates * W + at),
+                              load(p.panels + block * p.gates * W + at), sum);
+                body(r, block * W, sum);
+            }
+        return;
+    }
     int64_t dz_rows = p.dz_rows, deep = p.gates * W;
     if (p.pairs) {
         for (int64_t block = 0, size = p.count * deep; block < p.blocks; ++block)

@@ -35,12 +35,25 @@ V<T> row_of_heads(const Matrix<T>& m, int64_t row, int gate, int64_t block) {
     return load(lanes);
 }
 
+// What a diagonal matrix has for a gate of a block's units.
+template <class T>
+V<T> diagonal_of(const Matrix<T>& m, int gate, int64_t block) {
+    constexpr int W = Vec<T>::W;
+    V<T> lanes = splat(T(0));
+    for (int k = 0; k < W && block * W + k < m.units; ++k) lanes[k] = m.at[(block * W + k) * m.gates + m.places[gate]];
+    return lanes;
+}
+
 // Packs a block's panel, [rows][gates][W], whose band counts `step` rows as one.
 template <class T>
 void pack_block(T* to, const Matrix<T>& m, int64_t block, int64_t step) {
     constexpr int W = Vec<T>::W;
     const int64_t left = m.units - block * W;
     const int lanes = left < W ? int(left) : W;
+    if (m.band.diagonal) {
+        for (int gate = 0; gate < m.gates; ++gate) store(to + gate * W, diagonal_of(m, gate, block));
+        return;
+    }
     if (m.heads > 1) {
         for (int64_t k = 0; k < m.band.depth * step; ++k)
             for (int gate = 0; gate < m.gates; ++gate)
@@ -118,6 +131,13 @@ template <class T>
 void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel,
                      const Tiles<T>& tiles) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
+    if (m.band.diagonal) {
+        for (int64_t block = panel * 4; block < end_panel * 4; ++block)
+            for (int gate = 0; gate < m.gates; ++gate)
+                store(to + (block * m.gates + gate) * W,
+                      gate >= first && gate < last ? diagonal_of(m, gate, block) : splat(T(0)));
+        return;
+    }
     const int64_t blocks = m.heads > 1 ? m.band.depth : (m.units + W - 1) / W, deep = tiles.pairs() ? W / 2 : W;
     // A quarter of a panel at a time: so few rows are read alternately that each read continues where the last one
     // ended.

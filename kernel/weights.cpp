@@ -16,9 +16,10 @@ int64_t narrow_size(Element element, int64_t blocks, int64_t rows, int gates, in
 
 }  // namespace
 
-Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step) {
+Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step, Element element) {
     if (!d.kind->recurrent || d.heads == 1) return {d.kind->recurrent ? ceil_div(total, step) : 0, {}};
     const int64_t head = d.units / d.heads, whole = ceil_div(total, step);
+    if (head == 1 && !narrow(element)) return {1, {}, true};
     Bands bands{0, {}};
     for (int64_t from = 0; from < d.units; from += wide) {
         const int64_t last = std::min(from + wide, d.units) - 1, end = ceil_div((last / head + 1) * head, step);
@@ -45,7 +46,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
         return narrow(held) ? narrow_size(held, of, rows, gates, leaf.width) : rows * of * gates * leaf.width;
     };
     const int64_t step = narrow(element) ? 32 / bits_of(element) : 1;
-    Bands bands = bands_of(d, leaf.width, d.output, step);
+    Bands bands = bands_of(d, leaf.width, d.output, step, element);
     const int64_t recurrent = bands.depth * step;  // rows of a panel
     const int64_t matrices[] = {size(d.multiplied(), d.sum_units(), d.sum_gates(), element),
                                 size(recurrent, d.sum_units(), d.sum_gates(), element),
@@ -74,7 +75,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     Parts<T> parts(impl_->memory.get());
     // Packs a matrix, in panels of this many rows.
     const auto packed = [&](Matrix<T> from, int64_t rows, Element held) {
-        if (from.gates > 1) from.tail = p.tail;
+        if (from.gates > 1 && !from.band.diagonal) from.tail = p.tail;
         const int64_t numbers = size(rows, from.units, from.gates, held), of = ceil_div(from.units, leaf.width);
         T* to = parts.take(numbers);
         if (!from.at) {

@@ -15,8 +15,7 @@ except ModuleNotFoundError as error:
     needs = "cellstack.onnxruntime needs onnxruntime: pip install 'cellstack[onnxruntime]'"
     raise ModuleNotFoundError(needs, name=error.name) from None
 
-from cellstack.cells.plan import Plan
-from cellstack.formats.onnx.runtime import Replacement
+from cellstack.formats.onnx.runtime import Plan, Replacement
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,8 @@ from cellstack.cells import KINDS
 from cellstack.cells.arguments import constructor
 from cellstack.cli.options import TITLES, has_flag, shown
 from cellstack.train import entry
-from cellstack.train.options import DATA, RECORDS, declared
+from cellstack.train.declaration import DATA
+from cellstack.train.options import RECORDS, declared
 
 SOURCE = Path(cellstack.__file__).parent
 PAGE = SOURCE.parents[1] / "docs" / "options.md"

@@ -1183,7 +1183,8 @@ def test_the_fields_of_an_mlstm_are_those_of_the_trace(open_page, rng, x):
     assert screen.page.locator(".choice button").all_inner_texts()[:9] == [*"qkvifomnh"]
     for row, step in ((0, 2), (1, 4)):  # used, and masked
         screen.choose("Row", str(row))
-        for name, array in memory.fields.items():
+        for name in memory.fields._fields:
+            array = memory.flat(name)
             unit = array.shape[-1] - 1
             screen.looked_at(field=name, step=step, unit=unit)
             said = screen.text(".readout")
@@ -1197,7 +1198,8 @@ def test_the_fields_of_an_mlstm_are_those_of_the_trace(open_page, rng, x):
     screen.settle()
     assert screen.text("#panel-unit h3") == "Unit, head 1 of memory"
     shown_values = dict(re.findall(r"(\w) = (\S+)", screen.text("#panel-unit .readout")))
-    for name, array in memory.fields.items():
+    for name in memory.fields._fields:
+        array = memory.flat(name)
         unit = array.shape[-1] // 2
         assert close(parsed(shown_values[name]), array[1, 4, unit], 4)
 
@@ -1208,7 +1210,7 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
     memory, z = t["memory"], t["memory"].x[0, 5]
     screen = open_page(t)
     screen.looked_at(step=5, unit=4)  # h of head 1, number 1
-    before = {name: memory.fields[name][0, 4] for name in "mn"}
+    before = {name: memory.flat(name)[0, 4] for name in "mn"}
     log_f = -np.log1p(np.exp(-z[25]))
     expected = {
         "q": [z[5], 5],
@@ -1216,8 +1218,8 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
         "f": [log_f, before["m"][1], memory.m[0, 5, 1], memory.f[0, 5, 1]],
         "m": [z[23], log_f, before["m"][1], memory.m[0, 5, 1]],
         "n": [before["n"][5], memory.f[0, 5, 1], memory.k[0, 5, 1, 1] / 2, memory.n[0, 5, 1, 1]],
-        "o": [z[30], memory.fields["o"][0, 5, 4]],
-        "h": [memory.h[0, 5, 1, 1], memory.fields["o"][0, 5, 4]],
+        "o": [z[30], memory.flat("o")[0, 5, 4]],
+        "h": [memory.h[0, 5, 1, 1], memory.flat("o")[0, 5, 4]],
     }
     for name, values in expected.items():
         screen.page.locator(f'.port[data-field="{name}"]').hover()
@@ -1227,7 +1229,7 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
             assert any(close(number, value, 5) for number in numbers), (name, value, screen.text(".popover"))
         assert close(
             numbers_in(screen.text(".popover .result"))[-1],
-            memory.fields[name][0, 5].reshape(2, -1)[1][-1 if name in "ifm" else 1],
+            memory.flat(name)[0, 5].reshape(2, -1)[1][-1 if name in "ifm" else 1],
             5,
         )
     rows = [line.split("\t") for line in screen.page.locator(".popover tr").all_inner_texts()]
@@ -1237,7 +1239,7 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
         assert close(value, memory.v[0, step, 1, 1], 5)
         assert close(weight, memory.weights(5)[0, 1, step], 5)
         assert close(product, value * weight, 4)
-    rest = memory.h[0, 5, 1, 1] / memory.fields["o"][0, 5, 4] - memory.weights(5)[0, 1] @ memory.v[0, :, 1, 1]
+    rest = memory.h[0, 5, 1, 1] / memory.flat("o")[0, 5, 4] - memory.weights(5)[0, 1] @ memory.v[0, :, 1, 1]
     assert close(terms["initial state"][0], rest, 4)
     screen.page.locator('.port[data-field="C"]').hover()
     assert "C = f · C_prev + i · k · vᵀ / √4" in screen.text(".popover")
@@ -1248,7 +1250,7 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
         unit = 3 + 1  # of the three of head 1, the second
         assert close(
             parsed(table.locator(f'[data-field="{name}"][data-unit="{unit}"]').inner_text()),
-            memory.fields[name][0, 5].reshape(2, -1)[1, 1],
+            memory.flat(name)[0, 5].reshape(2, -1)[1, 1],
             4,
         )
     table.get_by_role("button", name="head 1 [2]").click()
@@ -1332,8 +1334,8 @@ def test_what_if_and_gradients_of_an_mlstm(open_page, rng, x):
     assert close(outputs_shown(screen)[1, 1], after.y[0, 7, 1], 5)
     for name in ("h", "n", "i"):
         screen.field(name)
-        screen.looked_at(unit=after["memory"].fields[name].shape[-1] - 1)
-        assert close(numbers_in(screen.text(".readout").split(" = ")[1])[0], after["memory"].fields[name][0, 7, -1], 5)
+        screen.looked_at(unit=after["memory"].flat(name).shape[-1] - 1)
+        assert close(numbers_in(screen.text(".readout").split(" = ")[1])[0], after["memory"].flat(name)[0, 7, -1], 5)
     screen.tab("memory")
     screen.settle()
     weights = after["memory"].weights(7)[0, 1]
@@ -1351,14 +1353,17 @@ def test_a_part_of_the_run_of_an_mlstm_and_one_from_a_file(open_page, rng, x, tm
     screen = open_page(t.select(rows=slice(1, 2), steps=slice(2, 8)))
     screen.field("n")
     screen.looked_at(step=1, unit=7)
-    assert close(numbers_in(screen.text(".readout").split(" = ")[1])[0], t["memory"].fields["n"][1, 3, 7], 5)
+    assert close(numbers_in(screen.text(".readout").split(" = ")[1])[0], t["memory"].flat("n")[1, 3, 7], 5)
     screen.page.locator('.port[data-field="n"]').hover()
     assert "covers only part of the run" in screen.text(".popover")
     screen.tab("memory")
     assert "covers only part of the run" in screen.text("#panel-memory .readout")
     t.save(tmp_path / "trace.safetensors")
     screen = open_page(load(tmp_path / "trace.safetensors"))
-    assert "A trace from a file lacks the gates of an mLSTM" in screen.text(".warning")
+    assert not screen.text(".warning")
+    screen.looked_at(field="h", step=6, unit=4)
+    screen.tab("memory")
+    assert close(numbers_in(screen.text("#panel-memory .readout"))[-1], t["memory"].h[0, 6, 1, 1], 5)
 
 
 BLUE = """(canvas) => {

@@ -28,7 +28,7 @@ MEMBERS = {
     "rnn": {"kind": "rnn"},
     "ligru": {"kind": "ligru"},
 }
-WIDTHS = [(4, 2), (12, 3), (20, 4), (100, 4), (64, 4), (66, 2), (34, 17), (9, 9)]
+WIDTHS = [(4, 2), (12, 3), (20, 4), (100, 4), (64, 4), (66, 2), (34, 17), (20, 20)]
 """Units and heads: heads that are narrower than a vector, that begin within one, that consist of whole ones."""
 
 
@@ -91,6 +91,17 @@ def test_forward_and_backward_follow_the_reference(isa, member, widths, dtype, b
     spec, arrays, case, rng = make(5, batch, 6, 5, widths[0], np.float64, heads=widths[1], **MEMBERS[member])
     case = masked(case, spec, rng) if batch == 7 else case
     compare(spec, arrays, case, rng, dtype, tolerances.KERNEL[np.dtype(dtype).name], copy=copy)
+
+
+@over_isas("member, batch", list(MEMBERS), [1, 7])
+def test_a_nan_stays_in_its_head(isa, member, batch):
+    spec, arrays, case, _ = make(5, batch, 2, 7, 20, heads=20, **MEMBERS[member])
+    h, *others = case["state"]
+    h[:, 7] = np.nan
+    y = calls.forward(spec, arrays, **{**case, "state": (h, *others)}).y
+    whole = spec.layer_norm is not False  # a normalisation includes all units
+    assert np.isnan(y[..., 7]).all()
+    assert np.isnan(np.delete(y, 7, -1)).any() == whole
 
 
 @over_isas(

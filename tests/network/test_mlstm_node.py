@@ -232,6 +232,48 @@ def test_traces_of_random_runs():
         part.retrieve(own.q[0, 0])
 
 
+def test_its_trace_is_that_of_a_cell():
+    net, x = network("float64", gate=True), sequences(dtype="float64")
+    mask = np.ones((2, 20), bool)
+    mask[1, 15:] = False
+    t = net.trace(x, mask=mask, pre=True)
+    own = t["memory"].cells[0]
+    assert {name: array.shape[2:] for name, array in own.items()} == own.cell.spec.trace_shapes
+    z = np.where(mask[..., None], t["memory"].x, 0)[..., -HEADS * (2 + VALUES) :]
+    for gate, part in zip("ifo", np.split(z, [HEADS, 2 * HEADS], axis=-1), strict=True):
+        np.testing.assert_array_equal(own.pre[gate].reshape(2, 20, -1), part)
+    assert not own.f[1, 15:].any()
+    near(own.half_lives(), np.log(2) / np.logaddexp(0, -own.pre["f"])[mask].mean(axis=0), 1e-12)
+    shares = own.gate_shares()
+    assert [len(shares[gate].left) for gate in "ifo"] == [HEADS, HEADS, HEADS * VALUES]
+    figures = t.report().figures["memory"]
+    assert figures["half-life in steps"]["most"] == own.half_lives().max()
+    assert not any("Lyapunov" in name or "growth" in name for name in figures)
+    for refused in (own.lyapunov_exponent, own.contributions):
+        with pytest.raises(ValueError, match="mLSTM isn't supported"):
+            refused()
+    moved = x.copy()
+    moved[:, 6:] += 1
+    difference = t.diff(net.trace(moved, mask=mask))
+    assert "memory: from step 6 on" in repr(difference)
+    largest = max(difference.largest(1000), key=lambda one: (one.node == "memory", abs(one.one - one.other)))
+    assert (largest.node, largest.one) == ("memory", own.flat(largest.field)[largest.row, largest.step, largest.unit])
+    assert len(t.plot("memory").axes) == 2 * len(own)  # a map and its colours for each field
+    part = t.select(rows=[0], steps=slice(2, 5), units=[1])["memory"]
+    np.testing.assert_array_equal(part.pre["i"], own.pre["i"][:1, 2:5])
+    np.testing.assert_array_equal(part.n, own.n[:1, 2:5])
+
+
+def test_findings_name_heads():
+    node = MLSTM(2, 2, 2)
+    x = np.random.default_rng(4).normal(size=(1, 40, node.input_size))
+    x[..., -4], x[..., -2] = -9.0, 9.0  # head 0 adds nothing and forgets nothing
+    t = Network([node], inputs={"x": (None, node.input_size)}).trace(x)
+    findings = t.report().findings
+    assert any("head 0 is closed to new input" in text for text in findings)
+    assert any("head 0 is keeping more than half" in text for text in findings)
+
+
 @pytest.mark.parametrize("gate", [False, True])
 def test_the_gradient_of_a_trace_is_a_difference(gate):
     net, x = network("float64", gate), sequences(dtype="float64", steps=9)
@@ -255,6 +297,9 @@ def test_files(tmp_path):
     t = net.trace(x)
     t.save(tmp_path / "t.safetensors")
     again = inspect.load(tmp_path / "t.safetensors")
+    for name, array in t["memory"].cells[0].items():
+        np.testing.assert_array_equal(again["memory"][name], array)
+    np.testing.assert_array_equal(again["memory"].retrieve(np.ones(4)), t["memory"].retrieve(np.ones(4)))
     np.testing.assert_array_equal(again.state[1].C, t.state[1].C)
     np.testing.assert_array_equal(again["memory"].y, t["memory"].y)
     t.save_html(tmp_path / "t.html")

@@ -202,7 +202,7 @@ def test_properties_of_a_node_match_a_run(node):
 class Counted:
     """Masks represented by how many were made and merged."""
 
-    made = lambda self: 1  # noqa: E731
+    of_node = lambda self: 1  # noqa: E731
     both = lambda self, one, other: one + other  # noqa: E731
     either = lambda self, masks: sum(masks)  # noqa: E731
     join = lambda self, masks: sum(mask or 0 for mask in masks)  # noqa: E731

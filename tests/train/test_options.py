@@ -12,7 +12,8 @@ from cellstack.sklearn import SequenceClassifier, SequenceForecaster, SequenceRe
 from cellstack.train import options
 from cellstack.train.checks import OptionError
 from cellstack.train.data.reading import SEQUENCES
-from cellstack.train.options import DATA, RECORDS, applying, declared
+from cellstack.train.declaration import DATA
+from cellstack.train.options import RECORDS, applying, declared
 from cellstack.train.tables.table import READING
 
 FUNCTIONS = {"sequences": train.fit, "forecasts": train.fit_forecast, "texts": train.fit_text}

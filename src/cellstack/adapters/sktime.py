@@ -229,10 +229,10 @@ class SequenceForecaster(BaseForecaster):
 
     def _named(self, X: Frame | None) -> Frame | None:
         """Return X with the estimator's column names."""
-        found = [] if X is None else list(X.columns)
-        if set(found) != set(self.known_):
-            have, wanted = (", ".join(map(str, names)) or "no column" for names in (found, self.known_))
-            raise ValueError(f"expected X to hold {wanted}, as in fit, got {have}")
+        columns = [] if X is None else list(X.columns)
+        if set(columns) != set(self.known_):
+            have, needed = (", ".join(map(str, names)) or "no column" for names in (columns, self.known_))
+            raise ValueError(f"expected X to hold {needed}, as in fit, got {have}")
         return None if X is None else X.rename(columns=self.known_)
 
     def _learn(self, fh: Any, least: int) -> None:
@@ -266,7 +266,7 @@ class SequenceForecaster(BaseForecaster):
             more = ahead.get(name, rows[:0])
             whole[name] = pd.concat([rows, more[more.index > rows.index[-1]]])
         forecasts = self.estimator_.forecasts(self._table(whole))
-        values, found, index, begin = forecasts.at(levels), [], [], 0
+        values, quantiles, index, begin = forecasts.at(levels), [], [], 0
         for n, (name, rows) in enumerate(whole.items()):
             if forecasts.times is None:
                 first = rows.index[0] + int(forecasts.origins[n]) - begin + 1
@@ -274,16 +274,16 @@ class SequenceForecaster(BaseForecaster):
                 begin += rows.index[-1] - rows.index[0] + 1
             else:
                 steps = pd.Index(forecasts.times[n])
-            wanted, at = _places(fh, self._cutoff_of(groups[name]), steps)
+            times, at = _places(fh, self._cutoff_of(groups[name]), steps)
             lacking = ~steps[: at.max() + 1].isin(_clock(rows.index))
             if knows and lacking.any():
                 raise ValueError(
-                    f"expected X to have a row at every step up to the last of fh, {wanted.max()}, got none at step "
+                    f"expected X to have a row at every step up to the last of fh, {times.max()}, got none at step "
                     f"{lacking.argmax() + 1}"
                 )
-            found.append(values[n, at])
-            index.append(pd.MultiIndex.from_product([*([part] for part in name), wanted]) if name else wanted)
-        return index[0].append(index[1:]).set_names(self._rows.index.names), np.concatenate(found)
+            quantiles.append(values[n, at])
+            index.append(pd.MultiIndex.from_product([*([part] for part in name), times]) if name else times)
+        return index[0].append(index[1:]).set_names(self._rows.index.names), np.concatenate(quantiles)
 
     def _cutoff_of(self, rows: Frame) -> Any:
         """Return the last time of a series, with the frequency of its dates; with missing rows, that of the table."""
@@ -374,16 +374,16 @@ def _places(fh: Any, last: Any, steps: Any) -> tuple[Any, NDArray[np.int64]]:
         last: time of the series' last row.
         steps: the forecast times. They begin after the last value, which may be earlier than the last row.
     """
-    wanted = fh.to_absolute_index(last)
+    times = fh.to_absolute_index(last)
     at = fh.to_relative(last).to_numpy() + next(iter(np.flatnonzero(steps == _clock(last)[0])), -1)
     if at.max() >= len(steps):
         raise ValueError(
             f"expected fh within {len(steps)} steps after the last value of y, for which the network was fitted, got "
-            f"{wanted[at.argmax()]}, which is step {at.max() + 1}: pass fit an fh up to that step"
+            f"{times[at.argmax()]}, which is step {at.max() + 1}: pass fit an fh up to that step"
         )
-    if not np.array_equal(steps[at], _clock(wanted)):
-        raise ValueError(f"expected fh at the steps of y, {list(map(str, steps[at]))}, got {list(map(str, wanted))}")
-    return wanted, at
+    if not np.array_equal(steps[at], _clock(times)):
+        raise ValueError(f"expected fh at the steps of y, {list(map(str, steps[at]))}, got {list(map(str, times))}")
+    return times, at
 
 
 def _clock(times: Any) -> Any:

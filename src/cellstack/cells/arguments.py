@@ -243,7 +243,7 @@ FORGET_BIAS = (
 def signature(kind: Kind, of: str) -> tuple[list[Argument], list[Argument]]:
     """Return the arguments of a kind's `"cell"`, `"layer"` or `"keras"` layer: by position, and by name only."""
     shared, keyword, own = (
-        {one.name: kind.own(one) for one in some if of in one.of and one.name not in kind.lacks}
+        {one.name: kind.with_default(one) for one in some if of in one.of and one.name not in kind.lacks}
         for some in (POSITIONAL, KEYWORD, kind.flags)
     )
     order = [name for name in shared if name not in kind.positions]

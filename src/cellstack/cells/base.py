@@ -369,7 +369,7 @@ class Kind:
     def settings(self) -> dict[str, Argument]:
         """The fields of `CellSpec` that this kind has, except `input_size` and `kind`."""
         every = (*POSITIONAL, *self.flags, *KEYWORD)
-        return {one.name: self.own(one) for one in every if "spec" in one.of and one.name not in self.lacks}
+        return {one.name: self.with_default(one) for one in every if "spec" in one.of and one.name not in self.lacks}
 
     def prepared(self, ops: Ops[V], spec: Any, x: V) -> Any:
         """Return what a step takes of x: the result of `inputs`, and with a scalar, a tuple of it and the scalar."""
@@ -377,7 +377,7 @@ class Kind:
             return self.inputs(ops, spec, x)
         return self.inputs(ops, spec, ops.features(x)), ops.scalar(x)
 
-    def own(self, argument: Argument) -> Argument:
+    def with_default(self, argument: Argument) -> Argument:
         """Return an argument with the default that it has in this kind."""
         return argument._replace(default=self.defaults.get(argument.name, argument.default))
 

@@ -60,6 +60,19 @@ class MemorySpec(NamedTuple):
         return {"C": (*keys, self.value_size), "n": keys, "m": (self.heads,)}
 
     @property
+    def trace_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each field of a trace, by name, without the batch and the steps."""
+        shapes = {name.removeprefix("z_"): shape for name, shape in self.parts.items()}
+        shapes |= {**self.state_shapes, "h": shapes["v"]}
+        return {name: shapes[name] for name in self.of_kind.trace._fields}
+
+    @property
+    def summary(self) -> str:
+        """The description in a few words."""
+        heads = f"{self.heads} head{'s' if self.heads > 1 else ''}"
+        return f"{heads}, C {self.key_size} x {self.value_size}{', output gate' if self.output_gate else ''}"
+
+    @property
     def state_axes(self) -> dict[str, Axis]:
         """The number of values of each array of the state, by name; see `CellSpec.state_axes`."""
         return {name: (math.prod(shape), "") for name, shape in self.state_shapes.items()}
@@ -91,7 +104,7 @@ class MemorySpec(NamedTuple):
 
     # What a `CellSpec` also says of a cell.
     output_size, shapes = units, axes
-    gates, clip, scalar, learn_initial_state = (), None, False, False
+    gates, clip, scalar, learn_initial_state, exponential_forget, parameters = (), None, False, False, False, 0
 
 
 def inputs(ops: Ops[V], spec: MemorySpec, x: V) -> Sequence[V]:
@@ -140,6 +153,7 @@ def _kind(output_gate: bool) -> Kind:
         arrays=(),
         memory="C",
         zoneout={},
+        update=lambda spec, gates: (gates["f"], gates["i"]),  # of k·vᵀ, the shares of steps
         refuses=refuses,
         meanings={
             "q": "query: what is looked for in the memory",

@@ -156,12 +156,14 @@ class CellSpec:
             raise ValueError("CellSpec: backbone_activation is valid with backbone_units only, which is 0")
 
     def _check_activations(self) -> None:
-        given = self.gate_activations
+        chosen = self.gate_activations
         try:
-            given = dict(given.items() if isinstance(given, Mapping) else given)
+            chosen = dict(chosen.items() if isinstance(chosen, Mapping) else chosen)
         except (TypeError, ValueError):
-            raise TypeError(f"CellSpec: expected gate_activations to map gates to activations, got {given!r}") from None
-        for gate in given:
+            raise TypeError(
+                f"CellSpec: expected gate_activations to map gates to activations, got {chosen!r}"
+            ) from None
+        for gate in chosen:
             if self.coupled and gate == "f":
                 raise ValueError("CellSpec: gate_activations can't set f of a coupled cell: it is 1 - i")
             if gate in self.of_kind.fixed:
@@ -173,7 +175,7 @@ class CellSpec:
                 raise ValueError(f"CellSpec: expected gate_activations of {slots}, got {gate!r}")
         for name in ACTIVATION_ARGUMENTS:
             object.__setattr__(self, name, _canonical(name, getattr(self, name)))
-        named = {gate: _canonical(f"gate_activations[{gate!r}]", text) for gate, text in given.items()}
+        named = {gate: _canonical(f"gate_activations[{gate!r}]", text) for gate, text in chosen.items()}
         kept = tuple((s, named[s]) for s in self.of_kind.slots if s in named and named[s] != self._usual(s))
         object.__setattr__(self, "gate_activations", kept)
 
@@ -238,6 +240,11 @@ class CellSpec:
         return {name: (size,) for name, size in self.state_sizes.items()}
 
     @property
+    def trace_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each field of a trace, by name, without the batch and the steps."""
+        return {name: (self.output_size if name == "h" else self.units,) for name in self.of_kind.trace._fields}
+
+    @property
     def state_axes(self) -> dict[str, Axis]:
         """The number of values of each array of the state, by name, as a number of blocks and a letter; see `axes`."""
         return {name: (1, "P" if name == "h" and self.proj_size else "H") for name in self.state_sizes}
@@ -298,9 +305,9 @@ class CellSpec:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON values; `CellSpec(**settings)` is the same cell."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         usual = _usual_values(self)
-        changed = {name: value for name, value in given.items() if value != usual[name]}
+        changed = {name: value for name, value in values.items() if value != usual[name]}
         if self.gate_activations:
             changed["gate_activations"] = dict(self.gate_activations)
         return changed
@@ -314,13 +321,13 @@ class CellSpec:
     @property
     def numbers(self) -> dict[str, float]:
         """The settings of `FLAGS` as numbers: an infinity for None, and the place in its options for a text."""
-        found = {}
+        by_flag = {}
         for name, one in FLAGS.items():
             value = getattr(self, name)
             if isinstance(value, str) and one.limit is not None:
                 value = one.limit.options.index(value)
-            found[name] = math.inf if value is None else float(value)
-        return found
+            by_flag[name] = math.inf if value is None else float(value)
+        return by_flag
 
     @property
     def text(self) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from cellstack import FormatError, Network
 from cellstack.cli.arguments import names
 from cellstack.formats import extract, listed, load_network, writers
-from cellstack.formats.files import NATIVE, found
+from cellstack.formats.files import NATIVE, existing_file
 from cellstack.nodes.cell_arrays import STORED_WEIGHTS
 from cellstack.train.checks import UsageError
 from cellstack.train.data.samples import read_sample
@@ -55,17 +55,17 @@ def _by_name(number: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
     """Return a parser of `name=number`, one or more, separated by commas."""
 
     def read(text: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        numbers: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = (word.strip() for word in part.rpartition("="))
-            if not name or name in found:
+            if not name or name in numbers:
                 raise argparse.ArgumentTypeError(f"expected NAME=NUMBER with distinct names, got {text!r}")
             try:
-                found[name] = number(value)
+                numbers[name] = number(value)
             except ValueError:
                 kind = "a whole number" if number is int else "a number, true or false"
                 raise argparse.ArgumentTypeError(f"expected {kind} for {name!r}, got {value!r}") from None
-        return found
+        return numbers
 
     return read
 
@@ -101,8 +101,8 @@ def load_model(name: str, options: Mapping[str, Any] | None = None) -> tuple[Net
         UsageError: options that the file's format doesn't have, or a format whose reader isn't installed.
         OSError: the file can't be read.
     """
-    path, given = found(name), options or {}
-    return loaded(path, given, lambda: load_network(path, **given)), path
+    path, chosen = existing_file(name), options or {}
+    return loaded(path, chosen, lambda: load_network(path, **chosen)), path
 
 
 def loaded(path: str, options: Mapping[str, Any], read: Callable[[], T]) -> T:
@@ -114,8 +114,8 @@ def loaded(path: str, options: Mapping[str, Any], read: Callable[[], T]) -> T:
     except TypeError as error:
         if not options:
             raise
-        given = ", ".join(f"--{name}" for name in options)
-        raise UsageError(f"{given}: {str(error).removeprefix('load: ')}") from None
+        flags = ", ".join(f"--{name}" for name in options)
+        raise UsageError(f"{flags}: {str(error).removeprefix('load: ')}") from None
 
 
 def with_suffix(name: str) -> Path:
@@ -183,7 +183,7 @@ def plain(value: Any) -> Any:
 
 def info(args: argparse.Namespace) -> int:
     """Describe a file's network; if it can't be run as a whole, its recurrent parts and the reason."""
-    path = found(args.model)
+    path = existing_file(args.model)
     size = os.path.getsize(path)
     head = f"{path}: {size:,} bytes"
     options = load_options(args)

@@ -182,7 +182,7 @@ def parser() -> Parser:
     general.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     general.add_argument("-h", "--help", action="help", help="show this help and exit")
     for name, verb in HELP.items():
-        made = verbs.add_parser(
+        subparser = verbs.add_parser(
             name,
             usage=f"cellstack {name} {verb.usage}",
             help=verb.summary,
@@ -190,9 +190,9 @@ def parser() -> Parser:
             epilog=f"example{'s' * (len(verb.examples.splitlines()) > 1)}:\n  {verb.examples}",
             add_help=False,
         )
-        made.set_defaults(parsers=verbs.choices)
-        ARGUMENTS[name](made)
-        general = made.add_argument_group("general")
+        subparser.set_defaults(parsers=verbs.choices)
+        ARGUMENTS[name](subparser)
+        general = subparser.add_argument_group("general")
         if verb.json is not None:
             general.add_argument("--json", action="store_true", help=verb.json)
         if verb.threads is not None:
@@ -315,11 +315,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have characters that the terminal can't show
         sys.stdout.reconfigure(errors="backslashreplace")
-    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
     top = parser()
     if sys.stdout is None:  # closed by the shell: the first file that is opened would get what libraries write to it
         top.error("expected standard output to be open: > /dev/null discards it")
-    args = top.parse_args(given or ["help"])
+    args = top.parse_args(arguments or ["help"])
     try:
         threads = getattr(args, "threads", None)
         if threads is not None and not 1 <= threads <= MOST_THREADS:

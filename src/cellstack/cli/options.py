@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cellstack.cli.arguments import names, numbers, sizes
-from cellstack.train.options import DATA, NAMES, RECORDS, Option, applying, declared
+from cellstack.train.declaration import DATA, Option
+from cellstack.train.options import NAMES, RECORDS, applying, declared
 
 TITLES = ("data", "forecasts", "model", "training")  # of the groups of `RECORDS`
 WORDS: dict[str, tuple[Callable[[str], Any], str]] = {

@@ -13,7 +13,7 @@ import numpy as np
 from cellstack import Network
 from cellstack.cli.arguments import as_flags
 from cellstack.cli.files import load_model, load_options, run_any, show, with_weights, write_csv
-from cellstack.cli.tables import given, only_one
+from cellstack.cli.tables import given_options, only_one
 from cellstack.cli.text import measure
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES_ONLY
@@ -56,14 +56,14 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
     if net.task == "forecast":
         if args.picture is not None:
             check(args.picture, PICTURES, "--picture")
-        how = given(args, READING)
+        how = given_options(args, READING)
         found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, **how)
         for note in notes:
             print(f"cellstack run: warning: {as_flags(note, args)}", file=sys.stderr)
         if args.picture is not None:
             save(args.picture, found.plot())
         return _show(args, found.columns(), _forecasts(found))
-    how = {name: only_one(name, getattr(args, name)) for name in ("id", "time")} | given(args, TABLES_ONLY)
+    how = {name: only_one(name, getattr(args, name)) for name in ("id", "time")} | given_options(args, TABLES_ONLY)
     found = sequences(net, as_trained(net, args.file, args.y, path, **how), args.file, args.threads)
     report: dict[str, Any] = {"ids": list(found.ids)} if found.ids else {}
     report["predicted"] = found.predicted

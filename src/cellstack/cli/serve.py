@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellstack.cli.files import add_load_options, load_options, loaded
-from cellstack.formats.files import found
+from cellstack.formats.files import existing_file
 from cellstack.train.checks import UsageError
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _run(
         listening = stack.enter_context(listen(settings.host, settings.port))
         models = Models(settings.limits, settings.threads, settings.options)
         for name in args.models:
-            path = Path(found(name))
+            path = Path(existing_file(name))
             if path.stem in models.paths:
                 raise UsageError(f"{models.paths[path.stem]} and {path} have the same name, {path.stem}")
             loaded(str(path), settings.options, partial(models.add, path))

@@ -29,6 +29,6 @@ def only_one(name: str, columns: Sequence[str] | None) -> str | None:
     return columns[0] if columns else None
 
 
-def given(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
+def given_options(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
     """Return the options of `add_table_options` that were given, as keyword arguments of `read_table`."""
     return {name: value for name in options if (value := getattr(args, name)) is not None}

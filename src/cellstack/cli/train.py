@@ -21,7 +21,7 @@ from cellstack.cli.files import needs_torch, show, with_suffix
 from cellstack.cli.jobs import Job
 from cellstack.cli.options import ShowHelp, add_groups, options_of
 from cellstack.formats import adapters
-from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
+from cellstack.formats.files import NATIVE, check_replaceable, existing_file, replacing
 from cellstack.train import history
 from cellstack.train.cell_names import MLSTM, NOT_INSPECTED
 from cellstack.train.checks import UsageError, refuse_existing
@@ -251,10 +251,10 @@ def _choices(args: argparse.Namespace, job: Job, events: Path | None = None) -> 
         UsageError: an option out of range, or a checkpoint that exists without --resume or --overwrite.
         FileNotFoundError: no network to start from.
     """
-    given = job.given | {"progress": False if args.quiet else None, "events": events}
+    values = job.given | {"progress": False if args.quiet else None, "events": events}
     if args.init is not None:
-        given["init"] = found(args.init)
-    options, architecture = record_of(FitOptions, given), record_of(Architecture, given)
+        values["init"] = existing_file(args.init)
+    options, architecture = record_of(FitOptions, values), record_of(Architecture, values)
     if args.checkpoint is not None and not (args.resume or args.overwrite):
         for path in job.checkpoints(args.checkpoint):
             check_replaceable(path)

@@ -18,7 +18,7 @@ from pathlib import PurePath
 from typing import Any
 
 from cellstack.cells.errors import FormatError
-from cellstack.formats.files import NATIVE, check_readable, found
+from cellstack.formats.files import NATIVE, check_readable, existing_file
 from cellstack.network import Network
 
 ADAPTERS = ("safetensors", "keras", "pytorch", "onnx", "json")
@@ -105,7 +105,7 @@ def load(source: Any, **options: Any) -> Network:
         given = any(value is not None for value in options.values())
         if given or not isinstance(source, (str, PathLike)) or os.path.isdir(source):
             raise
-        adapter = adapter_of(path := found(source))
+        adapter = adapter_of(path := existing_file(source))
         model = adapter.runtime_model(path, str(error)) if hasattr(adapter, "runtime_model") else None
         if model is None:
             raise
@@ -132,7 +132,7 @@ def _read(source: Any, given: dict[str, Any]) -> Network:
         if options:
             raise TypeError(f"load: {', '.join(options)}: only files take options, got a {type(source).__name__}")
         return _of_model(source)
-    path = found(source)
+    path = existing_file(source)
     adapter = adapter_of(path)
     known = getattr(adapter, "OPTIONS", ())
     for name in options:
@@ -168,7 +168,7 @@ def extract(path: str | PathLike[str]) -> dict[str, Network]:
     Raises:
         FormatError, ModuleNotFoundError, OSError: see `load`; FormatError also for a file without a recurrent part.
     """
-    path = found(path)
+    path = existing_file(path)
     adapter = adapter_of(path)
     parts = adapter.extract(path)
     if not parts:

@@ -6,7 +6,8 @@ and becomes a `Network`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from cellstack.cells.errors import FormatError, ShapeError
@@ -238,6 +239,25 @@ class Builder:
             outputs=[named(name) for name in draft.outputs],
             _warn=False,
         )
+
+
+def chain(nodes: Iterable[Node], metadata: Mapping[str, Any], name: str = "", numbered: bool = False) -> Network:
+    """Return the network of nodes, one after the other; `name`: of all of them, "" for layer_0, layer_1 and so on."""
+    builder = Builder()
+    wire = builder.input("x")
+    for number, node in enumerate(nodes):
+        wire = builder.add(name or f"layer_{number}", node, wire)
+    builder.output(wire)
+    return builder.network(metadata, numbered)
+
+
+@contextmanager
+def errors_of(where: str) -> Iterator[None]:
+    """Raise errors about values and types, such as shapes that don't match, as a `FormatError` that begins so."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{where}: {str(error)[:300]}") from None
 
 
 def _layers(node: Recurrent) -> list[Recurrent]:

@@ -52,7 +52,7 @@ class Draft:
                 self.masked.add(name)
         self.waiting = deque(self.nodes)  # nodes to try the rules on
         self._uses = Counter(id(node) for node in self.nodes.values())
-        self._made: dict[tuple[Any, ...], tuple[Any, Node | None]] = {}
+        self._rewritten: dict[tuple[Any, ...], tuple[Any, Node | None]] = {}
         self._copied = 0
 
     def before(self, name: str) -> str | None:
@@ -126,7 +126,7 @@ class Draft:
         self.takers.pop(name, None)
         del self.nodes[name], self.sources[name]
 
-    def made(self, node: Node, *others: Any, make: Callable[[], Node | None]) -> Node | None:
+    def rewritten(self, node: Node, *others: Any, make: Callable[[], Node | None]) -> Node | None:
         """Return a node with rewritten weights, made once for all places that share it; None = don't rewrite it.
 
         Args:
@@ -135,12 +135,12 @@ class Draft:
             make: makes the new node.
         """
         key = (id(node), *(id(other) if isinstance(other, Node) else other for other in others))
-        if key not in self._made:
+        if key not in self._rewritten:
             if self._uses[id(node)] > 1:  # the weights, shared until now, are copied
                 self._copied += node.parameters
                 if self._copied > MOST_COPIED:
                     return None
-            self._made[key] = ((node, *others), make())  # kept alive, so that no other node gets their ids
-        made = self._made[key][1]
-        self._uses[id(made)] += 1
-        return made
+            self._rewritten[key] = ((node, *others), make())  # kept alive, so that no other node gets their ids
+        rewritten = self._rewritten[key][1]
+        self._uses[id(rewritten)] += 1
+        return rewritten

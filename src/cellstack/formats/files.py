@@ -27,7 +27,7 @@ MAX_JSON = 1 << 26  # bytes; parsing takes some twenty times as many
 NATIVE = ".safetensors"  # the suffix of the native format, which may be omitted to read a file
 
 
-def found(path: str | PathLike[str]) -> str:
+def existing_file(path: str | PathLike[str]) -> str:
     """Return the name of an existing file: as given, or with the suffix of the native format.
 
     Raises:

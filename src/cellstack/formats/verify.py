@@ -148,15 +148,15 @@ class Report:
         Args:
             tolerance: greatest relative difference that passes; None = the report's own.
         """
-        given = ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items())
-        given += ", drawn at random" if self.drawn else ""
+        inputs = ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items())
+        inputs += ", drawn at random" if self.drawn else ""
         lines = []
         if self.runtime is not None:
             rows = [("", "shape", "absolute", "relative")]
             for name, shape, theirs, absolute, relative in self.differences:
-                found = str(list(shape)) if shape == theirs else f"{list(shape)}, theirs {list(theirs)}"
-                rows.append((name, found, f"{absolute:.2e}", f"{relative:.2e}"))
-            head = f"{self.path}: greatest difference from {self.runtime} {self.version} on {given}"
+                shapes = str(list(shape)) if shape == theirs else f"{list(shape)}, theirs {list(theirs)}"
+                rows.append((name, shapes, f"{absolute:.2e}", f"{relative:.2e}"))
+            head = f"{self.path}: greatest difference from {self.runtime} {self.version} on {inputs}"
             lines = [head, *_aligned(rows), *([f"  {self.note}"] if self.note else [])]
         if self.streams:
             titles = ("", "", "greatest", "relative", "mean", "relative")
@@ -164,7 +164,7 @@ class Report:
                 (weights, name, f"{most:.2e}", f"{relative:.2e}", f"{mean:.2e}", f"{mean_relative:.2e}")
                 for weights, name, most, mean, relative, mean_relative in self.streams
             ]
-            lines += [f"reduced-precision streams: difference from float32 on {given}", *_aligned(rows)]
+            lines += [f"reduced-precision streams: difference from float32 on {inputs}", *_aligned(rows)]
         elif self.no_streams:
             lines.append(f"reduced-precision streams: not measured: {self.no_streams}")
         return "\n".join([*lines, f"{self.path}: {self.verdict(tolerance)}"])
@@ -363,7 +363,7 @@ def _rounded(net: Network, inputs: Inputs) -> tuple[tuple[Rounding, ...], str]:
     if net.dtype != np.float32:
         return (), f"the network is in {net.dtype}; only float32 weights can be rounded"
     batch = len(next(iter(inputs.values())))
-    found: list[Rounding] = []
+    roundings: list[Rounding] = []
     try:
         whole, *others = (_streamed(net, inputs, batch, weights) for weights in WEIGHTS)
     except ValueError as error:  # a node that can't be streamed, or a step that it would mask
@@ -372,8 +372,8 @@ def _rounded(net: Network, inputs: Inputs) -> tuple[tuple[Rounding, ...], str]:
         for name, exact, rounded in zip(net.outputs, whole, answers, strict=True):
             differences, largest = apart(rounded, exact)
             most, mean = float(differences.max(initial=0.0)), float(differences.mean()) if differences.size else 0.0
-            found.append(Rounding(weights, name, most, mean, most / (largest or 1.0), mean / (largest or 1.0)))
-    return tuple(found), ""
+            roundings.append(Rounding(weights, name, most, mean, most / (largest or 1.0), mean / (largest or 1.0)))
+    return tuple(roundings), ""
 
 
 def _streamed(net: Network, inputs: Inputs, batch: int, weights: str) -> tuple[Array, ...]:
@@ -381,15 +381,15 @@ def _streamed(net: Network, inputs: Inputs, batch: int, weights: str) -> tuple[A
     return y if isinstance(y, tuple) else (y,)
 
 
-def usual_steps(net: Network, wanted: int = STEPS) -> int:
+def usual_steps(net: Network, preferred: int = STEPS) -> int:
     """Return a number of steps that a network accepts: `wanted` if possible; a Dense after a Flatten fixes it."""
-    for steps in (wanted, *range(1, MOST_STEPS + 1)):
+    for steps in (preferred, *range(1, MOST_STEPS + 1)):
         try:
             net.run(drawn(net, 0, 1, steps))
         except ShapeError:
             continue
         return steps
-    return wanted
+    return preferred
 
 
 def drawn(net: Network, seed: int, batch: int, steps: int) -> dict[str, Array]:

@@ -9,6 +9,7 @@ from cellstack.inspect.diagnostics import Report, Shares, spectral_radii
 from cellstack.inspect.differences import TraceDifference
 from cellstack.inspect.files import load
 from cellstack.inspect.interventions import Ablation, ActivationPatching, ablate, activation_patch
+from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "ActivationPatching",
     "CellTrace",
     "LayerRecord",
+    "MemoryTrace",
     "NetworkTrace",
     "NodeTrace",
     "Report",

@@ -10,13 +10,11 @@ import gzip
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cellstack.inspect.annotations import answer_of, audio_of, each_row, features_of, labels_of
-from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.payload import cells_of, payload_of
 from cellstack.inspect.values import as_tuple, rows_of
 from cellstack.network.graph import origin
@@ -156,9 +154,7 @@ def payload(
         seen = nodes.get(name)
         value = _value(None if seen is None else seen.y, network.graph.timed(name), name in aligned, taken, arrays)
         cells = [] if seen is None else [_cell(cell, taken, arrays, sequence) for cell in seen.cells]
-        if isinstance(seen, MemoryTrace) and seen.known:
-            cells = [_memory(seen, taken, arrays, sequence)]
-        elif cells and seen is not None and seen.cells[0].record is None:  # the input of its first cell is known
+        if cells and seen is not None and seen.cells[0].record is None:  # the input of its first cell is known
             first = as_tuple(seen.x)[0]
             if first.ndim == 3:
                 cells[0]["x"] = sequence(first)
@@ -260,9 +256,7 @@ def _all(t: NetworkTrace) -> list[Array]:
     for node in t.values():
         arrays += [*as_tuple(node.x), node.y]
         for cell in node.cells:
-            arrays += [cell[field] for field in cell]
-        if isinstance(node, MemoryTrace) and node.known:
-            arrays += node.fields.values()
+            arrays += cell.values()
     return arrays
 
 
@@ -279,11 +273,11 @@ def _value(array: Array | None, timed: bool, aligned: bool, taken: Array, arrays
 
 def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Array], dict[str, int]]) -> dict[str, Any]:
     spec, record = cell.cell.spec, cell.record
-    whole = cell.cell.spec.parameters <= MOST_WEIGHTS
+    whole = spec.parameters <= MOST_WEIGHTS
     described: dict[str, Any] = {
-        "spec": spec_of(spec),
+        "spec": {"input_size": spec.input_size, "units": spec.units, **spec.form},
         "summary": cell.cell.summary,
-        "fields": {field: sequence(cell[field]) for field in cell},
+        "fields": {field: sequence(array) for field, array in cell.items()},
         "units": [int(unit) for unit in cell.units],
         "mask": None if cell.mask is None else arrays.put(rows_of(cell.mask, taken)),
         "weights": {name: arrays.put(array) for name, array in cell.cell.arrays.items()} if whole else None,
@@ -296,47 +290,14 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
     if record is not None:
         described["x"] = sequence(record.x)
         initial = cell.cell.initial
-        states = {
-            name: np.broadcast_to(initial[name], (len(record.x), size))
-            if record.before is None
-            else getattr(record.before, name)
-            for name, size in spec.state_sizes.items()
-        }
-        described["before"] = {name: arrays.put(np.array(rows_of(array, taken))) for name, array in states.items()}
+        described["before"] = {}
+        for name, shape in spec.state_shapes.items():
+            fresh = np.broadcast_to(initial[name], (len(record.x), *shape))
+            begun = rows_of(fresh if record.before is None else getattr(record.before, name), taken)
+            described["before"][name] = arrays.put(np.array(begun).reshape(len(taken), math.prod(shape)))
         described["reset"] = None if record.reset is None else arrays.put(rows_of(record.reset, taken))
         described["reverse"] = record.reverse
     return described
-
-
-def _memory(
-    seen: MemoryTrace, taken: Array, arrays: Arrays, sequence: Callable[[Array], dict[str, int]]
-) -> dict[str, Any]:
-    """Return the memory of an `MLSTM` in the form of a cell, which has no weights of its own."""
-    node, record = seen.node, seen.record
-    described: dict[str, Any] = {
-        "spec": node.memory.form,
-        "summary": node.summary,
-        "fields": {name: sequence(array) for name, array in seen.fields.items()},
-        "units": list(range(node.units)),
-        "mask": None if seen.mask is None else arrays.put(rows_of(seen.mask, taken)),
-        "weights": {},
-        "x": sequence(seen.x),
-        "before": None,
-        "reset": None,
-        "reverse": False,
-        "whole": record is not None,
-    }
-    if record is not None:
-        before = record.before or node.memory_in(seen.x.dtype).zeros(len(seen.x))
-        flat = {name: rows_of(array, taken).reshape(len(taken), -1) for name, array in before._asdict().items()}
-        described["before"] = {name: arrays.put(array) for name, array in flat.items()}
-        described["reset"] = None if record.reset is None else arrays.put(rows_of(record.reset, taken))
-    return described
-
-
-def spec_of(spec: Any) -> dict[str, Any]:
-    """Return a `CellSpec` in JSON-compatible form."""
-    return {**asdict(spec), "gate_activations": dict(spec.gate_activations)}
 
 
 def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
@@ -349,9 +310,6 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
         return {**nothing, "why_not": reason}
     if any(network.graph.states) or any(network.initial_state_sources):
         why = "The page doesn't support nodes that start from the states of others, or pass on their own."
-        return {**nothing, "why_not": why}
-    if any(isinstance(node, MemoryTrace) and not node.known for node in t.values()):
-        why = "A trace from a file lacks the gates of an mLSTM: trace the network again to run it in the page."
         return {**nothing, "why_not": why}
     records = [record for node in t.values() for record in node.records if record is not None]
     flows = _flows(t)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
     from cellstack.nodes.base import Array
     from cellstack.nodes.cell_arrays import Cell
-    from cellstack.nodes.recording import Record
+    from cellstack.nodes.recording import MemoryRecord, Record
 
 LEFT, RIGHT = 0.1, 0.9  # below, a gate is nearly closed; above, nearly open (Karpathy et al.)
 MOSTLY = 0.95  # share of the steps
@@ -34,7 +34,7 @@ NAMED = 5  # maximum number of units listed in a sentence
 
 
 class Shares(NamedTuple):
-    """The share of steps at which each unit's gate is nearly closed and nearly open, `[H]` each."""
+    """The share of steps at which each unit's gate is nearly closed and nearly open, `[H]` each; or each head's."""
 
     left: Array
     """Below 0.1."""
@@ -51,10 +51,11 @@ def gate_shares(cell: CellTrace) -> dict[str, Shares]:
     """
     used = _used(cell)
     return {
-        gate: Shares((cell[gate][used] < LEFT).mean(axis=0), (cell[gate][used] > RIGHT).mean(axis=0))
-        if used.any()
-        else Shares(*np.full((2, len(cell.units)), np.nan))
+        gate: Shares((values < LEFT).mean(axis=0), (values > RIGHT).mean(axis=0))
+        if len(values)
+        else Shares(*np.full((2, values.shape[1]), np.nan))
         for gate in cell.cell.spec.of_kind.multipliers
+        for values in [cell.flat(gate)[used]]
     }
 
 
@@ -62,7 +63,8 @@ def half_lives(cell: CellTrace) -> Array:
     """Return the number of steps in which each unit forgets half of its state, `[H]`; infinite without forgetting.
 
     It is ln 2 over the mean of -ln |f|, f being the forget gate (z of a GRU): the half-life under the gate's
-    geometric mean. Masked steps don't count. The f of an sLSTM is scaled by its stabiliser: instead, it is σ(z_f).
+    geometric mean. Masked steps don't count. The f of an sLSTM or mLSTM is scaled by its stabiliser: instead, it is
+    σ(z_f). An mLSTM has one for each head.
 
     An activation may yield gates outside 0 to 1: of a negative f, which also changes the sign of the state, the
     magnitude counts; an f of 0 at any step makes the half-life 0; a geometric mean of 1 or more makes it infinite.
@@ -72,10 +74,10 @@ def half_lives(cell: CellTrace) -> Array:
             pre-activations.
     """
     with np.errstate(divide="ignore", invalid="ignore"):  # gates of 0, and of infinity as well
-        kept, used = _log_kept(cell), _used(cell)
+        log_kept, used = _log_kept(cell), _used(cell)
         if not used.any():
-            return np.full(len(cell.units), np.nan)
-        rate = -kept[used].mean(axis=0)
+            return np.full(log_kept.shape[2], np.nan)
+        rate = -log_kept[used].mean(axis=0)
         return np.where(rate <= 0.0, np.inf, math.log(2.0) / rate)
 
 
@@ -93,13 +95,15 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
         For a cell that runs backward, entry 1 + s is step T - 1 - s.
 
     Raises:
-        ValueError: a SimpleRNN; a clipped cell, or one whose state is patched, as its state isn't a sum of writes; a
-            trace of some steps or units.
+        ValueError: a SimpleRNN; a clipped cell, or one whose state is patched, as its state isn't a sum of writes; an
+            mLSTM; a trace of some steps or units.
         IndexError: a step that doesn't exist.
     """
+    spec = cell.cell.spec
+    if _has_matrix(cell):
+        raise ValueError(f"contributions: {spec.of_kind.title} isn't supported: its state is a matrix, see shares()")
     kept, written = _update(cell)
     record = _whole(cell)
-    spec = cell.cell.spec
     if spec.cell_clip is not None:
         clip = spec.cell_clip
         raise ValueError(f"contributions: cell_clip isn't supported ({clip}): a clipped c isn't a sum of writes")
@@ -164,12 +168,14 @@ def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
         steps: the maximum number of steps, from the first on.
 
     Raises:
-        ValueError: a trace of some steps or units; a trace without steps; a cell with patches.
+        ValueError: a trace of some steps or units; a trace without steps; a cell with patches; an mLSTM.
 
     Ref: Benettin et al. 1980, "Lyapunov Characteristic Exponents for smooth dynamical systems", Meccanica 15; for gated
     cells: Can, Krishnamurthy and Schwab 2020, "Gating creates slow modes and controls phase-space complexity".
     """
     record, spec = _whole(cell), cell.cell.spec
+    if _has_matrix(cell):
+        raise ValueError(f"lyapunov_exponent: {spec.of_kind.title} isn't supported: no h enters its gates")
     if record.patches is not None:
         raise ValueError("lyapunov_exponent: patched cells aren't supported")
     steps = check_integer("lyapunov_exponent", "steps", steps)
@@ -210,25 +216,31 @@ def _by_gates(cell: CellTrace) -> tuple[Array, Array] | None:
 def _update(cell: CellTrace) -> tuple[Array, Array]:
     """Return the factor by which each step keeps the memory, and what it adds to it, `[B, T, H]` each."""
     spec = cell.cell.spec
-    kind, found = spec.of_kind, _by_gates(cell)
-    if found is None and {"keep", "write"} & set(kind.gates.values()):
+    kind, update = spec.of_kind, _by_gates(cell)
+    if update is None and {"keep", "write"} & set(kind.gates.values()):
         raise ValueError(f"expected a cell whose gates alone determine its state, got {kind.title} with {spec.text}")
-    if found is None:
+    if update is None:
         raise ValueError(f"expected a cell with gates: {kind.title} has no gate that keeps a state")
-    (kept, written), rate = found, spec.zoneout_rates[kind.memory]
+    (kept, written), rate = update, spec.zoneout_rates[kind.memory]
     return rate + (1.0 - rate) * kept, (1.0 - rate) * written
 
 
 def _log_kept(cell: CellTrace) -> Array:
     """Return the logarithm of the size of the factor by which each step keeps the memory, `[B, T, H]`."""
     spec = cell.cell.spec
-    if "log_f" not in spec.of_kind.planes(spec):  # else f is scaled by the stabiliser
+    if "m" not in spec.state_shapes:  # else f is scaled by the stabiliser
         return np.log(np.abs(_update(cell)[0].astype(np.float64)))
     z = cell.pre["f"]
-    return z if spec.settings.get("exponential_forget") else -np.logaddexp(0.0, -z)
+    return z if spec.exponential_forget else -np.logaddexp(0.0, -z)
 
 
-def _whole(cell: CellTrace) -> Record:
+def _has_matrix(cell: CellTrace) -> bool:
+    """Return whether its memory is a matrix for each head, not a number for each unit."""
+    spec = cell.cell.spec
+    return len(spec.state_shapes[spec.of_kind.memory]) > 1
+
+
+def _whole(cell: CellTrace) -> Record | MemoryRecord:
     if cell.record is None:
         raise ValueError("expected the trace of a whole run, got some of its steps or units")
     return cell.record
@@ -263,8 +275,8 @@ class Report:
                 each = value.items() if isinstance(value, dict) else [("", value)]
                 form = ".1%" if what.startswith(SHARE) else ".3g"
                 lines.append(f"  {what}: {', '.join(f'{part} {number:{form}}'.strip() for part, number in each)}")
-        found = [f"- {sentence}" for sentence in self.findings] or ["nothing stands out"]
-        return "\n".join([*lines, *found])
+        findings = [f"- {sentence}" for sentence in self.findings] or ["nothing stands out"]
+        return "\n".join([*lines, *findings])
 
 
 def report(t: NetworkTrace) -> Report:
@@ -285,9 +297,9 @@ def report(t: NetworkTrace) -> Report:
         _whole(cell)
         if not _used(cell).any():
             raise ValueError(f"report: expected at least one used step, got none in {name}")
-        own, found = _examined(cell)
-        figures[name] = own
-        findings += [(rank, f"{name}: {sentence}") for rank, sentence in found]
+        cell_figures, cell_findings = _examined(cell)
+        figures[name] = cell_figures
+        findings += [(rank, f"{name}: {sentence}") for rank, sentence in cell_findings]
     return Report(tuple(sentence for _, sentence in sorted(findings, key=lambda one: one[0])), figures)
 
 
@@ -298,14 +310,15 @@ def _named(node: str, cells: Sequence[CellTrace]) -> Iterable[tuple[str, CellTra
 def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], list[tuple[int, str]]]:
     """Return the figures of a cell, and its findings with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
-    found = unit_findings(cell)
-    h = cell["h"][used].astype(np.float64)
+    findings = unit_findings(cell)
+    h = cell.flat("h")[used].astype(np.float64)
     figures: dict[str, float | dict[str, float]] = {"rms of h": rms(h)}
     for gate, (left, right) in gate_shares(cell).items():
         means = {f"shut (below {LEFT})": float(left.mean()), f"open (above {RIGHT})": float(right.mean())}
         figures[f"{SHARE} at which {gate} is"] = means
-    for name in list(spec.state_sizes)[1:]:
-        figures[f"rms of {name}"] = rms(cell[name][used].astype(np.float64))
+    for name in spec.state_shapes:
+        if name in cell and name != "h":
+            figures[f"rms of {name}"] = rms(cell[name][used].astype(np.float64))
     if _by_gates(cell) is not None:
         lives, steps = half_lives(cell), cell["h"].shape[1]
         measures = {"least": np.min, "median": np.median, "most": np.max}
@@ -313,19 +326,19 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
         keeping = (lives > steps) & (steps > 1)
         if keeping.any():
             text = f"keeping more than half over the whole run of {steps} steps"
-            found.append((5, f"{units(keeping)} {text}: reset the state where a new sequence begins"))
+            findings.append((5, f"{units(keeping, cell)} {text}: reset the state where a new sequence begins"))
     if radii := spectral_radii(cell.cell):
         figures["spectral radius of the recurrent weights"] = radii
     patched = cell.record is not None and cell.record.patches is not None
-    exponent = math.nan if patched else lyapunov_exponent(cell)
+    exponent = math.nan if patched or _has_matrix(cell) else lyapunov_exponent(cell)
     if patched:
-        found.append((6, "patched: the figures describe the changed run, without a Lyapunov exponent"))
-    else:
+        findings.append((6, "patched: the figures describe the changed run, without a Lyapunov exponent"))
+    elif not _has_matrix(cell):
         figures["largest Lyapunov exponent, nats a step"] = exponent
     if exponent > 0.0:
         grow = f"small differences in the state grow by {math.expm1(exponent):.1%} per step, so distant outputs"
-        found.append((2, f"{grow} are unreliable. Regularise the recurrent weights"))
-    sizes = _rms_by_step(cell, spec.of_kind.memory)
+        findings.append((2, f"{grow} are unreliable. Regularise the recurrent weights"))
+    sizes = np.empty(0) if _has_matrix(cell) else _rms_by_step(cell, spec.of_kind.memory)
     quarter = len(sizes) // 4
     if quarter >= LEAST_QUARTER:
         early, late = (float(part.mean()) for part in (sizes[quarter : 2 * quarter], sizes[-quarter:]))
@@ -335,20 +348,20 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
         )
         if drift > GROWN:
             grown = f"the state grows by a factor of {drift:.1f} from the second quarter of the run to the last"
-            found.append((2, f"{grown}. Reset it, or clip c"))
-    return figures, found
+            findings.append((2, f"{grown}. Reset it, or clip c"))
+    return figures, findings
 
 
 def unit_findings(cell: CellTrace) -> list[tuple[int, str]]:
     """Return findings on the values of units and gates over the used steps: sentences with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
-    found: list[tuple[int, str]] = []
+    findings: list[tuple[int, str]] = []
 
     def say(rank: int, which: Any, text: str) -> None:
         if np.any(which):
-            found.append((rank, f"{units(which)} {text}"))
+            findings.append((rank, f"{units(which, cell)} {text}"))
 
-    h = cell["h"][used].astype(np.float64)
+    h = cell.flat("h")[used].astype(np.float64)
     broken = ~np.isfinite(h).all(axis=0)
     silent = (np.abs(h) < SILENT).all(axis=0)
     stuck = (h.max(axis=0) - h.min(axis=0) < SILENT) & ~silent & (len(h) > 1)
@@ -363,7 +376,7 @@ def unit_findings(cell: CellTrace) -> list[tuple[int, str]]:
             say(3, flat, f"{said}. Clip {kind.memory}, or reset it regularly")
     for gate in (gate for gate, role in kind.gates.items() if role == "write"):
         say(4, shares[gate].left > MOSTLY, f"closed to new input: {gate} is below {LEFT} at nearly every step")
-    return found
+    return findings
 
 
 def rms(values: Array) -> float:
@@ -378,9 +391,10 @@ def _rms_by_step(cell: CellTrace, field: str) -> Array:
     return sizes[::-1] if cell.record is not None and cell.record.reverse else sizes
 
 
-def units(which: Array) -> str:
-    """Return the flagged units as the subject of a sentence, with its verb."""
+def units(which: Array, cell: CellTrace) -> str:
+    """Return the flagged units, or heads, as the subject of a sentence, with its verb."""
+    what = "head" if _has_matrix(cell) and len(which) == cell.cell.spec.heads else "unit"
     numbers = np.flatnonzero(which)
     shown = ", ".join(map(str, numbers[:NAMED]))
     rest = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    return f"unit {shown} is" if len(numbers) == 1 else f"units {shown}{rest} are"
+    return f"{what} {shown} is" if len(numbers) == 1 else f"{what}s {shown}{rest} are"

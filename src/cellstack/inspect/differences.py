@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 
 class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
-    """The differences of two traces of one network: by node, cell and field, `[B, T, H]` each.
+    """The differences of two traces of one network: by node, cell and field, `[B, T, W]` each.
 
     A difference is the other trace minus the first.
     """
@@ -41,7 +41,7 @@ class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
         if not np.array_equal(one.steps, other.steps):
             raise ShapeError(f"diff: the traces' steps must be equal, got {one.steps!r:.80} and {other.steps!r:.80}")
         for name, node in one.items():
-            kinds = [[cell.fields._fields for cell in seen.cells] for seen in (node, other[name])]
+            kinds = [[tuple(cell) for cell in seen.cells] for seen in (node, other[name])]
             if kinds[0] != kinds[1]:
                 raise ValueError(f"diff: the traces must be of the same network, but the cells of {name} differ")
             cells = []
@@ -50,7 +50,7 @@ class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
                     shapes = f"{list(own.fields.h.shape)} and {list(its.fields.h.shape)}"
                     raise ShapeError(f"diff: {name}: the traces must have the same rows, steps and units, got {shapes}")
                 with np.errstate(all="ignore"):
-                    cells.append({field: its[field] - own[field] for field in own})
+                    cells.append({field: its.flat(field) - own.flat(field) for field in own})
             self._found[name] = tuple(cells)
 
     def __getitem__(self, name: str) -> tuple[dict[str, Array], ...]:
@@ -76,7 +76,7 @@ class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
                     sizes = np.where(np.isnan(array), np.inf, np.abs(array)).reshape(-1, array.shape[2])
                     for place in np.flatnonzero((sizes > 0).any(axis=0)):
                         row, step = np.unravel_index(sizes[:, place].argmax(), array.shape[:2])
-                        ends = float(own[field][row, step, place]), float(its[field][row, step, place])
+                        ends = (float(cell.flat(field)[row, step, place]) for cell in (own, its))
                         unit = int(own.units[place]) if array.shape[2] == len(own.units) else int(place)
                         one = Difference(name, number, field, int(row), self._step(int(step)), unit, *ends)
                         found.append((float(sizes[:, place].max()), one))

@@ -18,18 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cellstack.cells.errors import FormatError
+from cellstack.cells.mlstm import MemorySpec
 from cellstack.formats import safetensors as native_format
 from cellstack.formats.files import check_replaceable
 from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, TraceContents
 from cellstack.inspect.values import alone, as_tuple
-from cellstack.nodes.mlstm import MLSTM
-from cellstack.nodes.recording import Record
+from cellstack.nodes.recording import MemoryRecord, Record
 
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
-    from cellstack.nodes.cell_arrays import Cell
     from cellstack.nodes.patches import CellPatches
     from cellstack.nodes.values import Celled
 
@@ -54,7 +53,7 @@ def save(t: NetworkTrace, path: str | PathLike[str]) -> None:
             where = f"nodes/{name}/cells/{number}"
             tensors |= _fields(where, cell.fields) | {f"{where}/units": cell.units}
             tensors |= {f"{where}/pre/{gate}": array for gate, array in (cell._sums or {}).items()}
-            said: dict[str, Any] = {"mask": cell.mask is not None, "pre": cell._sums is not None}
+            said: dict[str, Any] = {"mask": cell.mask is not None, "pre": [*(cell._sums or {})]}
             if cell.mask is not None:
                 tensors[f"{where}/mask"] = cell.mask
             if cell.record is not None:
@@ -165,11 +164,11 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
         if name not in network.names:
             raise FormatError(f"{path}: the network has no node {name!r:.80}")
         number, where = network.names.index(name), f"nodes/{name}"
+        node, patches = network.nodes[number], network.patches_of(name)
         xs = tuple(
             _value(network, source, f"{where}/x/{place}", batch, tensors)
             for place, source in enumerate(network.wires[number])
         )
-        cells, patches = network.nodes[number].cells, network.patches_of(name)
         seen = tuple(
             _cell(
                 cell,
@@ -179,12 +178,9 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
                 said["cells"][f"{where}/cells/{place}"],
                 tensors,
             )
-            for place, cell in enumerate(cells)
+            for place, cell in enumerate(node.cells_in(network.dtype))
         )
-        y = _value(network, name, f"{where}/y", batch, tensors)
-        node = network.nodes[number]
-        of_memory = isinstance(node, MLSTM)
-        nodes[name] = MemoryTrace(node, xs[0], y, None) if of_memory else NodeTrace(node, alone(xs), y, seen)
+        nodes[name] = NodeTrace(node, alone(xs), _value(network, name, f"{where}/y", batch, tensors), seen)
     aligned = frozenset(str(name) for name in said["aligned"])
     masks = {str(name): tensors.take(f"masks/{name}", [batch, None], "b") for name in said["masks"]}
     steps = tensors.take("steps", [None], "i")
@@ -211,21 +207,21 @@ def _state(cell: Celled, where: str, batch: int, dtype: np.dtype[Any], tensors: 
 
 
 def _cell(
-    cell: Cell, patches: CellPatches | None, where: str, batch: int, said: dict[str, Any], tensors: _Tensors
+    cell: Any, patches: CellPatches | None, where: str, batch: int, said: dict[str, Any], tensors: _Tensors
 ) -> CellTrace:
     spec, dtype = cell.spec, cell.dtype
     units = tensors.take(f"{where}/units", [None], "i")
     if units.size and (units.min() < 0 or units.max() >= spec.units):
         raise FormatError(f"{tensors.path}: tensor {where + '/units'!r}: expected values from 0 to {spec.units - 1}")
     steps, kind = tensors.arrays[f"{where}/h"].shape[1:2], spec.of_kind.trace
-    shapes = {field: [batch, *steps, len(units)] for field in kind._fields}
-    if spec.output_size != spec.units:
-        shapes["h"] = [batch, *steps, spec.output_size]
+    shapes = {
+        field: [batch, *steps, *((len(units),) if shape == (spec.units,) else shape)]
+        for field, shape in spec.trace_shapes.items()
+    }
     fields = tensors.fields(where, kind, shapes, dtype)
     mask = tensors.take(f"{where}/mask", [batch, *steps], "b") if said["mask"] else None
-    sums, record = None, None
-    if said["pre"]:
-        sums = {gate: tensors.take(f"{where}/pre/{gate}", shapes[gate], dtype) for gate in spec.gates}
+    sums = {gate: tensors.take(f"{where}/pre/{gate}", shapes[gate], dtype) for gate in said["pre"]} or None
+    of_memory, record = isinstance(spec, MemorySpec), None
     if "run" in said:
         run, at = said["run"], f"{where}/run"
         x = tensors.take(f"{at}/x", [batch, *steps, spec.input_size], dtype)
@@ -233,7 +229,10 @@ def _cell(
         reset = tensors.take(f"{at}/reset", [batch, *steps], "b") if run["reset"] else None
         if len(units) != spec.units or not isinstance(run["reverse"], bool):
             raise FormatError(f"{tensors.path}: {where}: the record must cover all units, with its direction")
-        gates = np.stack([getattr(fields, gate) for gate in spec.of_kind.gates], axis=2)
-        states = spec.of_kind.state(*(getattr(fields, name) for name in spec.state_sizes))
-        record = Record(gates, states, x, before, mask, reset, run["reverse"], patches)
-    return CellTrace(cell, fields, units, mask, sums, record)
+        if of_memory:
+            record = MemoryRecord(x, before, mask, reset)
+        else:
+            gates = np.stack([getattr(fields, gate) for gate in spec.of_kind.gates], axis=2)
+            states = spec.of_kind.state(*(getattr(fields, name) for name in spec.state_sizes))
+            record = Record(gates, states, x, before, mask, reset, run["reverse"], patches)
+    return (MemoryTrace if of_memory else CellTrace)(cell, fields, units, mask, sums, record)

@@ -56,12 +56,12 @@ class Ablation:
     @property
     def ranked(self) -> list[UnitEffect]:
         """Every unit, by decreasing absolute effect; units without a number last."""
-        found = [
+        units = [
             UnitEffect(node, cell, unit, float(effect))
             for (node, cell), effects in self.effects.items()
             for unit, effect in enumerate(effects)
         ]
-        return sorted(found, key=lambda one: -abs(one.effect) if one.effect == one.effect else np.inf)
+        return sorted(units, key=lambda one: -abs(one.effect) if one.effect == one.effect else np.inf)
 
     def plot(self, count: int = 20) -> Figure:
         """Return a matplotlib bar chart of the units with the largest effects.
@@ -144,7 +144,7 @@ def ablate(
     plain = t.y
     asked = metric or (lambda y: np.abs(as_tuple(y)[0] - as_tuple(plain)[0]).mean())
     rng = np.random.default_rng(seed)
-    wanted: list[tuple[tuple[str, int], int, Callable[[Sequence[int]], list[Patch]]]] = []
+    ablations: list[tuple[tuple[str, int], int, Callable[[Sequence[int]], list[Patch]]]] = []
     effects: dict[tuple[str, int], Array] = {}
     for name, number in cells:
         seen = t[name].cells[number]
@@ -157,10 +157,10 @@ def ablate(
                 steps = slice(value.shape[1]) if value.shape[1] > 1 else None
                 return [Patch(name, gate, unit, rows, steps, value, cell=number)]
 
-            wanted.append(((name, number), unit, patch))
+            ablations.append(((name, number), unit, patch))
     whole = _number("ablate", asked(plain))
-    answers = batch.edited([patch for _, _, patch in wanted], asked)
-    for (key, unit, _), answer in zip(wanted, answers, strict=True):
+    answers = batch.edited([patch for _, _, patch in ablations], asked)
+    for (key, unit, _), answer in zip(ablations, answers, strict=True):
         effects[key][unit] = answer - whole
     return Ablation(effects, whole, how, gate)
 
@@ -175,9 +175,9 @@ def _replacements(seen: CellTrace, gate: str, how: str, rng: np.random.Generator
         return array[used].mean(axis=0)[None, None] if used.any() else np.zeros((1, 1, array.shape[2]))
     rows, steps = np.nonzero(used)
     drawn = rng.permutation(len(rows))
-    found = array.copy()
-    found[rows, steps] = array[rows[drawn], steps[drawn]]
-    return found
+    resampled = array.copy()
+    resampled[rows, steps] = array[rows[drawn], steps[drawn]]
+    return resampled
 
 
 class ActivationPatching:
@@ -283,10 +283,10 @@ def activation_patch(
         check_choice("activation_patch", "over", axis, AXES)
     if not over or len(set(over)) != len(over):
         raise ValueError(f"activation_patch: expected distinct axes out of {', '.join(AXES)} as over, got {list(over)}")
-    given = None if gates is None else tuple(gates)
+    asked = None if gates is None else tuple(gates)
     every = tuple(dict.fromkeys(field for fields in TRACES.values() for field in fields._fields))
-    named = given or (every if "gate" in over else ("h",))
-    cells = _cells("activation_patch", network, nodes, given or ("h",))
+    named = asked or (every if "gate" in over else ("h",))
+    cells = _cells("activation_patch", network, nodes, asked or ("h",))
     batch = _Batch("activation_patch", network, corrupted, mask, lengths, threads)
     source = _Batch("activation_patch", network, clean, mask, lengths, threads)
     for name, array in source.x.items():
@@ -312,7 +312,7 @@ def activation_patch(
 
         def patches(rows: Sequence[int], at=at) -> list[Patch]:
             chosen = range(len(cells)) if "node" not in at else [at["node"]]
-            found = []
+            at_place = []
             for which, gate in product(chosen, present if "gate" not in at else [present[at["gate"]]]):
                 if gate not in seen[which]:
                     continue
@@ -322,15 +322,15 @@ def activation_patch(
                 value = array[:, step, units]
                 if value.size:
                     name, number = cells[which]
-                    found.append(Patch(name, gate, units, rows, step, value, cell=number))
-            return found
+                    at_place.append(Patch(name, gate, units, rows, step, value, cell=number))
+            return at_place
 
         patched.append(patches)
     answers = batch.edited(patched, metric)
     values = np.array(answers).reshape([len(labels[axis]) for axis in over])
-    own = {axis: labels[axis] for axis in over}
+    shown = {axis: labels[axis] for axis in over}
     ends = (_number("activation_patch", metric(y)) for y in (before.y, after.y))
-    return ActivationPatching(values, over, own, *ends)
+    return ActivationPatching(values, over, shown, *ends)
 
 
 class _Batch:
@@ -359,31 +359,31 @@ class _Batch:
         """
         widest = max(cell.spec.planes * cell.spec.units for cell in self.network.cells)
         each = max(1, AT_ONCE // (widest * self.steps * self.rows))
-        found: list[float] = []
+        metrics: list[float] = []
         for first in range(0, len(patches), each):
             some = patches[first : first + each]
-            own = [make(range(place * self.rows, (place + 1) * self.rows)) for place, make in enumerate(some)]
+            blocks = [make(range(place * self.rows, (place + 1) * self.rows)) for place, make in enumerate(some)]
             x = {name: np.concatenate([array] * len(some)) for name, array in self.x.items()}
             flags: dict[str, Any] = {name: np.concatenate([flag] * len(some)) for name, flag in self.flags.items()}
-            edited = self._repeated(len(some)).edit([patch for block in own for patch in block])
+            edited = self._repeated(len(some)).edit([patch for block in blocks for patch in block])
             y = edited.run(x, **flags, threads=self.threads)[0]
-            for place, block in enumerate(own):
+            for place, block in enumerate(blocks):
                 rows = slice(place * self.rows, (place + 1) * self.rows)
                 answer = tuple(array[rows] for array in y) if isinstance(y, tuple) else y[rows]
-                found.append(_number(self.owner, metric(answer)) if block else np.nan)
-        return found
+                metrics.append(_number(self.owner, metric(answer)) if block else np.nan)
+        return metrics
 
     def _repeated(self, blocks: int) -> Network:
         """Return the network with each block's patches for its rows."""
-        own = self.network.patches
-        if all(patch.rows is None and (patch.value is None or patch.value.ndim < 3) for patch in own):
+        patches = self.network.patches
+        if all(patch.rows is None and (patch.value is None or patch.value.ndim < 3) for patch in patches):
             return self.network
-        found = []
-        for patch in own:
+        repeated = []
+        for patch in patches:
             rows = slice(None) if patch.rows is None else patch.rows
             chosen = np.arange(self.rows)[rows] if isinstance(rows, slice) else np.array(rows)
-            found += [replace(patch, rows=chosen + place * self.rows) for place in range(blocks)]
-        return self.network.unedited.edit(found)
+            repeated += [replace(patch, rows=chosen + place * self.rows) for place in range(blocks)]
+        return self.network.unedited.edit(repeated)
 
 
 def _cells(
@@ -391,22 +391,22 @@ def _cells(
 ) -> list[tuple[str, int]]:
     """Return the cells of some nodes, by name and number, after checking that they have the gates."""
     every = dict(zip(network.names, network.nodes, strict=True))
-    own = [name for name, node in every.items() if node.cells]
-    names = own if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
+    able = [name for name, node in every.items() if node.cells]
+    names = able if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
     for name in names:
-        if name not in own:
-            expected = f"nodes with cells, {', '.join(own)}" if own else "a network with cells, and this one has none"
+        if name not in able:
+            expected = f"nodes with cells, {', '.join(able)}" if able else "a network with cells, and this one has none"
             raise ValueError(f"{owner}: expected {expected}, got {name!r:.80}")
-    found = [(name, number) for name in names for number in range(len(every[name].cells))]
-    if not found:
-        what = "none of the nodes has cells" if own else "the network has no cells"
+    cells = [(name, number) for name in names for number in range(len(every[name].cells))]
+    if not cells:
+        what = "none of the nodes has cells" if able else "the network has no cells"
         raise ValueError(f"{owner}: {what}")
     for gate in gates:
-        for name, number in found:
+        for name, number in cells:
             fields = every[name].cells[number].spec.of_kind.trace._fields
             if gate not in fields:
                 raise ValueError(f"{owner}: expected a gate of {name} out of {', '.join(fields)}, got {gate!r:.80}")
-    return found
+    return cells
 
 
 def _number(owner: str, value: Any) -> float:

@@ -1,121 +1,53 @@
-"""The trace of an `MLSTM`: its gates and states at every step, and what a query retrieves from its memory."""
+"""The trace of an mLSTM's cell: what a query retrieves from its memory, and which steps that comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+import math
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 
 from cellstack.cells.base import MatrixState
 from cellstack.cells.errors import ShapeError
-from cellstack.inspect.trace import CellTrace, NodeTrace
+from cellstack.inspect.trace import CellTrace
+from cellstack.inspect.values import Index
 from cellstack.nodes.base import Array
-from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.recording import MemoryRecord
+from cellstack.nodes.values import MemoryCell
+from cellstack.reference import ACTIVATIONS
 from cellstack.reference import memory as reference
-from cellstack.reference.memory import MatrixGates, MatrixInputs
+from cellstack.reference.memory import MatrixInputs
 
 
-class MemoryTrace(NodeTrace):
-    """The input and output of an `MLSTM`, and its gates and states at every step.
+class MemoryTrace(CellTrace):
+    """The cell of an `MLSTM` at every step, and what its memory holds.
 
-    `q k v i f m n h` are attributes: q, k and n `[B, T, heads, key_size]`, v and h `[B, T, heads, value_size]`, the
-    gates i and f, and m, `[B, T, heads]`. They are computed from the recorded input in NumPy when they are first used.
-    At masked steps i is 0 and f is 1.
-
-    Attributes:
-        record: the state before the run, the mask and the resets; None in a trace of some rows or steps.
-        mask: `[B, T]`, True at used steps; None = all.
+    Its fields are `q k v i f m n h`, and o with an output gate: q, k and n `[B, T, heads, key_size]`, v, o and h
+    `[B, T, heads, value_size]`, i, f and m `[B, T, heads]`. h is multiplied by the output gate. They are computed in
+    NumPy, from what the run recorded, when they are first used. A selection of units leaves them whole.
     """
 
-    node: MLSTM
+    cell: MemoryCell  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(
-        self,
-        node: MLSTM,
-        x: Array,
-        y: Array,
-        record: MemoryRecord | None,
-        known: tuple[MatrixGates, Array] | None = None,
-        mask: Array | None = None,
-    ) -> None:
-        super().__init__(node, x, y, ())
-        self.record, self._known = record, known
-        self.mask = mask if record is None else record.mask
+    @classmethod
+    def of(cls, cell: MemoryCell, record: MemoryRecord, y: Array) -> MemoryTrace:
+        """Return the trace of a whole run, whose output was `y`."""
+        fields = partial(_fields, cell, record, y)
+        return cls(cast(Any, cell), fields, np.arange(cell.spec.units), record.mask, None, record)
 
-    @property
-    def records(self) -> list[Any]:
-        """What the run recorded of its memory."""
-        return [self.record]
+    def _pre_activations(self, record: Any) -> dict[str, Array]:
+        parts = _parts(self.cell, record.x)
+        return {gate: _used(record.mask, parts[f"z_{gate}"]) for gate in self.cell.spec.of_kind.gates}
+
+    def _select(self, rows: Any, steps: Any, units: Index) -> CellTrace:
+        return self._map(lambda array: array[rows][:, steps])
 
     @property
-    def _inputs(self) -> MatrixInputs:
-        return reference.split(
-            self.x[..., : self.node.core_size], self.node.heads, self.node.key_size, self.node.value_size
-        )
-
-    @cached_property
-    def _values(self) -> tuple[MatrixGates, Array]:
-        """The gates, and n at every step."""
-        if self._known is not None:
-            return self._known
-        inputs, record = self._inputs, self._record
-        before = self._before
-        gates = reference.gates_of(inputs, before.m, record.mask, record.reset)
-        n, found = before.n, np.empty_like(inputs.k)
-        for t in range(found.shape[1]):
-            kept = n if record.reset is None else np.where(record.reset[:, t, None, None], 0, n)
-            n = gates.f[:, t, :, None] * kept + gates.i[:, t, :, None] * inputs.k[:, t] * self._scale
-            found[:, t] = n
-        return gates, found
-
-    @property
-    def known(self) -> bool:
-        """Whether the gates and states can be computed: not in a trace from a file."""
-        return self.record is not None or self._known is not None
-
-    @property
-    def _scale(self) -> Any:
-        return self.x.dtype.type(self.node.key_size**-0.5)
-
-    @property
-    def _record(self) -> MemoryRecord:
-        if self.record is None:
-            raise ValueError("this trace of an mLSTM covers only part of a run, or comes from a file: trace it again")
+    def _whole(self) -> MemoryRecord:
+        if not isinstance(self.record, MemoryRecord):
+            raise ValueError("this trace of an mLSTM covers only part of a run: trace it again")
         return self.record
-
-    @property
-    def _before(self) -> MatrixState:
-        return self._record.before or self.node.memory_in(self.x.dtype).zeros(len(self.x))
-
-    q = property(lambda self: self._inputs.q)
-    k = property(lambda self: self._inputs.k)
-    v = property(lambda self: self._inputs.v)
-    i = property(lambda self: self._values[0].i)
-    f = property(lambda self: self._values[0].f)
-    m = property(lambda self: self._values[0].m)
-    n = property(lambda self: self._values[1])
-
-    @property
-    def h(self) -> Array:
-        """The output by head, `[B, T, heads, value_size]`, times the output gate if there is one."""
-        return self.y.reshape(*self.y.shape[:2], self.node.heads, self.node.value_size)
-
-    @cached_property
-    def fields(self) -> dict[str, Array]:
-        """q k v i f m n h, and o with an output gate, by name, `[B, T, W]` each: heads one after the other.
-
-        At masked steps all but m and n are 0, as the gates of cells are.
-        """
-        found = {name: array.reshape(*self.x.shape[:2], -1) for name, array in self._inputs._asdict().items()}
-        found |= {"i": self.i, "f": self.f}
-        if self.node.output_gate:
-            found["o"] = self.node.output_gate_of(self.x)
-        if self.mask is not None:
-            found = {name: np.where(self.mask[..., None], array, 0) for name, array in found.items()}
-        return found | {"m": self.m, "n": self.n.reshape(*self.x.shape[:2], -1), "h": self.y}
 
     def weights(self, step: int = -1) -> Array:
         """Return the weight of every step's v in h of a step, before an output gate: `[B, heads, T]`.
@@ -132,13 +64,12 @@ class MemoryTrace(NodeTrace):
         """
         step = self._step(step)
         q = self.q[:, step]
-        products = self.shares(step) * np.einsum("bshk,bhk->bhs", self.k * self._scale, q)
-        found = products / self._divisor(q, step)[..., None]
-        return found if self.mask is None else np.where(self.mask[:, step, None, None], found, 0)
+        products = self.shares(step) * np.einsum("bshk,bhk->bhs", self.k * _scale(self.cell), q)
+        return _used(None if self.mask is None else self.mask[:, step], products / self._divisor(q, step)[..., None])
 
     def _divisor(self, q: Array, step: int) -> Array:
         size = np.maximum(np.abs((self.n[:, step] * q).sum(-1)), np.exp(-self.m[:, step]))
-        return size + self.node.epsilon
+        return size + self.cell.spec.epsilon
 
     def shares(self, step: int = -1) -> Array:
         """Return the share of every step in the memory after a step, `[B, heads, T]`: C is their sum, times k·vᵀ.
@@ -149,25 +80,34 @@ class MemoryTrace(NodeTrace):
         Returns:
             The input gate of each step times the forget gates since, divided by `e^m`; 0 after `step`, before a reset,
             and at masked steps.
+
+        Raises:
+            IndexError: a step that doesn't exist.
+            ValueError: a trace of some rows or steps.
         """
-        gates, reset = self._values[0], self._record.reset
-        step = self._step(step)
-        found = np.zeros((len(self.x), self.node.heads, self.x.shape[1]), self.x.dtype)
-        kept = np.ones(found.shape[:2], self.x.dtype)
+        reset, step = self._whole.reset, self._step(step)
+        f = self.f if self.mask is None else np.where(self.mask[..., None], self.f, 1)
+        shares = np.zeros(np.moveaxis(f, 1, 2).shape, f.dtype)
+        left = np.ones(shares.shape[:2], f.dtype)
         for t in range(step, -1, -1):
-            found[:, :, t] = kept * gates.i[:, t]
-            kept = kept * gates.f[:, t]
+            shares[:, :, t] = left * self.i[:, t]
+            left = left * f[:, t]
             if reset is not None:
-                kept = np.where(reset[:, t, None], 0, kept)
-        return found
+                left = np.where(reset[:, t, None], 0, left)
+        return shares
 
     def memory(self, step: int = -1) -> Array:
-        """Return C after a step, `[B, heads, key_size, value_size]`, computed again from the state before the run."""
+        """Return C after a step, `[B, heads, key_size, value_size]`, computed again from the state before the run.
+
+        Raises:
+            IndexError: a step that doesn't exist.
+            ValueError: a trace of some rows or steps.
+        """
         step = self._step(step)
-        part, record = slice(0, step + 1), self._record
+        part, record = slice(0, step + 1), self._whole
         mask, reset = (None if flags is None else flags[:, part] for flags in (record.mask, record.reset))
-        inputs = MatrixInputs(*(array[:, part] for array in self._inputs))
-        return reference.steps(inputs, self._before, self.node.epsilon, mask, reset)[1].C
+        inputs = MatrixInputs(*(array[:, part] for array in _inputs(self.cell, record)))
+        return reference.steps(inputs, _before(self.cell, record), self.cell.spec.epsilon, mask, reset)[1].C
 
     def retrieve(self, query: Any, step: int = -1) -> Array:
         """Return what a query retrieves from the memory after a step: `Cᵀq / max(|nᵀq|, exp(-m))`.
@@ -186,23 +126,56 @@ class MemoryTrace(NodeTrace):
             IndexError: a step that doesn't exist.
             ValueError: a trace of some rows or steps.
         """
-        heads, width = self.node.heads, self.node.key_size
-        q = np.asarray(query, self.x.dtype)
+        heads, width = self.cell.spec.heads, self.cell.spec.key_size
+        q = np.asarray(query, self.cell.dtype)
         if q.shape not in ((width,), (heads, width)):
             raise ShapeError(f"retrieve: expected query [{width}] or [{heads}, {width}], got {q.shape}")
         q, step = np.broadcast_to(q, (heads, width)), self._step(step)
         return np.einsum("bhkv,hk->bhv", self.memory(step), q) / self._divisor(q, step)[..., None]
 
     def _step(self, step: int) -> int:
-        count = self.x.shape[1]
+        count = self.m.shape[1]
         if not -count <= step < count:
             raise IndexError(f"expected a step below {count}, got {step}")
         return step % count
 
-    def _part(self, x: Any, y: Array, cells: tuple[CellTrace, ...], take: Callable[[Array], Array]) -> MemoryTrace:
-        gates, n = self._values
-        mask = None if self.mask is None else take(self.mask)
-        return MemoryTrace(self.node, x, y, None, (MatrixGates(*map(take, gates)), take(n)), mask)
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__()}\n  {self.node.summary}: q k v i f m n h"
+def _fields(cell: MemoryCell, record: MemoryRecord, y: Array) -> Any:
+    """Return the fields of a trace at every step: gates, queries, keys and values are zeros at masked ones."""
+    inputs, before, reset = _inputs(cell, record), _before(cell, record), record.reset
+    gates = reference.gates_of(inputs, before.m, record.mask, reset)
+    n, ns = before.n, np.empty_like(inputs.k)
+    for t in range(ns.shape[1]):
+        left = n if reset is None else np.where(reset[:, t, None, None], 0, n)
+        n = gates.f[:, t, :, None] * left + gates.i[:, t, :, None] * inputs.k[:, t] * _scale(cell)
+        ns[:, t] = n
+    fields = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "i": gates.i, "f": gates.f}
+    if cell.spec.output_gate:
+        fields["o"] = ACTIVATIONS["sigmoid"][0](np.ascontiguousarray(_parts(cell, record.x)["z_o"]))
+    fields = {name: _used(record.mask, array) for name, array in fields.items()}
+    h = y.reshape(*y.shape[:2], *cell.spec.trace_shapes["h"])
+    return cell.spec.of_kind.trace(**fields, m=gates.m, n=ns, h=h)
+
+
+def _parts(cell: MemoryCell, x: Array) -> dict[str, Array]:
+    """Return the parts of the input by name, each with its axes."""
+    shapes = cell.spec.parts
+    parts = np.split(x, np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1], axis=-1)
+    return {name: part.reshape(*x.shape[:2], *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _inputs(cell: MemoryCell, record: MemoryRecord) -> MatrixInputs:
+    return MatrixInputs(*list(_parts(cell, record.x).values())[: len(MatrixInputs._fields)])
+
+
+def _before(cell: MemoryCell, record: MemoryRecord) -> MatrixState:
+    return record.before or cell.zeros(len(record.x))
+
+
+def _scale(cell: MemoryCell) -> Any:
+    return cell.dtype.type(cell.spec.key_size**-0.5)
+
+
+def _used(mask: Array | None, array: Array) -> Array:
+    """Return an array with zeros at masked steps."""
+    return array if mask is None else np.where(mask.reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim)), array, 0)

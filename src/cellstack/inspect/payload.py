@@ -82,8 +82,8 @@ def cells_of(network: Network) -> dict[str, Any]:
     forms: list[dict[str, Any]] = []
     numbers: dict[str, list[int]] = {}
     for name, node in zip(network.names, network.nodes, strict=True):
-        for spec in [cell.spec for cell in node.cells] or filter(None, [node.memory]):
-            form = form_of(spec)
+        for cell in node.cells_in(network.dtype):
+            form = form_of(cell.spec)
             if form not in forms:
                 forms.append(form)
             numbers.setdefault(name, []).append(forms.index(form))

@@ -38,7 +38,12 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
     names = list(t) if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
     wanted = None if fields is None else list(fields)
     panels = [
-        (name if len(t[name].cells) == 1 else f"{name}.cells[{number}]", field, field in multipliers, cell[field][row])
+        (
+            name if len(t[name].cells) == 1 else f"{name}.cells[{number}]",
+            field,
+            field in multipliers,
+            cell.flat(field)[row],
+        )
         for name in names
         for number, cell in enumerate(t[name].cells)
         for multipliers in [cell.cell.spec.of_kind.multipliers]

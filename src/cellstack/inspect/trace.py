@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ from cellstack.inspect import diagnostics
 from cellstack.inspect.pre_activations import pre_activations
 from cellstack.inspect.values import Index, alone, as_tuple, places_of, shape_text
 from cellstack.nodes.base import Array, Flow
-from cellstack.nodes.recording import Record
+from cellstack.nodes.recording import MemoryRecord, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,11 +45,10 @@ class CellTrace(Mapping[str, Array]):
 
     `i f g o c h` for an LSTM, `z r g h` for a GRU, `g h` for a SimpleRNN: gates after their activations; h may be
     projected. Steps are in the order of time, regardless of the cell's direction. At masked steps, gates are zero, and
-    c and h are carried over.
+    c and h are carried over. The arrays of an mLSTM have an axis of heads: see `MemoryTrace`.
 
     Attributes:
         cell: the `Cell`, its description and arrays.
-        fields: the arrays in a `Trace`, `GRUTrace` or `RNNTrace`.
         units: the indices of the units in the trace.
         mask: `[B, T]`, True at used steps; None = all.
         record: the cell's inputs and results in the whole run; None in a trace of some steps or units.
@@ -62,28 +61,44 @@ class CellTrace(Mapping[str, Array]):
         units: Array,
         mask: Array | None,
         sums: dict[str, Array] | None = None,
-        record: Record | None = None,
+        record: Record | MemoryRecord | None = None,
     ) -> None:
-        self.cell, self.fields, self.units, self.mask = cell, fields, units, mask
-        self.record, self._sums = record, sums
+        self.cell, self.units, self.mask, self.record = cell, units, mask, record
+        self._fields, self._sums = fields, sums
+
+    @property
+    def fields(self) -> Any:
+        """The arrays in a `Trace`, `GRUTrace` or another named tuple of its kind."""
+        if callable(self._fields):
+            self._fields = self._fields()
+        return self._fields
 
     def __getattr__(self, name: str) -> Array:
-        if name.startswith("_") or "fields" not in self.__dict__:
+        if name.startswith("_") or "cell" not in self.__dict__:
             raise AttributeError(name)
-        if name in self.fields._fields:
+        if name in self._names:
             return getattr(self.fields, name)
-        raise AttributeError(f"a trace of this cell has {', '.join(self.fields._fields)}, not {name!r}")
+        raise AttributeError(f"a trace of this cell has {', '.join(self._names)}, not {name!r}")
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self.fields._fields:
-            raise KeyError(f"expected one of {', '.join(self.fields._fields)}, got {name!r}")
+        if name not in self._names:
+            raise KeyError(f"expected one of {', '.join(self._names)}, got {name!r}")
         return getattr(self.fields, name)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.cell.spec.of_kind.trace._fields
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.fields._fields)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self.fields)
+        return len(self._names)
+
+    def flat(self, name: str) -> Array:
+        """Return a field as `[B, T, W]`: of an mLSTM, heads one after the other."""
+        array = self[name]
+        return array.reshape(*array.shape[:2], math.prod(array.shape[2:]))
 
     @property
     def pre(self) -> dict[str, Array]:
@@ -98,14 +113,17 @@ class CellTrace(Mapping[str, Array]):
         if self._sums is None:
             if self.record is None:
                 raise ValueError("this trace has no pre-activations: request them with trace(…, pre=True)")
-            self._sums = pre_activations(self.cell, self.record)
+            self._sums = self._pre_activations(self.record)
         return self._sums
+
+    def _pre_activations(self, record: Any) -> dict[str, Array]:
+        return pre_activations(self.cell, record)
 
     def _map(self, take: Callable[[Array], Array]) -> CellTrace:
         """Return the trace with `take` applied to each array, without the run's record."""
         fields = type(self.fields)(*map(take, self.fields))
         sums = None if self._sums is None else {gate: take(array) for gate, array in self._sums.items()}
-        return CellTrace(self.cell, fields, self.units, None if self.mask is None else take(self.mask), sums)
+        return type(self)(self.cell, fields, self.units, None if self.mask is None else take(self.mask), sums)
 
     def _select(self, rows: Any, steps: Any, units: Index) -> CellTrace:
         at = places_of("units", units, len(self.units))
@@ -132,7 +150,7 @@ class CellTrace(Mapping[str, Array]):
         return diagnostics.lyapunov_exponent(self, steps)
 
     def __repr__(self) -> str:
-        return f"{self.cell.summary}: {', '.join(self.fields._fields)} {list(self.fields.h.shape)}"
+        return f"{self.cell.summary}: {', '.join(self)} {list(self.fields.h.shape)}"
 
 
 class NodeTrace:
@@ -167,10 +185,6 @@ class NodeTrace:
         if len(self.cells) == 1:
             return self.cells[0][name]
         raise KeyError(f"this node has {len(self.cells)} cells: select one of them, .cells[0][{name!r}]")
-
-    def _part(self, x: Any, y: Array, cells: tuple[CellTrace, ...], take: Callable[[Array], Array]) -> NodeTrace:
-        """Return the trace of some rows, steps and units; `take` selects them from other arrays `[B, T, …]`."""
-        return NodeTrace(self.node, x, y, cells)
 
     def __repr__(self) -> str:
         lines = [f"{type(self.node).__name__}: {shape_text(self.x)} -> {shape_text(self.y)}"]
@@ -207,10 +221,10 @@ class NetworkTrace(Mapping[str, NodeTrace]):
     @property
     def _parts(self) -> TraceContents:
         """The contents of the trace, built at the first access, which keeps short runs fast."""
-        made = self._made
-        if not isinstance(made, TraceContents):
-            made = self._made = made()
-        return made
+        contents = self._made
+        if not isinstance(contents, TraceContents):
+            contents = self._made = contents()
+        return contents
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NetworkTrace, (self.network, self.y, self.state, self._parts)
@@ -242,12 +256,12 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Args:
             rows: the rows, of every array: a slice, a number, numbers, or flags.
             steps: the steps, of all arrays aligned with the input's steps: not after a node that changes the steps.
-            units: the units, of the cells' arrays; inputs and outputs of nodes stay whole.
+            units: the units, of the cells' arrays; those of mLSTMs, and inputs and outputs of nodes stay whole.
 
         Raises:
             IndexError: a row, a step or a unit that doesn't exist.
         """
-        numbers, aligned, own, masks, whole = self._parts
+        numbers, aligned, traced, masks, whole = self._parts
         some = places_of("rows", rows, len(as_tuple(self.y)[0]))
         at = places_of("steps", steps, len(numbers))
 
@@ -255,13 +269,13 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             return array[some][:, at] if name in aligned else array[some]
 
         nodes = {}
-        for name, node in own.items():
+        for name, node in traced.items():
             sources = self.network.wires[self.network.names.index(name)]
             xs = tuple(of_value(array, source) for array, source in zip(as_tuple(node.x), sources, strict=True))
             cells = tuple(
                 cell._select(some, at if sources[0] in aligned else slice(None), units) for cell in node.cells
             )
-            nodes[name] = node._part(alone(xs), of_value(node.y, name), cells, partial(of_value, name=name))
+            nodes[name] = NodeTrace(node.node, alone(xs), of_value(node.y, name), cells)
         ys = tuple(of_value(array, name) for array, name in zip(as_tuple(self.y), self.network.outputs, strict=True))
         state = tuple(type(one)(*(array[some] for array in one)) for one in self.state)
         masks = {name: of_value(mask, name) for name, mask in masks.items()}
@@ -270,11 +284,11 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
     def _copied(self) -> NetworkTrace:
         """Return the trace with copied arrays, so that the memory of the full run can be freed."""
-        numbers, aligned, own, masks, whole = self._parts
+        numbers, aligned, traced, masks, whole = self._parts
         nodes = {}
-        for name, node in own.items():
+        for name, node in traced.items():
             x = alone(tuple(array.copy() for array in as_tuple(node.x)))
-            nodes[name] = node._part(x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells), np.copy)
+            nodes[name] = NodeTrace(node.node, x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells))
         y = alone(tuple(array.copy() for array in as_tuple(self.y)))
         masks = {name: mask.copy() for name, mask in masks.items()}
         return NetworkTrace(self.network, y, self.state, TraceContents(numbers, aligned, nodes, masks, whole))

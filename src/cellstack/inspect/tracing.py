@@ -12,7 +12,6 @@ import numpy as np
 
 from cellstack.cells.errors import ShapeError
 from cellstack.inspect.memories import MemoryTrace
-from cellstack.inspect.pre_activations import pre_activations
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, TraceContents
 from cellstack.inspect.values import Index, alone
 from cellstack.network.arguments import OwnState, as_states
@@ -78,11 +77,11 @@ def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bo
     """Return the parts of a trace from a run's records."""
     numbers = _numbers(network)
     records, flows = _in_own_order(network, recording, numbers)
-    kept: dict[str, NodeTrace] = {}
+    traced: dict[str, NodeTrace] = {}
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         if name not in names:
             continue
-        cells = []
+        y, cells = flows[name].x, []
         for number, cell in zip(numbers[name], node.cells, strict=True):
             record = records[number]
             assert record is not None, "cells of the requested nodes are kept"
@@ -90,16 +89,15 @@ def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bo
             planes = [record.gates[:, :, plane] for plane in range(len(kind.gates))]
             states = record.states._asdict()
             fields = kind.trace(**dict(zip(kind.gates, planes, strict=True)), **states)
-            sums = pre_activations(cell, record) if pre else None
-            cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), record.mask, sums, record))
-        values = tuple(flows[source].x for source in sources)
+            cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), record.mask, None, record))
         if isinstance(node, MLSTM):
-            kept[name] = MemoryTrace(node, values[0], flows[name].x, recording.memories[name])
-        else:
-            kept[name] = NodeTrace(node, alone(values), flows[name].x, tuple(cells))
+            cells.append(MemoryTrace.of(node.memory_in(network.dtype), recording.memories[name], y))
+        _ = [cell.pre for cell in cells if pre]  # a selection keeps only those that were computed
+        values = tuple(flows[source].x for source in sources)
+        traced[name] = NodeTrace(node, alone(values), y, tuple(cells))
     lengths = {name: flows[name].x.shape[1] for name in network.inputs if network.graph.timed(name)}
     masks = {name: flow.mask for name, flow in flows.items() if flow.mask is not None}
-    return TraceContents(np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept, masks)
+    return TraceContents(np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), traced, masks)
 
 
 def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:

@@ -58,10 +58,10 @@ def _copying(layout: type) -> type:
 
         def __getstate__(self: Any) -> Any:
             state = super().__getstate__()
-            own, *slots = state if isinstance(state, tuple) else (state,)
-            if isinstance(own, dict):
-                own = {name: value for name, value in own.items() if name not in CONTEXT_ATTRIBUTES}
-            return (own, *slots) if slots else own
+            attributes, *slots = state if isinstance(state, tuple) else (state,)
+            if isinstance(attributes, dict):
+                attributes = {name: value for name, value in attributes.items() if name not in CONTEXT_ATTRIBUTES}
+            return (attributes, *slots) if slots else attributes
 
         def __reduce_ex__(self: Any, protocol: Any) -> Any:
             reduced = super().__reduce_ex__(protocol)
@@ -74,13 +74,13 @@ def _copying(layout: type) -> type:
             return make, tuple(args), *rest
 
         def __copy__(self: Any) -> Any:
-            own = getattr(super(), "__copy__", None)
-            return self._as_this(copy._reconstruct(self, None, *self.__reduce_ex__(4)) if own is None else own())  # type: ignore[attr-defined]
+            method = getattr(super(), "__copy__", None)
+            return self._as_this(copy._reconstruct(self, None, *self.__reduce_ex__(4)) if method is None else method())  # type: ignore[attr-defined]
 
         def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-            own = getattr(super(), "__deepcopy__", None)
-            if own is not None:
-                return self._as_this(own(memo))
+            method = getattr(super(), "__deepcopy__", None)
+            if method is not None:
+                return self._as_this(method(memo))
             if parametrize.is_parametrized(self):  # its class forbids pickling
                 return copied(self, memo)
             return self._as_this(copy._reconstruct(self, memo, *self.__reduce_ex__(4)))  # type: ignore[attr-defined]
@@ -111,8 +111,8 @@ def _layout_of(kind: type) -> type:
 def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
     """Return a deep copy of a module, with the same class."""
     copied = memo[id(module)] = type(module).__new__(type(module))
-    own = {name: value for name, value in module.__dict__.items() if name not in CONTEXT_ATTRIBUTES}
-    copied.__dict__ = copy.deepcopy(own, memo)
+    attributes = {name: value for name, value in module.__dict__.items() if name not in CONTEXT_ATTRIBUTES}
+    copied.__dict__ = copy.deepcopy(attributes, memo)
     return copied
 
 
@@ -191,9 +191,9 @@ class _Sequence(Accelerated, nn.RNNBase):
         """Return the weights, in PyTorch's order."""
         if self._own_forward:
             return self._replaced_weights()
-        own = self._parameters
+        parameters = self._parameters
         try:
-            return [own[name] for name in self._flat_weights_names]
+            return [parameters[name] for name in self._flat_weights_names]
         except KeyError:  # a hook, such as that of weight_norm, computes one
             return self._replaced_weights()
 
@@ -230,11 +230,11 @@ class _Sequence(Accelerated, nn.RNNBase):
             least = limits.inference if self._packed is None else limits.packed
         return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
 
-    def _flags(self, reset: Any, given: Any) -> Tensor:
+    def _flags(self, reset: Any, sequence: Any) -> Tensor:
         """Return `reset` as `[B, T]`, after checking it against the input that was passed."""
-        if isinstance(given, PackedSequence):
+        if isinstance(sequence, PackedSequence):
             raise ValueError(f"{name_of(self)}: reset isn't supported with a PackedSequence")
-        reset = _checked_reset(self, reset, given.shape[:-1])
+        reset = _checked_reset(self, reset, sequence.shape[:-1])
         return reset.unsqueeze(0) if reset.ndim == 1 else reset if self.batch_first else reset.transpose(0, 1)
 
     def _run(
@@ -456,7 +456,7 @@ def class_of(kind: type) -> type:
     return subclass_of(kind, bases, _own_forward=overrides_forward(kind), _base_forward=base.forward)
 
 
-def subclass_of(kind: type, bases: tuple[type, ...], **own: Any) -> type:
+def subclass_of(kind: type, bases: tuple[type, ...], **attributes: Any) -> type:
     """Return a subclass with the name of `kind`, one of the bases; copies keep it, and pickles hold `kind`.
 
     Args:
@@ -465,4 +465,4 @@ def subclass_of(kind: type, bases: tuple[type, ...], **own: Any) -> type:
         **own: its further attributes.
     """
     named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (_copying(_layout_of(kind)), *bases), {"_class_before": kind, **named, **own})
+    return type(kind.__name__, (_copying(_layout_of(kind)), *bases), {"_class_before": kind, **named, **attributes})

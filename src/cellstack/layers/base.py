@@ -304,10 +304,10 @@ def describe(value: Any) -> Any:
         return {"class_name": type(value).__name__, "config": value.get_config()}
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
-    return own(value)
+    return storable(value)
 
 
-def own(value: Any) -> Any:
+def storable(value: Any) -> Any:
     """Return an argument in the form that a layer stores: dicts copied, NumPy's and Keras's objects as JSON types."""
     value = weights.described(value)
     if isinstance(value, Mapping):

@@ -16,7 +16,16 @@ from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, sign
 from cellstack.cells.errors import ShapeError, as_integer, check_state, check_state_numbers, check_step
 from cellstack.cells.spec import ARRAYS, CellSpec, described
 from cellstack.layers import eager, op, weights
-from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
+from cellstack.layers.base import (
+    Layer,
+    as_dtype,
+    as_input,
+    exporting,
+    last_axis,
+    recomputing,
+    storable,
+    training_tensors,
+)
 
 
 class Masks(NamedTuple):
@@ -45,12 +54,12 @@ def op_masks(masks: Sequence[Masks], cells: Sequence[op.CellCall], like: Tensor)
             break
     else:
         return []
-    found: list[Tensor | None] = []
+    in_order: list[Tensor | None] = []
     for of_layer, cell in zip(masks, cells, strict=True):
         zoneout = of_layer.zoneout or (None,) * (len(cell.masks) - 1)
-        found += [of_layer.recurrent, *zoneout]
+        in_order += [of_layer.recurrent, *zoneout]
     absent = like.new_empty(0)
-    return [absent if mask is None else mask for mask in found] if any(mask is not None for mask in found) else []
+    return [absent if mask is None else mask for mask in in_order] if any(mask is not None for mask in in_order) else []
 
 
 ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
@@ -64,11 +73,11 @@ def usual_forget_bias(spec: CellSpec) -> float:
     return 0.0 if spec.exponential_forget else 1.0
 
 
-def _of_forget_bias(owner: str, given: Any) -> Any:
+def _of_forget_bias(owner: str, value: Any) -> Any:
     """Return the initializer that a number, a name, a description or a callable stands for."""
-    if isinstance(given, (int, float)):
-        return partial(weights.constant, value=given)
-    return weights.find(owner, "forget_bias", given, weights.INITIALIZERS)
+    if isinstance(value, (int, float)):
+        return partial(weights.constant, value=value)
+    return weights.find(owner, "forget_bias", value, weights.INITIALIZERS)
 
 
 class Cell(Layer):
@@ -92,64 +101,64 @@ class Cell(Layer):
             kind = KINDS[cls.kind]
             cls.State, cls.signature = kind.state, sign(cls, kind, "cell", globals())
 
-    def __init__(self, given: dict[str, Any]) -> None:
-        super().__init__(given["name"])
-        self._config = given = {key: own(value) for key, value in given.items()}
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config["name"])
+        self._config = config = {key: storable(value) for key, value in config.items()}
         for argument in self.signature.values():
             if "spec" not in argument.of:  # CellSpec checks its own
-                argument.check(self._owner, given[argument.name])
-        given["units"] = self.units = as_integer(self._owner, "units", given["units"])
+                argument.check(self._owner, config[argument.name])
+        config["units"] = self.units = as_integer(self._owner, "units", config["units"])
         if not 1 <= self.units < 2**29:  # from here on the size of a recurrent kernel in bytes overflows 64 bits
             raise ShapeError(f"{self._owner}: expected units >= 1 and below {2**29}, got {self.units}")
-        if "proj_size" in given:
-            given["proj_size"] = as_integer(self._owner, "proj_size", given["proj_size"])
-        self._functions, self._foreign, spec = self._described(given)
+        if "proj_size" in config:
+            config["proj_size"] = as_integer(self._owner, "proj_size", config["proj_size"])
+        self._functions, self._foreign, spec = self._described(config)
         self._describe(spec)
-        self.activation = given.get("activation", spec.activation)
-        self.recurrent_activation = given.get("recurrent_activation", spec.recurrent_activation)
+        self.activation = config.get("activation", spec.activation)
+        self.recurrent_activation = config.get("recurrent_activation", spec.recurrent_activation)
         self.use_bias = spec.use_bias
         self.output_size = spec.output_size
         sizes = list(spec.state_sizes.values())
         self.state_size = sizes if len(sizes) > 1 else sizes[0]
-        self.dropout, self.recurrent_dropout = float(given["dropout"]), float(given.get("recurrent_dropout", 0.0))
+        self.dropout, self.recurrent_dropout = float(config["dropout"]), float(config.get("recurrent_dropout", 0.0))
         for name in spec.of_kind.zoneout.values():
             setattr(self, name, getattr(spec, name))
-        if given.get("forget_bias") is not None and not self._forgets:
+        if config.get("forget_bias") is not None and not self._forgets:
             raise ValueError(f"{self._owner}: forget_bias needs a forget gate with a bias")
-        _of_forget_bias(self._owner, given.get("forget_bias"))  # a name that isn't known is an error now
-        seed = given["seed"]
+        _of_forget_bias(self._owner, config.get("forget_bias"))  # a name that isn't known is an error now
+        seed = config["seed"]
         if seed is not None:
-            given["seed"] = seed = as_integer(self._owner, "seed", seed)
+            config["seed"] = seed = as_integer(self._owner, "seed", seed)
             if abs(seed) >= 2**63:
                 raise TypeError(f"{self._owner}: expected seed to be a 64-bit integer or None, got {seed!r}")
         self.seed = seed
         self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
         self._parts = {
             array: [
-                weights.find(self._owner, f"{role}_{what}", given[f"{role}_{what}"], table)
+                weights.find(self._owner, f"{role}_{what}", config[f"{role}_{what}"], table)
                 for what, table in _TABLES.items()
             ]
             for array, role in ROLES.items()
-            if f"{role}_initializer" in given
+            if f"{role}_initializer" in config
         }
         for name in ARRAYS:
             self.register_parameter(name, None)
-        self._like = torch.empty(0, dtype=as_dtype(given["dtype"]), device=given["device"])
-        if given["input_size"] is not None:
-            self.build(given["input_size"])
+        self._like = torch.empty(0, dtype=as_dtype(config["dtype"]), device=config["device"])
+        if config["input_size"] is not None:
+            self.build(config["input_size"])
 
-    def _described(self, given: dict[str, Any]) -> tuple[list[eager.Function], list[str], CellSpec]:
+    def _described(self, config: dict[str, Any]) -> tuple[list[eager.Function], list[str], CellSpec]:
         """Return the functions of `CellSpec.slots`, the names of those that the kernel lacks, and the description.
 
         The description has the least width, to check the flags before there is an input. Activations that the kernel
         lacks are linear in it.
         """
-        by_gate = given.get("gate_activations", ())
+        by_gate = config.get("gate_activations", ())
         try:
             by_gate = dict(by_gate.items() if isinstance(by_gate, Mapping) else by_gate)
         except (TypeError, ValueError):
             raise TypeError(f"{self._owner}: expected gate_activations as a dict by gate, got {by_gate!r}") from None
-        usual = {name: given[name] for name in ACTIVATION_ARGUMENTS if name in given}
+        usual = {name: config[name] for name in ACTIVATION_ARGUMENTS if name in config}
         texts = {}
         for key, value in (*usual.items(), *by_gate.items()):
             try:
@@ -159,12 +168,12 @@ class Cell(Layer):
                 hint = f" {value}: the first argument is units, and input_size= is the width of x" if turned else ""
                 raise type(error)(f"{self._owner}: {key}: {error}{hint}") from None
             texts[key] = name if eager.known(name) else "linear"
-        fields = {name: given[name] for name in KINDS[self.kind].settings if name in given}
+        fields = {name: config[name] for name in KINDS[self.kind].settings if name in config}
         fields |= {key: texts[key] for key in usual}
         if "gate_activations" in fields:
             fields["gate_activations"] = {gate: texts[gate] for gate in by_gate}
         try:
-            spec = CellSpec(1 + bool(given.get(KINDS[self.kind].scalar)), kind=self.kind, **fields)
+            spec = CellSpec(1 + bool(config.get(KINDS[self.kind].scalar)), kind=self.kind, **fields)
         except (ShapeError, TypeError, ValueError) as error:
             raise type(error)(str(error).replace("CellSpec", self._owner, 1)) from None
         arguments = {slot: spec.of_kind.activation(slot) for slot in spec.slots}
@@ -184,14 +193,14 @@ class Cell(Layer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle stores: the description as text, without what follows from it."""
         derived = ("_spec", "_call", "_plain", "_names", "_sizes", "_rates")
-        kept = {name: value for name, value in self.__dict__.items() if name not in derived}
-        return {**kept, "_text": self._spec.text}
+        stored = {name: value for name, value in self.__dict__.items() if name not in derived}
+        return {**stored, "_text": self._spec.text}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickle, also one that stores what follows from the description."""
-        given = dict(state)
-        text = given.pop("_text")
-        super().__setstate__(given)
+        attributes = dict(state)
+        text = attributes.pop("_text")
+        super().__setstate__(attributes)
         self._describe(described(text))
 
     def extra_repr(self) -> str:
@@ -286,10 +295,10 @@ class Cell(Layer):
     @property
     def forget_bias(self) -> Any:
         """Initial value of the forget gate's bias, or its initializer; None: `bias_initializer` determines it."""
-        given = self._config.get("forget_bias")
-        if given is None and self.unit_forget_bias:
-            given = usual_forget_bias(self._spec)
-        return given if "f" in self._spec.gates else None
+        bias = self._config.get("forget_bias")
+        if bias is None and self.unit_forget_bias:
+            bias = usual_forget_bias(self._spec)
+        return bias if "f" in self._spec.gates else None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         kernel = state_dict.get(f"{prefix}kernel")
@@ -342,8 +351,8 @@ class Cell(Layer):
 
     def _array(self, name: str) -> Tensor | None:
         """Return the attribute `name`; for a parameter without the slow attribute look-up of a module."""
-        own = self._parameters
-        return own[name] if name in own else getattr(self, name)
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
 
     def masks(self, batch: int, steps: int, training: bool) -> Masks:
         """Draw the masks of a call over `steps` steps: see `Masks`."""

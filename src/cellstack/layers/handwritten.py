@@ -51,8 +51,8 @@ class ParameterPart(NamedTuple):
             flat = whole if whole.ndim == 1 else whole.reshape(-1)
             return _narrowed(flat, 0, self.rows)
         first, second = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
-        found = _narrowed(_narrowed(whole, 0, first), 1, second)
-        return found.t() if self.transposed else found
+        part = _narrowed(_narrowed(whole, 0, first), 1, second)
+        return part.t() if self.transposed else part
 
     def joined(self, other: ParameterPart) -> ParameterPart | None:
         """Return this part followed by the rows of another one as one part; None if they aren't adjacent."""
@@ -70,8 +70,8 @@ def _narrowed(tensor: Tensor, axis: int, part: tuple[int, int]) -> Tensor:
 
 def parameter(module: nn.Module, name: str) -> Any:
     """Return a module's parameter by its name."""
-    own = module._parameters.get(name)
-    return reduce(getattr, name.split("."), module) if own is None else own
+    direct = module._parameters.get(name)
+    return reduce(getattr, name.split("."), module) if direct is None else direct
 
 
 class Weight(NamedTuple):
@@ -103,14 +103,14 @@ class Weight(NamedTuple):
 
 def weight(terms: Sequence[Sequence[ParameterPart]], shape: tuple[int, ...]) -> Weight:
     """Return a weight of this shape; adjacent parts are joined."""
-    made = []
+    joined_terms = []
     for parts in terms:
         joined: list[ParameterPart] = []
         for part in parts:
             both = joined[-1].joined(part) if joined else None
             joined[-1:] = [both] if both is not None else [*joined[-1:], part]
-        made.append(tuple(joined))
-    return Weight(tuple(made), shape)
+        joined_terms.append(tuple(joined))
+    return Weight(tuple(joined_terms), shape)
 
 
 class Layer(NamedTuple):
@@ -239,15 +239,15 @@ class ModuleSettings(NamedTuple):
 
     def hold(self, module: nn.Module) -> bool:
         """Whether a module has these settings; its own class isn't compared."""
-        own, inner = module.__dict__, module._modules
+        attributes, inner = module.__dict__, module._modules
         return (
-            own.items() >= self.values.items()
-            and own.keys().isdisjoint(self.methods)
+            attributes.items() >= self.values.items()
+            and attributes.keys().isdisjoint(self.methods)
             and _absent(module) == self.absent
             and inner.keys() == self.inner.keys()
             and all(
-                part is not None and original_of(type(part)) is wanted.kind and wanted.hold(part)
-                for part, wanted in zip(inner.values(), self.inner.values(), strict=True)
+                part is not None and original_of(type(part)) is settings.kind and settings.hold(part)
+                for part, settings in zip(inner.values(), self.inner.values(), strict=True)
             )
         )
 
@@ -258,11 +258,11 @@ def _absent(module: nn.Module) -> list[str]:
 
 def settings_of(module: nn.Module) -> ModuleSettings:
     """Return the settings of a module."""
-    kind, own = original_of(type(module)), vars(module)
+    kind, attributes = original_of(type(module)), vars(module)
     return ModuleSettings(
         kind,
-        {name: value for name, value in own.items() if type(value) in _SETTINGS and name not in _CHANGING},
-        frozenset(name for name in dir(kind) if name not in own and callable(getattr(kind, name, None))),
+        {name: value for name, value in attributes.items() if type(value) in _SETTINGS and name not in _CHANGING},
+        frozenset(name for name in dir(kind) if name not in attributes and callable(getattr(kind, name, None))),
         _absent(module),
         {name: settings_of(part) for name, part in module._modules.items() if part is not None},
     )
@@ -270,9 +270,9 @@ def settings_of(module: nn.Module) -> ModuleSettings:
 
 def names_of(module: nn.Module) -> dict[str, Any]:
     """Return the names of the arguments of a module's forward, with their defaults."""
-    found = inspect.signature(module.forward).parameters.values()
+    parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {one.name: one.default for one in found if one.kind in kinds}
+    return {one.name: one.default for one in parameters if one.kind in kinds}
 
 
 def arguments_of(names: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -294,26 +294,26 @@ def arrays_of(known: Known, module: nn.Module, like: Tensor) -> list[list[Tensor
     return [[one.of(module, like) for one in layer.weights] for layer in known.layers]
 
 
-def states_of(known: Known, protocol: Protocol, x: Tensor, given: Sequence[Tensor]) -> list[list[Tensor]] | None:
+def states_of(known: Known, protocol: Protocol, x: Tensor, tensors: Sequence[Tensor]) -> list[list[Tensor]] | None:
     """Return the initial state of each layer, `[B, ·]`; None where the tensors after x have other shapes."""
-    if not given:
+    if not tensors:
         return [[] for _ in known.layers]
-    found: list[list[Any]] = [[None] * len(layer.call.sizes) for layer in known.layers]
-    for place, tensor in zip(protocol.states, given, strict=True):
+    by_layer: list[list[Any]] = [[None] * len(layer.call.sizes) for layer in known.layers]
+    for place, tensor in zip(protocol.states, tensors, strict=True):
         if place.layer < 0:
-            if tensor.shape[0] != len(found):
+            if tensor.shape[0] != len(by_layer):
                 return None
-            for states, part in zip(found, tensor.unbind(0), strict=True):
+            for states, part in zip(by_layer, tensor.unbind(0), strict=True):
                 states[place.state] = part
         else:
             if place.axis >= 0 and tensor.shape[place.axis] != 1:
                 return None
-            found[place.layer][place.state] = tensor if place.axis < 0 else tensor.squeeze(place.axis)
-    for layer, states in zip(known.layers, found, strict=True):
+            by_layer[place.layer][place.state] = tensor if place.axis < 0 else tensor.squeeze(place.axis)
+    for layer, states in zip(known.layers, by_layer, strict=True):
         shapes = [(x.shape[1 if protocol.time == 0 else 0], size) for size in layer.call.sizes]
         if [None if state is None else tuple(state.shape) for state in states] != shapes:
             return None
-    return found
+    return by_layer
 
 
 def run_layers(
@@ -327,7 +327,7 @@ def run_layers(
     """Run the cells over a sequence; return y, whose axis of time is that of x, and the final states of each layer."""
     time_major = protocol.time == 0
     cells = zip(known.layers, arrays, states, strict=True)
-    runs = [CellRun(layer.call, own, state) for layer, own, state in cells]
+    runs = [CellRun(layer.call, of_layer, state) for layer, of_layer, state in cells]
     sequence = x.transpose(0, 1) if time_major else x
     y, _, ends, _ = forward.run_layers(runs, sequence, None, None, time_major=time_major, packed=packed)
     return y, ends
@@ -338,12 +338,12 @@ def result_of(protocol: Protocol, y: Tensor, states: Sequence[Sequence[Tensor]],
 
     def value(place: Place) -> Tensor:
         if place.state < 0:
-            given = max(protocol.time, 0)
-            return y if place.axis in (-1, given) else y.transpose(0, 1)
+            time = max(protocol.time, 0)
+            return y if place.axis in (-1, time) else y.transpose(0, 1)
         if place.layer < 0:
             return torch.stack([state[place.state] for state in states])
-        found = states[place.layer][place.state]
-        return found if place.axis < 0 else found.unsqueeze(place.axis)
+        final = states[place.layer][place.state]
+        return final if place.axis < 0 else final.unsqueeze(place.axis)
 
     if writable and y.requires_grad:  # callers may write to a result, and the backward pass needs y
         y = y.clone()
@@ -412,12 +412,12 @@ class Recognised(HandWritten):
         protocol = known.protocols.get(form)
         if protocol is None or (self.training and not known.training) or not known.settings.hold(self):
             return super().forward(*args, **kwargs)
-        x, *given = tensors
+        x, *initial = tensors
         if protocol.time >= 0 and self._packed is None and x.shape[protocol.time] < LEAST:
             return super().forward(*args, **kwargs)
         arrays = self._arrays(x)
         weights = [array for each in arrays for array in each]
-        states = states_of(known, protocol, x, given)
+        states = states_of(known, protocol, x, initial)
         if states is None or not self.runs(tensors, known.layers[0].call.spec.input_size, weights):
             return super().forward(*args, **kwargs)
         if protocol.time < 0:
@@ -437,13 +437,13 @@ class Recognised(HandWritten):
             key = [(one.data_ptr(), one._version) for one in (parameter(self, name) for name in known.parameters)]
         except RuntimeError:  # tensors created in inference mode have no version
             return arrays_of(known, self, like)
-        found = packed.get("arrays")
-        if found is None or found[0] != key:
-            own = {id(parameter(self, name)) for name in known.parameters}
+        cached = packed.get("arrays")
+        if cached is None or cached[0] != key:
+            own_parameters = {id(parameter(self, name)) for name in known.parameters}
             # Packed weights are kept for tensors that share their memory with no other one.
             arrays = [
-                [one if id(one) in own else one.clone(memory_format=torch.contiguous_format) for one in each]
+                [one if id(one) in own_parameters else one.clone(memory_format=torch.contiguous_format) for one in each]
                 for each in arrays_of(known, self, like)
             ]
-            found = packed["arrays"] = key, arrays
-        return found[1]
+            cached = packed["arrays"] = key, arrays
+        return cached[1]

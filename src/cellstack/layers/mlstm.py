@@ -79,23 +79,23 @@ def _loop(spec: MemorySpec, x: Tensor, before: Sequence[Tensor], mask: Any, rese
 
 
 def _loop_gradients(
-    spec: MemorySpec, given: Sequence[Tensor], mask: Any, reset: Any, gradients: Sequence[Any], needs: Sequence[bool]
+    spec: MemorySpec, tensors: Sequence[Tensor], mask: Any, reset: Any, gradients: Sequence[Any], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients of x and the state before it, which can be differentiated, and be batches."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, as one input may depend on another: that dependency isn't part of this gradient.
-        x, *before = (part.view_as(part) if graph else part.detach().requires_grad_() for part in given)
+        x, *before = (part.view_as(part) if graph else part.detach().requires_grad_() for part in tensors)
         outputs = zip(_loop(spec, x, before, mask, reset), gradients, strict=False)
         pairs = [(out, grad) for out, grad in outputs if grad is not None and out.requires_grad]
-        found = torch.autograd.grad(
+        computed = torch.autograd.grad(
             [out for out, _ in pairs],
             [part for part, need in zip((x, *before), needs, strict=True) if need],
             [grad for _, grad in pairs],
             create_graph=graph,
             allow_unused=True,
         )
-    queue = iter(found)
+    queue = iter(computed)
     return [next(queue) if need else None for need in needs]
 
 
@@ -117,8 +117,8 @@ def run_memory(
         mask, reset: bool `[B, T]`, contiguous: see `MLSTM.forward`.
     """
     if transformed() or symbolic(x):
-        found = _loop(spec, x, before, mask, reset)
-        return found if keeps_state else found[:1]
+        outputs = _loop(spec, x, before, mask, reset)
+        return outputs if keeps_state else outputs[:1]
     keeps_scores = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *before))
     return _Memory.apply(spec, keeps_state, keeps_scores, x, mask, reset, *before)
 
@@ -199,14 +199,14 @@ class MLSTM(Layer):
         super().__init__(name)
         owner = self._owner
         width = as_integer(owner, "units", units)
-        given = {"units": width, "heads": as_integer(owner, "heads", heads)}
-        given["key_size"] = (
-            max(1, width // max(1, given["heads"])) if key_size is None else as_integer(owner, "key_size", key_size)
+        sizes = {"units": width, "heads": as_integer(owner, "heads", heads)}
+        sizes["key_size"] = (
+            max(1, width // max(1, sizes["heads"])) if key_size is None else as_integer(owner, "key_size", key_size)
         )
-        for argument, value in given.items():
+        for argument, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{owner}: expected {argument} of at least 1, got {value}")
-        self.units, self.heads = width, given["heads"]
+        self.units, self.heads = width, sizes["heads"]
         if width % self.heads:
             raise ShapeError(f"{owner}: expected heads to divide units={width}, got {self.heads}")
         if not 0 <= epsilon < float("inf"):
@@ -220,7 +220,7 @@ class MLSTM(Layer):
                 f"{owner}: expected forget_bias to be two finite numbers, of the first and the last head, got "
                 f"{forget_bias!r}"
             )
-        self.spec = MemorySpec(self.heads, given["key_size"], width // self.heads, float(epsilon), output_gate=True)
+        self.spec = MemorySpec(self.heads, sizes["key_size"], width // self.heads, float(epsilon), output_gate=True)
         self.return_sequences, self.return_state = bool(return_sequences), bool(return_state)
         self._initializer = weights.find(owner, "kernel_initializer", kernel_initializer, weights.INITIALIZERS)
         self._like = torch.empty(0, dtype=as_dtype(dtype))

@@ -14,7 +14,7 @@ from cellstack.cells.arguments import COMPATIBLE, sign
 from cellstack.cells.errors import ShapeError, as_flag, check_sequence
 from cellstack.cells.plan import Plan
 from cellstack.layers import foreign, op, weights
-from cellstack.layers.base import Layer, as_input, of_cell, own
+from cellstack.layers.base import Layer, as_input, of_cell, storable
 from cellstack.layers.cell_base import Cell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, unpack
@@ -307,7 +307,7 @@ class SingleCellRNN(RNN):
             sign(cls, KINDS[cls.kind], "layer", globals())
 
     def __init__(self, given: dict[str, Any]) -> None:
-        given = {key: own(value) for key, value in given.items()}
+        given = {key: storable(value) for key, value in given.items()}
         # The cell has the layer's name, so that its error messages name the layer.
         cell = self.cell_type(**{name: value for name, value in given.items() if name in self.cell_type.signature})
         for argument in COMPATIBLE:

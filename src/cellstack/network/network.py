@@ -31,7 +31,7 @@ from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Products
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recording import Recording
-from cellstack.nodes.values import Celled, MemoryCell
+from cellstack.nodes.values import Celled
 
 TASKS = ("classify", "regress", "forecast", "text")
 
@@ -145,9 +145,9 @@ class Network(Delegated):
         names = named if names is not None else checked_names(nodes, None)
         dtypes = {name: node.dtype for name, node in zip(names, nodes, strict=True) if node.dtype is not None}
         dtype = next(iter(dtypes.values()), np.dtype(np.float32))
-        for name, found in dtypes.items():
-            if found != dtype:
-                raise TypeError(f"Network: expected {name} in {dtype}, as the nodes before it, got {found}")
+        for name, other in dtypes.items():
+            if other != dtype:
+                raise TypeError(f"Network: expected {name} in {dtype}, as the nodes before it, got {other}")
         graph = wired(nodes, names, inputs, wires, outputs)
         first = graph.inputs[0]
         values = {
@@ -181,7 +181,7 @@ class Network(Delegated):
     @property
     def stateful(self) -> tuple[Celled, ...]:
         """Whatever has a state, in the order of the states: all cells, then the memories of `MLSTM` nodes."""
-        memories = (MemoryCell(node.memory, self.dtype) for node in self.nodes if node.memory is not None)
+        memories = (cell for node in self.nodes if node.memory is not None for cell in node.cells_in(self.dtype))
         return (*self.cells, *memories)
 
     @property
@@ -359,8 +359,8 @@ class Network(Delegated):
         """
         if not isinstance(patches, (Patch, Iterable)):
             raise TypeError(f"Network: expected a Patch or several, got {type(patches).__name__}")
-        own = (patches,) if isinstance(patches, Patch) else tuple(patches)
-        return self._with(self.nodes, self.patches + own)
+        added = (patches,) if isinstance(patches, Patch) else tuple(patches)
+        return self._with(self.nodes, self.patches + added)
 
     @property
     def unedited(self) -> Network:

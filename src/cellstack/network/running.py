@@ -81,7 +81,7 @@ def run_network(
                 x, used, begun, of_memory = node.run(flows, (before,), threads)
                 of_memories, ends = of_memories + of_memory, ()
                 if record is not None:
-                    record.memories[name] = MemoryRecord(before, flows[0].mask, flows[0].reset)
+                    record.memories[name] = MemoryRecord(flows[0].x, before, flows[0].mask, flows[0].reset)
             elif isinstance(node, Products):
                 x, used, begun, ends = node.run(flows, own, threads, weights)
             else:

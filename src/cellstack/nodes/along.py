@@ -324,19 +324,19 @@ class Merge(Along):
         if self.heeds_mask and any(flow.mask is not None for flow in run.inputs):
             raise GradientError(f"{self.mode} under a mask isn't supported")
         if self.mode in ("add", "ave"):
-            found = [dy / (len(values) if self.mode == "ave" else 1)] * len(values)
+            gradients = [dy / (len(values) if self.mode == "ave" else 1)] * len(values)
         elif self.mode == "sub":
-            found = [dy, -dy]
+            gradients = [dy, -dy]
         elif self.mode == "mul":
             products = [[v for k, v in enumerate(values) if k != own] for own in range(len(values))]
-            found = [dy * np.prod(np.broadcast_arrays(*others), axis=0) for others in products]
+            gradients = [dy * np.prod(np.broadcast_arrays(*others), axis=0) for others in products]
         else:
-            taken, found = np.zeros(run.y.shape, bool), []
+            taken, gradients = np.zeros(run.y.shape, bool), []
             for value in values:
                 own = (value == run.y) & ~taken
                 taken |= own
-                found.append(np.where(own, dy, 0))
-        return [_summed_to(one, value.shape) for one, value in zip(found, values, strict=True)]
+                gradients.append(np.where(own, dy, 0))
+        return [_summed_to(one, value.shape) for one, value in zip(gradients, values, strict=True)]
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         there = [mask for mask in masks if mask is not None]
@@ -356,5 +356,5 @@ class Merge(Along):
 
 def _summed_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     """Return a gradient summed over the axes along which its value was broadcast."""
-    axes = tuple(axis for axis, (long, own) in enumerate(zip(gradient.shape, shape, strict=True)) if long != own)
+    axes = tuple(axis for axis, (long, short) in enumerate(zip(gradient.shape, shape, strict=True)) if long != short)
     return gradient.sum(axis=axes, keepdims=True) if axes else gradient

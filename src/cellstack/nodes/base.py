@@ -18,7 +18,7 @@ from cellstack.cells.bfloat16 import BFloat16Array
 from cellstack.cells.errors import ShapeError
 from cellstack.cells.mlstm import MemorySpec
 from cellstack.nodes.masks import ArrayMasks
-from cellstack.nodes.values import Array, CellState, Flow, Shape, StateGradients, Types
+from cellstack.nodes.values import Array, Celled, CellState, Flow, Shape, StateGradients, Types
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -194,6 +194,10 @@ class Node:
         """What the kernel can run in one call with the nodes below and above; None if it can't run the node."""
         return None
 
+    def cells_in(self, dtype: np.dtype[Any]) -> tuple[Celled, ...]:
+        """Return its cells, or that of its memory, in a network of this dtype."""
+        return self.cells
+
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -292,7 +296,7 @@ class Node:
         mask = masks[0] if self.keeps_steps(axes) else None
         if not self.makes_mask:
             return mask
-        return on.made() if mask is None else on.both(mask, on.made())
+        return on.of_node() if mask is None else on.both(mask, on.of_node())
 
     def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
         """Return which steps of `x` a node that `makes_mask` uses: `[B, T]`, or `[B]` for one step.
@@ -355,20 +359,20 @@ class Node:
 
     def values(self) -> dict[str, Any]:
         """Return the values of `keys` for this node."""
-        found = {}
+        by_key = {}
         for key in self.keys():
             if key in self.settings:
-                found[key] = getattr(self, key)
+                by_key[key] = getattr(self, key)
             elif key.startswith("use_"):
-                found[key] = getattr(self, key.removeprefix("use_")) is not None
+                by_key[key] = getattr(self, key.removeprefix("use_")) is not None
             else:
                 lengths = [
                     array.shape[axes.index(key)]
                     for name, axes in self.arrays.items()
                     if key in axes and (array := getattr(self, name)) is not None
                 ]
-                found[key] = lengths[0] if lengths else None
-        return found
+                by_key[key] = lengths[0] if lengths else None
+        return by_key
 
     def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | BFloat16Array]]:
         """Return the node's entry in a file: its JSON values, and its arrays by their names within the node."""
@@ -436,9 +440,9 @@ class Stepwise(Node):
 
 def check_axes(owner: str, node: Node, shape: Shape) -> None:
     """Raise `ShapeError` unless a value has the number of axes that the node requires: `axes`, else one or two."""
-    wanted = node.axes[0]
-    if len(shape) != wanted if wanted else len(shape) > 2:
-        expected = "a sequence [B, T, W]" if wanted == 2 else "[B, T, W] or [B, W]"
+    count = node.axes[0]
+    if len(shape) != count if count else len(shape) > 2:
+        expected = "a sequence [B, T, W]" if count == 2 else "[B, T, W] or [B, W]"
         raise ShapeError(f"{owner}: {type(node).__name__} expected {expected}, got {shown(shape)}")
 
 

@@ -17,7 +17,7 @@ Mask = TypeVar("Mask")
 class Masks(Protocol[Mask]):
     """The operations on masks that `Node.mask_after` uses."""
 
-    def made(self) -> Mask:
+    def of_node(self) -> Mask:
         """Return the mask that the node itself makes from its inputs."""
         ...
 
@@ -49,7 +49,7 @@ class ArrayMasks(Masks[NDArray[np.bool_]]):
     def __init__(self, kept: Callable[..., NDArray[np.bool_]], flows: Sequence[Flow]) -> None:
         self.kept, self.flows = kept, flows
 
-    def made(self) -> NDArray[np.bool_]:
+    def of_node(self) -> NDArray[np.bool_]:
         return self.kept(*(flow.x for flow in self.flows))
 
     def both(self, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -79,7 +79,7 @@ class NamedMasks(Masks[frozenset[str]]):
     def __init__(self, *names: str) -> None:
         self.names = frozenset(names)
 
-    def made(self) -> frozenset[str]:
+    def of_node(self) -> frozenset[str]:
         return self.names
 
     def both(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:

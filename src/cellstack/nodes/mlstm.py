@@ -88,6 +88,9 @@ class MLSTM(Node):
         """Return its cell in a network of this dtype."""
         return MemoryCell(self.memory, dtype)
 
+    def cells_in(self, dtype: np.dtype[Any]) -> tuple[MemoryCell]:
+        return (self.memory_in(dtype),)
+
     @property
     def memory(self) -> MemorySpec:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The description of its cell."""
@@ -174,8 +177,7 @@ class MLSTM(Node):
 
     @property
     def summary(self) -> str:
-        heads = f"{self.heads} head{'s' if self.heads > 1 else ''}"
-        return f"{heads}, C {self.key_size} x {self.value_size}{', output gate' if self.output_gate else ''}"
+        return self.memory.summary
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         return (

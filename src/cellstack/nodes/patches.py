@@ -81,12 +81,12 @@ class Patch:
         if self.value is None:
             raise ShapeError("Patch: expected value as a number, or [rows, steps, units], got none")
         try:
-            given = np.asarray(self.value)
+            array = np.asarray(self.value)
         except ValueError:  # rows of unequal length
-            given = np.empty(0, object)
-        if given.dtype.kind not in "biuf" or isinstance(self.value, np.ma.MaskedArray):
+            array = np.empty(0, object)
+        if array.dtype.kind not in "biuf" or isinstance(self.value, np.ma.MaskedArray):
             raise TypeError(f"Patch: expected value to be a number or numbers, got {self.value!r:.80}")
-        value = given.astype(np.float64)
+        value = array.astype(np.float64)
         if value.ndim > 3:
             raise ShapeError(f"Patch: expected value as a number, or [rows, steps, units], got shape {value.shape}")
         whole = _with_three_axes(value)
@@ -207,10 +207,10 @@ class CellPatches:
         numbers = np.broadcast_to(np.arange(steps), (batch, steps))
         order = slice(None, None, -1 if reverse else 1)
         first = np.full(batch, (steps - 1) if reverse else 0) if mask is None else _first(mask[:, order], order, steps)
-        made = self._arguments(np.arange(batch), numbers, first, frozen, dtype)
+        arguments = self._arguments(np.arange(batch), numbers, first, frozen, dtype)
         if mask is None:
-            self._last = key, made
-        return made
+            self._last = key, arguments
+        return arguments
 
     def check(self, name: str, count: int) -> None:
         """Raise `IndexError` or `ShapeError` unless the rows, or the steps, that the patches select exist.
@@ -275,11 +275,11 @@ class CellPatches:
             before: the state of the previous step, `[B·T, H]`.
         """
         numbers = np.broadcast_to(np.arange(steps), (batch, steps))
-        made = self._arguments(np.arange(batch), numbers, np.full(batch, -1), None, np.dtype(np.float64))
-        if not made:
+        arguments = self._arguments(np.arange(batch), numbers, np.full(batch, -1), None, np.dtype(np.float64))
+        if not arguments:
             return value
-        lines = made["patch_lines"][:, :, self.targets.index(name)].reshape(-1)
-        once, again, added = np.moveaxis(made["patch_table"][lines][:, :, : value.shape[1]], 1, 0)
+        lines = arguments["patch_lines"][:, :, self.targets.index(name)].reshape(-1)
+        once, again, added = np.moveaxis(arguments["patch_table"][lines][:, :, : value.shape[1]], 1, 0)
         # A factor of 0 gives 0 also for NaN and infinity.
         new = np.where(once == 0, 0, once * value) + np.where(again == 0, 0, again * before) + added
         return np.where(lines[:, None] < 0, value, new)
@@ -328,18 +328,18 @@ class CellPatches:
         step_values = step_places[at, steps] if values.shape[1] > 1 else np.zeros_like(at)
         old = lines[here[at], steps, target].astype(np.int64)
         keys = ((old + 1) * values.shape[0] + row_values) * values.shape[1] + step_values
-        _, found, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        made = table.copies(old[found])
-        value = values[row_values[found], step_values[found]]
+        _, firsts, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        copies = table.copies(old[firsts])
+        value = values[row_values[firsts], step_values[firsts]]
         if patch.how == "set":
-            made[:, :2, units], made[:, 2, units] = 0.0, value
+            copies[:, :2, units], copies[:, 2, units] = 0.0, value
         elif patch.how == "freeze":
-            made[:, :, units] = [[0.0], [1.0], [-0.0]]
+            copies[:, :, units] = [[0.0], [1.0], [-0.0]]
         elif patch.how == "add":
-            made[:, 2, units] += value
+            copies[:, 2, units] += value
         else:
-            made[:, :, units] *= value[:, None]
-        lines[here[at], steps, target] = table.add(made) + inverse
+            copies[:, :, units] *= value[:, None]
+        lines[here[at], steps, target] = table.add(copies) + inverse
 
 
 class _Table:
@@ -353,14 +353,14 @@ class _Table:
         """Return copies of lines; -1 is the line that changes nothing."""
         return self.lines[numbers + 1]
 
-    def add(self, made: Array) -> int:
+    def add(self, new: Array) -> int:
         """Append lines and return the index of the first one."""
-        begun, self.count = self.count, self.count + len(made)
+        begun, self.count = self.count, self.count + len(new)
         if self.count >= len(self.lines):
             grown = np.empty((2 * self.count + 1, *self.lines.shape[1:]))
             grown[: begun + 1] = self.lines[: begun + 1]
             self.lines = grown
-        self.lines[begun + 1 : self.count + 1] = made
+        self.lines[begun + 1 : self.count + 1] = new
         return begun
 
 
@@ -412,8 +412,8 @@ def _places(index: Index, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.where(inside, (numbers - start) // step, -1)
     order = np.argsort(index)
     ranked = np.array(index)[order]
-    found = np.minimum(np.searchsorted(ranked, numbers), len(ranked) - 1)
-    return np.where(ranked[found] == numbers, order[found], -1)
+    ranks = np.minimum(np.searchsorted(ranked, numbers), len(ranked) - 1)
+    return np.where(ranked[ranks] == numbers, order[ranks], -1)
 
 
 def _first(mask: NDArray[np.bool_], order: slice, steps: int) -> NDArray[np.int64]:

@@ -40,11 +40,14 @@ class Record(NamedTuple):
 
 
 class MemoryRecord(NamedTuple):
-    """The arguments of a run of an `MLSTM` other than its input: the state before it, its mask and its resets."""
+    """What the gates and states of an `MLSTM` in a run depend on: see `Record`."""
 
+    x: Array
     before: MatrixState | None
     mask: NDArray[np.bool_] | None
     reset: NDArray[np.bool_] | None
+    reverse: bool = False
+    patches: None = None
 
 
 class Recording(list[Record | None]):

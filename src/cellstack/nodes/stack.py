@@ -246,11 +246,11 @@ class Recurrent(RecurrentNode):
         mask, after, in_place = flow.mask, [], run.record is None
         for cells, added in self.parts:
             place = slice(len(after), len(after) + len(cells))
-            wanted = self.return_sequences or added or place.stop < len(self.cells)
-            made, ends = yield from self._call(cells, run._replace(flow=flow).part(place), wanted)
+            needs_y = self.return_sequences or added or place.stop < len(self.cells)
+            h, ends = yield from self._call(cells, run._replace(flow=flow).part(place), needs_y)
             after += ends
-            if made is not None:
-                flow = flow._replace(x=self._add(made, flow, in_place) if added else made)
+            if h is not None:
+                flow = flow._replace(x=self._add(h, flow, in_place) if added else h)
         y = flow.x
         if not self.return_sequences:  # with T = 0, the initial h
             y = y[:, at_end].copy() if self.parts[-1][1] and steps else after[-1].h.copy()
@@ -261,33 +261,33 @@ class Recurrent(RecurrentNode):
         return y, after
 
     def _call(
-        self, cells: tuple[Cell, ...], run: CellsRun, wanted: bool
+        self, cells: tuple[Cell, ...], run: CellsRun, needs_y: bool
     ) -> Generator[Call, None, tuple[Array | None, list[CellState]]]:
         """Run some of the cells in one call of the kernel; y, the h of the top one, may be None unless `wanted`."""
         x, mask, reset, record = run.flow.x, run.flow.mask, run.flow.reset, run.record
         batch, steps, _ = x.shape
         after: list[CellState] = []
-        layers, made, below = [], [], x
+        layers, records, below = [], [], x
         for number, (cell, before) in enumerate(zip(cells, run.states, strict=True)):
             spec = cell.spec
             after.append(STATES[spec.kind](*(np.empty((batch, size), x.dtype) for size in spec.state_sizes.values())))
             changes = run.patches[number] if run.patches else None
-            kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
-            if "gates" in kept:
+            arrays: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
+            if "gates" in arrays:
                 assert below is not None, "the input of a recorded cell is recorded too"
-                seen = STATES[spec.kind](kept["y"], *kept["states"])
-                made.append(Record(kept["gates"], seen, below, before, mask, reset, self.go_backwards, changes))
+                seen = STATES[spec.kind](arrays["y"], *arrays["states"])
+                records.append(Record(arrays["gates"], seen, below, before, mask, reset, self.go_backwards, changes))
             else:
-                made.append(None)
-            if wanted and number == len(cells) - 1 and "y" not in kept:
-                kept["y"] = np.empty((batch, steps, spec.output_size), x.dtype)
-            below = kept.get("y")
+                records.append(None)
+            if needs_y and number == len(cells) - 1 and "y" not in arrays:
+                arrays["y"] = np.empty((batch, steps, spec.output_size), x.dtype)
+            below = arrays.get("y")
             if changes is not None:
-                kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
-            layers.append(native.Layer(cell.packed_in(run.weights), before, after[-1], **kept))
+                arrays |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
+            layers.append(native.Layer(cell.packed_in(run.weights), before, after[-1], **arrays))
         yield native.sequences(x, mask, reset, self.go_backwards), layers
         if record is not None:
-            record.extend(made)
+            record.extend(records)
         return below, after
 
     def _add(self, h: Array, flow: Flow, in_place: bool) -> Array:

@@ -194,9 +194,9 @@ class Conv1D(Node):
         for tap in range(taps):
             for group in range(self.groups):
                 kernel = self.kernel[tap][:, group * each : (group + 1) * each]
-                own = dz[:, :, group * each : (group + 1) * each] @ kernel.T
+                part = dz[:, :, group * each : (group + 1) * each] @ kernel.T
                 # Windows overlap, but not within one tap: its steps are distinct.
-                dwide[:, starts + tap * self.dilation, group * channels : (group + 1) * channels] += own
+                dwide[:, starts + tap * self.dilation, group * channels : (group + 1) * channels] += part
         return [dwide[:, before : before + x.shape[1]]]
 
     def engine(self, dtype: np.dtype[Any]) -> str:
@@ -327,9 +327,9 @@ class Pool1D(Node):
             if self.mode == "mean":
                 dx[:, at] += dy[:, inside] / counts[inside, None]
             else:
-                own = (x[:, at] == run.y[:, inside]) & ~taken[:, inside]
-                taken[:, inside] |= own
-                dx[:, at] += np.where(own, dy[:, inside], 0)
+                is_maximum = (x[:, at] == run.y[:, inside]) & ~taken[:, inside]
+                taken[:, inside] |= is_maximum
+                dx[:, at] += np.where(is_maximum, dy[:, inside], 0)
         return [dx]
 
     def keeps_steps(self, axes: int) -> bool:

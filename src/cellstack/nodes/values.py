@@ -45,6 +45,7 @@ class Celled:
     arrays: Any
     initial: Any
     one_head: Any
+    summary: Any
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,6 +82,11 @@ class MemoryCell(Celled):
     def arrays(self) -> dict[str, Array]:
         """Its arrays by name: none."""
         return {}
+
+    @property
+    def summary(self) -> str:
+        """Its description in a few words."""
+        return self.spec.summary
 
     @property
     def one_head(self) -> MemoryCell:

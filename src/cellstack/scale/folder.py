@@ -43,7 +43,7 @@ class Folder(NamedTuple):
     path: Path
 
     @property
-    def own(self) -> Path:
+    def records(self) -> Path:
         """The folder of what isn't output."""
         return self.path / "_cellstack"
 
@@ -53,7 +53,7 @@ class Folder(NamedTuple):
 
     def state(self, name: str) -> Path:
         """Return the path of the states after the file with this output."""
-        return self.own / "states" / name
+        return self.records / "states" / name
 
     def remove_states_but(self, name: str) -> None:
         """Delete the states after other files of the same folder."""
@@ -64,7 +64,7 @@ class Folder(NamedTuple):
     def outputs(self) -> list[str]:
         """Return the names of complete outputs in order."""
         names = (path.relative_to(self.path) for path in self.path.rglob("*.parquet"))
-        return sorted(name.as_posix() for name in names if name.parts[0] != self.own.name)
+        return sorted(name.as_posix() for name in names if name.parts[0] != self.records.name)
 
     def last_beside(self, name: str) -> str | None:
         """Return the name of the last complete output in the folder of an output; None if there is none."""
@@ -79,11 +79,11 @@ class Folder(NamedTuple):
             UsageError: the folder belongs to another model or other options, has other content, or another process is
                 writing to it.
         """
-        self.own.mkdir(parents=True, exist_ok=True)
-        path = self.own / "manifest.json"
+        self.records.mkdir(parents=True, exist_ok=True)
+        path = self.records / "manifest.json"
         with locked(path, "another process"):
             new = {"version": VERSION, **manifest}
-            others = [name for name in os.listdir(self.path) if name != self.own.name]
+            others = [name for name in os.listdir(self.path) if name != self.records.name]
             if path.exists() and self.outputs():
                 self._check(path, new)
             elif others and not path.exists():

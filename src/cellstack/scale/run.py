@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cellstack.cells.errors import FormatError
 from cellstack.formats import load_network
-from cellstack.formats.files import digest_of, found
+from cellstack.formats.files import digest_of, existing_file
 from cellstack.scale.folder import Folder, InputFile
 from cellstack.scale.job import Chain, Job, Scored
 from cellstack.scale.on_ray import run_on_ray
@@ -96,7 +96,7 @@ def score_files(
         raise UsageError(f"expected across_files to be one of {', '.join(ACROSS_FILES)}, got {across_files!r}")
     if not is_count(batch_rows):
         raise UsageError(f"expected batch_rows of at least 1, got {batch_rows!r}")
-    path, options = Path(found(model)), dict(options or {})
+    path, options = Path(existing_file(model)), dict(options or {})
     try:
         scorer = Scorer(load_network(path, **options), id, time, features, missing=missing, threads=threads)
     except UsageError as error:

@@ -69,10 +69,10 @@ def application(
     def authorized(connection: HTTPConnection) -> bool:
         if not known:
             return True
-        kind, _, given = connection.headers.get("authorization", "").partition(" ")
+        kind, _, sent = connection.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
-            given = connection.query_params.get("access_token", "")
-        return max(hmac.compare_digest(given.encode(), token) for token in known)  # of all, in constant time
+            sent = connection.query_params.get("access_token", "")
+        return max(hmac.compare_digest(sent.encode(), token) for token in known)  # of all, in constant time
 
     api = Api(models, state)
     routes = [
@@ -230,7 +230,7 @@ class Api:
         model = self._model(request)
         body = await self._body(request)
 
-        def given() -> Any:
+        def inputs() -> Any:
             x, names = _x(parsed(body)), model.network.inputs
             if not isinstance(x, dict):
                 return _array("x", x)
@@ -239,7 +239,7 @@ class Api:
             return {name: _array(name, x[name]) for name in x}
 
         try:
-            y = await model.run(await converted(len(body), given))
+            y = await model.run(await converted(len(body), inputs))
         except (ValueError, TypeError) as error:
             raise ServeError(400, str(error)) from None
 
@@ -261,16 +261,26 @@ class Api:
         if token is not None and (not 16 <= len(token) <= 128 or " " in token):
             raise ServeError(400, "expected a session's token of 16 to 128 characters without spaces")
         session = await model.open(state, token=token)
-        found = {"session": session.token, "model": model.name, "version": model.version, "frames": session.accepted}
-        return JSONResponse(found, 201)
+        about = {
+            "session": session.token,
+            "model": model.name,
+            "version": model.version,
+            "frames": session.accepted,
+        }
+        return JSONResponse(about, 201)
 
     async def session(self, request: Request) -> Response:
         """Describe a session."""
         session = self._session(request)
         idle = time.monotonic() - session.used if session.owner is None else 0.0
         model = session.model
-        found = {"session": session.token, "model": model.name, "version": model.version, "frames": session.processed}
-        return JSONResponse({**found, "idle": round(max(idle, 0.0), 3)})
+        about = {
+            "session": session.token,
+            "model": model.name,
+            "version": model.version,
+            "frames": session.processed,
+        }
+        return JSONResponse({**about, "idle": round(max(idle, 0.0), 3)})
 
     async def close(self, request: Request) -> Response:
         """Close a session."""
@@ -303,23 +313,23 @@ class Api:
         rows = session.model.rows
 
         def read() -> list[Any]:
-            x, given = _x(parsed(body)), []
+            x, frames = _x(parsed(body)), []
             if one:
                 x = [x]
             elif not isinstance(x, list) or not x:
                 raise ServeError(400, "x: expected a list of one or more steps")
             try:
                 for values in x:
-                    given.append(rows.parse(values))  # noqa: PERF401  (its length is the refused step's number)
+                    frames.append(rows.parse(values))  # noqa: PERF401  (its length is the refused step's number)
             except ValueError as error:  # then no frame is stepped
-                raise ServeError(400, f"step {len(given)}: {error}" if len(x) > 1 else str(error)) from None
-            return given
+                raise ServeError(400, f"step {len(frames)}: {error}" if len(x) > 1 else str(error)) from None
+            return frames
 
-        given = await converted(len(body), read)
+        frames = await converted(len(body), read)
         if session.owner is not None:
             raise ServeError(409, "a WebSocket sends this session's frames; close it first")
-        frame = session.accepted + len(given)
-        answers = await session.model.steps(session, np.concatenate(given))
+        frame = session.accepted + len(frames)
+        answers = await session.model.steps(session, np.concatenate(frames))
         y = [None if n in answers.refused else rows.plain(row) for n, row in enumerate(answers.rows)]
         return frame, y, answers.refused
 

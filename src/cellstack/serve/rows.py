@@ -38,7 +38,7 @@ class Rows:
         self.inputs = np.dtype([field(name) for name in network.inputs])
         self.outputs = np.dtype([field(name) for name in network.outputs])
 
-    def given(self, rows: Records) -> Any:
+    def as_inputs(self, rows: Records) -> Any:
         """Return records of inputs as the argument of `Sessions.step`."""
         names = self._names
         return rows[names[0]] if len(names) == 1 else {name: rows[name] for name in names}

@@ -161,8 +161,8 @@ class Worker:
         """
         if not self.stored_from(slot) < number <= self.count[slot]:
             raise KeyError(f"the answer to frame {number} is no longer stored")
-        found = self._answers[slot, number % self.kept]
-        return found["row"], bool(found["refused"])
+        stored = self._answers[slot, number % self.kept]
+        return stored["row"], bool(stored["refused"])
 
     def stored_answers(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], Records]:
         """Return copies of the counts of some sessions and of their stored answers, `[n, kept]`, frame k at `k % kept`.
@@ -177,11 +177,11 @@ class Worker:
         self, slots: NDArray[np.int64], counts: NDArray[np.int64], stored_from: NDArray[np.int64], answers: Records
     ) -> None:
         """Continue from counts and stored answers of another worker, which may have stored more or fewer."""
-        kept = answers.shape[1]
-        for back in range(min(kept, self.kept)):
-            self._answers[slots, (counts - back) % self.kept] = answers[np.arange(len(slots)), (counts - back) % kept]
+        most = answers.shape[1]
+        for back in range(min(most, self.kept)):
+            self._answers[slots, (counts - back) % self.kept] = answers[np.arange(len(slots)), (counts - back) % most]
         self.count[slots] = counts
-        self._stored_from[slots] = np.maximum(stored_from, counts - min(kept, self.kept))
+        self._stored_from[slots] = np.maximum(stored_from, counts - min(most, self.kept))
 
     def opened(self, sessions: Sequence[int], frames: Sequence[int]) -> None:
         """Start counting the frames of sessions from `frames`. Only called by a function that `call` runs."""
@@ -293,9 +293,9 @@ class Worker:
             return answers, refused
         answers, refused = np.zeros(len(rows), self.rows.outputs), {}
         for places in parts:
-            own, why = self._step_finite(sessions[places], rows[places])
-            self._count(sessions[places], own, why)
-            answers[places] = own
+            part, why = self._step_finite(sessions[places], rows[places])
+            self._count(sessions[places], part, why)
+            answers[places] = part
             refused |= {int(places[n]): text for n, text in why.items()}
         return answers, refused
 
@@ -336,7 +336,7 @@ class Worker:
     def _step_once(self, sessions: NDArray[np.int64], rows: Records) -> tuple[Records, dict[int, str]]:
         """Step different sessions once. If the network refuses the batch, each is stepped alone."""
         try:
-            results = self.pool.step(sessions, self.rows.given(rows))
+            results = self.pool.step(sessions, self.rows.as_inputs(rows))
         except (ValueError, TypeError) as error:
             if len(sessions) == 1:
                 return self._refused_all(str(error), sessions, rows)
@@ -365,9 +365,9 @@ def occurrence(numbers: NDArray[Any]) -> NDArray[np.int64] | int:
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     if len(starts) == len(numbers):
         return 0
-    found = np.empty(len(numbers), np.int64)
-    found[order] = np.arange(len(numbers)) - np.repeat(starts, np.diff(starts, append=len(numbers)))
-    return found
+    earlier = np.empty(len(numbers), np.int64)
+    earlier[order] = np.arange(len(numbers)) - np.repeat(starts, np.diff(starts, append=len(numbers)))
+    return earlier
 
 
 def turns(sessions: NDArray[np.int64]) -> list[NDArray[np.int64]] | None:

@@ -8,15 +8,8 @@ from typing import Any, TypeVar
 
 from sklearn.base import BaseEstimator
 
-from cellstack.train.options import (
-    Architecture,
-    Argument,
-    ForecastOptions,
-    Optimisation,
-    applying,
-    declared,
-    documented,
-)
+from cellstack.cells.arguments import Argument, documented
+from cellstack.train.options import Architecture, ForecastOptions, Optimisation, applying, declared
 from cellstack.train.tables.table import READING
 
 C = TypeVar("C", bound=type)
@@ -75,15 +68,15 @@ CLASSIFIER = SEQUENCE | {one.name: one for one in CLASSES}
 FORECASTER = parameters("forecasts", (*declared(ForecastOptions), *READING, *NETWORK), (*OWN, SHORT))
 
 
-def made(name: str, of: Mapping[str, Argument], *bases: type) -> Any:
+def parameters_class(name: str, of: Mapping[str, Argument], *bases: type) -> Any:
     """Return a dataclass with these parameters; scikit-learn needs all of them in the signature of `__init__`."""
     columns = [(one.name, one.type, field(default=one.default)) for one in of.values()]
     return make_dataclass(name, columns, bases=bases, repr=False, eq=False, kw_only=True)
 
 
-SequenceParameters: Any = made("SequenceParameters", SEQUENCE, BaseEstimator)
-ClassifierParameters: Any = made("ClassifierParameters", CLASSIFIER, SequenceParameters)
-ForecasterParameters: Any = made("ForecasterParameters", FORECASTER, BaseEstimator)
+SequenceParameters: Any = parameters_class("SequenceParameters", SEQUENCE, BaseEstimator)
+ClassifierParameters: Any = parameters_class("ClassifierParameters", CLASSIFIER, SequenceParameters)
+ForecasterParameters: Any = parameters_class("ForecasterParameters", FORECASTER, BaseEstimator)
 
 
 def described(of: Mapping[str, Argument]) -> Callable[[C], C]:

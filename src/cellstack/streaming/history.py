@@ -46,7 +46,7 @@ class History:
         """Drop all steps, because the state was changed."""
         self._blocks = []
 
-    def kept(self) -> tuple[Any, list[Array]] | None:
+    def recorded(self) -> tuple[Any, list[Array]] | None:
         """Return the state before the oldest step and the inputs since, an array per input; None if there are none."""
         chunks = [chunk for _, own, _ in self._blocks for chunk in own]
         if not chunks:

@@ -224,13 +224,13 @@ class SharedCells(InPlace, Cells):
     ) -> None:
         super().__init__(layers, weights)
         self.threads, self.sessions = threads, sessions
-        self.patches = {place: own for place, own in enumerate(patches) if own is not None}
-        for own in self.patches.values():
-            own.check("rows", 1 if sessions else rows)
+        self.patches = {place: of_cell for place, of_cell in enumerate(patches) if of_cell is not None}
+        for of_cell in self.patches.values():
+            of_cell.check("rows", 1 if sessions else rows)
         if self.patches:
             self.taken = np.zeros(rows, np.int64)  # steps since the state was set
             self.block: tuple[int, dict[int, dict[str, Any]]] = (0, {})
-            arrays = ((place, own.last_gates(rows, dtype)) for place, own in self.patches.items())
+            arrays = ((place, of_cell.last_gates(rows, dtype)) for place, of_cell in self.patches.items())
             self.last_gates = {place: array for place, array in arrays if array is not None}
         self.states = [
             kind(*(_rows_of(start, rows, sessions) for start in cell.initial.values()))
@@ -298,13 +298,13 @@ class SharedCells(InPlace, Cells):
             begun, self.block = step, (step, block)
         at = step - begun
         return {
-            place: made
-            and made
+            place: arguments
+            and arguments
             | {
-                "patch_lines": np.ascontiguousarray(made["patch_lines"][:, at : at + 1]),
+                "patch_lines": np.ascontiguousarray(arguments["patch_lines"][:, at : at + 1]),
                 "patch_held": last_gates.get(place),
             }
-            for place, made in block.items()
+            for place, arguments in block.items()
         }
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:

@@ -233,7 +233,7 @@ class Stream:
         most = self._history.most if steps is None else check_integer("Stream", "steps", steps)
         with self._lock.attempt() as locked:
             self._check_turn(locked)
-            kept = self._history.kept()
+            kept = self._history.recorded()
         if kept is None:
             raise RuntimeError("Stream: no step was taken since remember() or since the state was set")
         state, arrays = kept

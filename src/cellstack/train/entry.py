@@ -13,9 +13,10 @@ from cellstack.train.data.sequences import Sequences, as_sequences
 from cellstack.train.fitting import Result
 from cellstack.train.forecasting.plan import planned
 from cellstack.train.forecasting.training import Trained, train_forecast
-from cellstack.train.options import Architecture, FitOptions, ForecastOptions, record_of, trains
+from cellstack.train.options import Architecture, FitOptions, ForecastOptions, record_of
 from cellstack.train.parts import cut
 from cellstack.train.progress import above, is_shown
+from cellstack.train.signatures import trains
 from cellstack.train.tables.table import READING, Table, read_table
 from cellstack.train.text.data import Text, content, usual_batch
 from cellstack.train.text.workflow import train_text

@@ -150,8 +150,8 @@ def batches(
         Indices into `lengths`, one array per batch; each of `indices` appears once. The number of batches doesn't
         depend on `rng`.
     """
-    own, rising = lengths[indices], np.unique(lengths[indices])
-    part = np.searchsorted(rising[1:][rising[1:] > gap * rising[:-1]], own, side="right")
+    chosen, rising = lengths[indices], np.unique(lengths[indices])
+    part = np.searchsorted(rising[1:][rising[1:] > gap * rising[:-1]], chosen, side="right")
     groups = []
     for number in np.unique(part):
         group, mixing = indices[part == number], np.ones(1)
@@ -324,11 +324,11 @@ class Indexed:
         return {"inputs": self.inputs.digest, **digests, **batching(self.examples.lengths, self.gap)}
 
     def _digest(self, indices: NDArray[np.int64]) -> str:
-        found = Digest()
-        found.add(indices)
+        total = Digest()
+        total.add(indices)
         for group in batches(self.examples.lengths, indices, VALIDATED):
-            found.add(*self.examples.fetch(group)[:3])
-        return str(found)
+            total.add(*self.examples.fetch(group)[:3])
+        return str(total)
 
 
 def batching(lengths: NDArray[np.int64], gap: float) -> dict[str, str]:
@@ -372,6 +372,6 @@ class Digest:
 
 def digest(arrays: Iterable[NDArray]) -> str:
     """Return a digest of the arrays, see `Digest`."""
-    found = Digest()
-    found.add(*arrays)
-    return str(found)
+    total = Digest()
+    total.add(*arrays)
+    return str(total)

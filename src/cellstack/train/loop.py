@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from cellstack import layers
 from cellstack.formats.files import check_replaceable
 from cellstack.inspect.monitoring.monitor import TrainingMonitor
-from cellstack.train import threads as counted
+from cellstack.train import threads
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.examples import Batch, Data
 from cellstack.train.fit_state import FitState
@@ -79,7 +79,7 @@ def learn(
     with (
         locked(path if first else None),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        counted.kept(),
+        threads.restored(),
         interruptible() as interrupt,
     ):
         if path is not None and not (options.resume or options.overwrite):
@@ -95,7 +95,7 @@ def learn(
 
 def cost_of_fit(model: Any, data: Data, options: FitOptions, team: Processes) -> Cost:
     """Train a model for about a second, to measure how long a fit takes; see `fit` for the arguments."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), counted.kept():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), threads.restored():
         run = _Run(model, data, options, team)
         run.carried = None
         if options.threads is None and team.device.type == "cpu" and torch.get_num_threads() > 1:
@@ -225,7 +225,7 @@ class _Run(FitState):
 
         if self.monitor is not None:
             self.monitor.close()  # it records the first gradient that it sees, which must be a training step's
-        took = counted.fastest([partial(passes, batch) for batch in batches], left)
+        took = threads.fastest([partial(passes, batch) for batch in batches], left)
         if self.monitor is not None:
             self.monitor.skip(0)
         self.optimizer.zero_grad()

@@ -8,145 +8,32 @@ effect, and docs/options.md have theirs from here. Needs no torch.
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from functools import cache, partial
-from numbers import Integral, Real
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import Any, TypeVar, cast
 
-from cellstack.cells.arguments import Argument, Limit, documented
+from cellstack.cells.arguments import Limit
 from cellstack.train.cell_names import CELLS, check_cell
 from cellstack.train.checks import OptionError, UsageError
+from cellstack.train.declaration import (
+    ABOVE_ZERO,
+    NOT_NEGATIVE,
+    SHARE,
+    Option,
+    Record,
+    among,
+    at_least,
+    function,
+    option,
+    options_of,
+    several,
+)
 from cellstack.train.forecasting.recipe import SCALES
 
-DATA = ("sequences", "forecasts", "texts")
-"""The kinds of data."""
-
-NUMBERS = {"int": (Integral, "an integer"), "float": (Real, "a number")}
 POOLINGS = ("mean", "max", "last", "none")
-R = TypeVar("R")
-
-
-class Option(NamedTuple):
-    """An option of training.
-
-    Args:
-        name: of the argument in Python; the flag is `--` and the same name with hyphens.
-        type: annotation in signatures.
-        text: one line of documentation; names of other options are in backquotes.
-        defaults: by the kinds of data that the option applies to.
-        unset: what None means, by kind of data.
-        limit: its range.
-        rare: whether only `--help-all` shows it.
-        flag: whether the command line may have it.
-        python: what only Python accepts, in words.
-        kept: annotation of the record's field, which may lack None where it is replaced before.
-    """
-
-    name: str
-    type: str
-    text: str
-    defaults: dict[str, Any]
-    unset: dict[str, str]
-    limit: Limit | None
-    rare: bool
-    flag: bool
-    python: str
-    kept: str
-
-    def typed(self, data: str) -> str:
-        """Return the annotation for a kind of data."""
-        optional = self.defaults[data] is None and "None" not in self.type and self.type != "Any"
-        return f"{self.type} | None" if optional else self.type
-
-    def described(self, data: str) -> str:
-        """Return the text for a kind of data."""
-        unset = self.unset.get(data) if self.defaults[data] is None else ""
-        choices = f": {', '.join(self.limit.options)}" if self.limit is not None and self.limit.options else ""
-        more = f"; {self.python}" * (bool(self.python) and data == "sequences")
-        return f"{self.text}{choices}{more}{f'; None = {unset}' if unset else ''}."
-
-    def check(self, value: Any) -> None:
-        """Raise `OptionError` if the option can't have this value."""
-        if value is None and (self.kept == "Any" or "None" in self.kept):
-            return
-        kind, what = NUMBERS.get(self.kept.removesuffix(" | None"), (None, ""))
-        if kind is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise OptionError(self.name, f"to be {what}, got {value!r:.80}")
-        if self.limit is not None and not self.limit.allows(value):
-            raise OptionError(self.name, f"{self.limit.text}, got {value!r:.80}")
-
-
-def option(
-    default: Any,
-    text: str,
-    limit: Limit | None = None,
-    *,
-    of: str | tuple[str, ...] = DATA,
-    type: str = "",
-    unset: str | dict[str, str] = "",
-    rare: bool = False,
-    flag: bool = True,
-    python: str = "",
-    **defaults: Any,
-) -> Any:
-    """Declare a field as an option.
-
-    Args:
-        default: the field's.
-        text, limit, rare, flag, python: see `Option`.
-        of: the kinds of data that it applies to.
-        type: annotation in signatures; "" = the field's.
-        unset: what None means, for all kinds of data or for some.
-        defaults: other defaults, by kind of data.
-    """
-    own = {data: defaults.get(data, default) for data in ((of,) if isinstance(of, str) else of)}
-    said = unset if isinstance(unset, dict) else dict.fromkeys(own, unset)
-    return field(
-        default=default,
-        metadata={
-            "option": lambda name, kept: Option(name, type or kept, text, own, said, limit, rare, flag, python, kept)
-        },
-    )
-
-
-def at_least(least: int, most: float = math.inf) -> Limit:
-    """Return the limit of a number."""
-    return Limit(lambda value: least <= value <= most, f">= {least}" if most == math.inf else f"from {least} to {most}")
-
-
-def among(*choices: str) -> Limit:
-    """Return the limit of an option with a few values."""
-    return Limit(lambda value: value in choices, f"to be one of {', '.join(choices)}", options=choices)
-
-
-def function(example: str) -> Limit:
-    """Return the limit of an option that is a function."""
-    return Limit(callable, f"to be a function, such as {example}")
-
-
-ABOVE_ZERO = Limit(lambda value: 0 < value < math.inf, "> 0 and finite")
-NOT_NEGATIVE = Limit(lambda value: 0 <= value < math.inf, ">= 0 and finite")
-SHARE = Limit(lambda value: 0.0 <= value < 1.0, "to be a share in [0, 1)")
 NAMES, TABLES = "str | Sequence[str]", ("sequences", "forecasts")
-
-
-@dataclass(frozen=True)
-class Record:
-    """Options with their values, which are checked.
-
-    Raises:
-        UsageError: an option out of range.
-    """
-
-    def __post_init__(self) -> None:
-        for one in declared(type(self)).values():
-            one.check(getattr(self, one.name))
 
 
 @dataclass(frozen=True)
@@ -308,12 +195,7 @@ class Architecture(Record):
         unset="3, or 2 for many windows",
         rare=True,
     )
-    pooling: str = option(
-        "mean",
-        "how the steps of a sequence become one output",
-        among(*POOLINGS),
-        of="sequences",
-    )
+    pooling: str = option("mean", "how the steps of a sequence become one output", among(*POOLINGS), of="sequences")
     every_step: bool = option(
         False, "compute the output and the loss at every step, and pool the outputs: for streams", of="sequences"
     )
@@ -340,17 +222,19 @@ class Architecture(Record):
         object.__setattr__(self, "units", units)
         whole = [isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 1 for size in units]
         if not whole or not all(whole):
-            given = ", ".join(map(repr, units)) or "none"
-            raise OptionError("units", f"to be integers of at least 1, one for each layer, got {given}")
+            got = ", ".join(map(repr, units)) or "none"
+            raise OptionError("units", f"to be integers of at least 1, one for each layer, got {got}")
         super().__post_init__()
         check_cell(units, self.cell, self.heads, self.bidirectional)
 
     def described(self) -> dict[str, Any]:
         """Return what a checkpoint's model must match, as plain values; `init` may differ."""
+        values = {name: getattr(self, name) for name in options_of(Architecture) if name != "init"}
         plain = (int, float, str, tuple, type(None))
-        values = {name: getattr(self, name) for name in declared(Architecture) if name != "init"}
-        named = {name: getattr(value, "__qualname__", None) or repr(value) for name, value in values.items()}
-        return {name: value if isinstance(value, plain) else named[name] for name, value in values.items()}
+        return {
+            name: value if isinstance(value, plain) else getattr(value, "__qualname__", None) or repr(value)
+            for name, value in values.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -476,24 +360,12 @@ class FitOptions(Optimisation):
 
 
 RECORDS = (DataOptions, ForecastOptions, Architecture, FitOptions)
+R = TypeVar("R")
 
 
-def several(value: Any) -> Any:
-    """Return one name or number, or several, as a tuple; None for None."""
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return tuple(value)
-    return None if value is None else (value,)
-
-
-@cache
 def declared(*records: type) -> dict[str, Option]:
     """Return the options of records, all by default, by name."""
-    return {
-        one.name: one.metadata["option"](one.name, str(one.type))
-        for record in records or RECORDS
-        for one in fields(record)
-        if one.metadata
-    }
+    return options_of(*(records or RECORDS))
 
 
 def applying(data: str, *records: type) -> dict[str, Option]:
@@ -505,66 +377,3 @@ def record_of(kind: type[R], given: Mapping[str, Any], **more: Any) -> R:
     """Return a record whose fields are those of `given` and `more` with the same names; other entries are ignored."""
     values = {**given, **more}
     return kind(**{one.name: values[one.name] for one in fields(cast(Any, kind)) if one.name in values})
-
-
-def no_effect(name: str, data: str) -> str:
-    """Return the message that an option of other kinds of data has no effect on this one."""
-    return f"`{name}=…` doesn't apply to {data}, only to {' and '.join(declared()[name].defaults)}"
-
-
-def head_of(name: str, data: str, own: str, first: Iterable[str] = ()) -> str:
-    """Return the head of a function that trains as source text, without its colon.
-
-    Args:
-        name, own: of the function, and its own arguments.
-        data: kind of data.
-        first: options that may be given by position.
-    """
-    typed = {one.name: f"{one.name}: {one.typed(data)} = {one.defaults[data]!r}" for one in applying(data).values()}
-    parts = [own, *(typed.pop(option) for option in first), "*", *typed.values()]
-    text = ",\n".join(parts)
-    return f"def {name}(\n{textwrap.indent(text, '    ')},\n)"
-
-
-def trains(data: str, own: str, first: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Give a function the signature and the documentation of the options of a kind of data.
-
-    The signature is compiled, as in `dataclasses`. The function gets its own arguments, and all options in a dict.
-
-    Args:
-        data: kind of data.
-        own: the function's own arguments, as source text.
-        first: options that may be given by position.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        name, options = function.__name__, applying(data)
-        head = head_of(name, data, own, first)
-        values = ", ".join(f"{option!r}: {option}" for option in options)
-        passed = ", ".join(part.split(":")[0].strip() for part in own.split(", "))
-        source = (
-            f"{head[:-1]}    **unknown: Any,\n):\n    if unknown:\n        raise refused(unknown)\n"
-            f"    return run({passed}, {{{values}}})\n"
-        )
-        names = {**globals(), **function.__globals__, "run": function, "refused": partial(_unexpected, name, data)}
-        exec(compile(source, f"<{function.__module__}.{name}>", "exec"), names)
-        made = names[name]
-        shown = inspect.signature(made)
-        made.__signature__ = shown.replace(parameters=list(shown.parameters.values())[:-1])
-        made.__module__, made.__annotations__["return"] = function.__module__, function.__annotations__["return"]
-        made.head = head
-        lines = [Argument(option.name, "", None, option.described(data)) for option in options.values()]
-        made.__doc__ = documented(function.__doc__, lines, "\n\nReturns:")
-        return made
-
-    return decorate
-
-
-def _unexpected(function: str, data: str, unknown: Mapping[str, Any]) -> TypeError:
-    """Return the error for an argument that a function doesn't have."""
-    name = next(iter(unknown))
-    if name in declared():
-        return TypeError(f"{function}: {no_effect(name, data)}")
-    close = get_close_matches(name, applying(data), 1)
-    fix = f": did you mean {close[0]!r}?" if close else ""
-    return TypeError(f"{function}() got an unexpected keyword argument {name!r}{fix}")

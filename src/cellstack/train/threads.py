@@ -18,7 +18,7 @@ ROUNDS, AT_MOST = 5, 1.0  # rounds of measuring, and the seconds after which no 
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def restored() -> Iterator[None]:
     """Restore torch's number of threads at the end."""
     before = torch.get_num_threads()
     try:

@@ -83,7 +83,7 @@ def _resized(
     """Return the arguments of a call with other numbers of rows and steps, and random values."""
     first = True
 
-    def made(tensor: Tensor) -> Tensor:
+    def random_like(tensor: Tensor) -> Tensor:
         nonlocal first
         shape = list(tensor.shape)
         if first and protocol.time >= 0:
@@ -93,7 +93,7 @@ def _resized(
         first = False
         return scale * torch.randn(shape, generator=random)
 
-    return mapped(made, call.args)
+    return mapped(random_like, call.args)
 
 
 def _leaves(value: Any) -> Any:

@@ -8,8 +8,8 @@ from string import Template
 from typing import NamedTuple
 
 from cellstack.formats.build import Names
-from cellstack.formats.c.cells import HELPERS, Form
-from cellstack.formats.c.narrow import Narrow
+from cellstack.formats.c.cells import Form
+from cellstack.formats.c.narrow import Narrow, functions
 from cellstack.network import Network
 from cellstack.nodes import Activation, Array, Embedding, GlobalPool, Node
 
@@ -127,14 +127,14 @@ class Files:
     def sizes(self) -> Sizes:
         """The bytes that the network needs."""
         item = self.network.dtype.itemsize
-        state, scratch = sum(size for _, size, _ in self.kept), sum(self.scratch.values())
+        state, scratch = sum(size for _, size, _ in self.state_members), sum(self.scratch.values())
         row = self.row_length if self.narrow is None or self.narrow.scaled else item * self.row_length
         if not state and not scratch:
             scratch = 1  # C doesn't allow an empty struct
         return Sizes(self.constants, item * state, item * scratch + row)
 
     @property
-    def kept(self) -> list[tuple[str, int, str]]:
+    def state_members(self) -> list[tuple[str, int, str]]:
         """The members that are kept between steps: name, length, description."""
         return self.members + self.memories + self.frames
 
@@ -152,7 +152,7 @@ class Files:
             stack, depth = "no recursion, no array of more than four numbers: a few pointers and counters", "four"
         in_format = f" * Matrices: {self.narrow.name}\n" if self.narrow else ""
         described = [f" *     {line}" for line in repr(self.network).splitlines()]
-        kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.kept]
+        kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.state_members]
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
         if self.narrow and self.row:
             scratch.append(f"    {self.narrow.row} row[{self.row_length}]; /* scratch */")
@@ -255,17 +255,16 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
 
     def _helpers(self, code: str) -> str:
         """Return the functions that `code` calls."""
-        own = self.narrow.helpers if self.narrow else {}
-        texts = {
-            helper: self.fill(text)
-            for helper, text in (own | {n: t for n, t in HELPERS.items() if n not in own}).items()
-        }
+        helpers = dict(self.narrow.helpers) if self.narrow else {}
+        for name, text in functions("real.c").items():
+            helpers.setdefault(name, text)
+        texts = {name: self.fill(text) for name, text in helpers.items()}
         called: set[str] = set()
-        found = re.findall(rf"\b{self.name}_(\w+?)\(", code)
-        while new := set(found) - called:
+        names = re.findall(rf"\b{self.name}_(\w+?)\(", code)
+        while new := set(names) - called:
             called |= new
-            found = [name for helper in new for name in re.findall(rf"\b{self.name}_(\w+?)\(", texts.get(helper, ""))]
-        return "".join(texts[helper] for helper in texts if helper in called)
+            names = [name for helper in new for name in re.findall(rf"\b{self.name}_(\w+?)\(", texts.get(helper, ""))]
+        return "".join(text for name, text in texts.items() if name in called)
 
 
 def acts(node: Node) -> bool:

@@ -67,16 +67,16 @@ def called(function: str, *of: str) -> str:
     return FUNCTIONS[function][2].format(*(f"({one})" if " " in one else one for one in of))
 
 
-def activate(found: Activation, inner: str) -> str:
+def activate(function: Activation, inner: str) -> str:
     """Return a C expression, as a template, that applies an activation, which may be one of `FORMULAS`."""
-    if found.name == "linear":
+    if function.name == "linear":
         return inner
-    if found.name in FORMULAS:
-        return FORMULAS[found.name](X).written(inner, called, literal)
-    if found.name == "tanh":
+    if function.name in FORMULAS:
+        return FORMULAS[function.name](X).written(inner, called, literal)
+    if function.name == "tanh":
         return f"$tanh({inner})"
-    given = [literal(value) for value in (found.alpha, found.beta)[: len(PARAMETERS.get(found.name, ()))]]
-    return f"${{name}}_{found.name}({', '.join([inner, *given])})"
+    parameters = [literal(value) for value in (function.alpha, function.beta)[: len(PARAMETERS.get(function.name, ()))]]
+    return f"${{name}}_{function.name}({', '.join([inner, *parameters])})"
 
 
 def times(count: int, letter: str) -> str:
@@ -169,16 +169,16 @@ class Step:
 
     def _reachable(self) -> dict[Node, None]:
         """Return all nodes, each after those that it needs."""
-        found: dict[Node, None] = {}
+        nodes: dict[Node, None] = {}
 
         def visit(node: Node) -> None:
             for of in (*node.of, *([node.weight] if node.weight else [])):
                 visit(of)
-            found.setdefault(node)
+            nodes.setdefault(node)
 
         for node in self.new:
             visit(node)
-        return found
+        return nodes
 
     def _sink(self) -> None:
         """Compute each element as late as possible, so that fewer values are stored from loop to loop."""
@@ -366,7 +366,7 @@ class Step:
             return " * ".join(text if binds >= FACTOR else f"({text})" for text, binds in inner), FACTOR
         if operation == "div":
             above, below = (
-                text if binds >= own else f"({text})" for (text, binds), own in zip(inner, (FACTOR, ATOM), strict=True)
+                text if binds >= low else f"({text})" for (text, binds), low in zip(inner, (FACTOR, ATOM), strict=True)
             )
             return f"{above} / {below}", FACTOR
         if operation == "sub":
@@ -387,6 +387,6 @@ class Step:
         if operation == "clip":
             return f"${{name}}_clip({text}, {literal(value.numbers[0])})", ATOM
         if operation == "activation":
-            found = self.spec.activations[self.spec.slots.index(value.name)]
-            return activate(found, text), binds if found.name == "linear" else ATOM
+            function = self.spec.activations[self.spec.slots.index(value.name)]
+            return activate(function, text), binds if function.name == "linear" else ATOM
         return text, binds  # record

@@ -55,15 +55,15 @@ class _Layer(NamedTuple):
         return array_of(f"{self.where}: weights {place}", arrays[place], *shape).astype(np.float32)
 
     @property
-    def given(self) -> int:
+    def array_count(self) -> int:
         """The number of its arrays of weights."""
         return len(value_of(self.where, self.entry, "weights", list))
 
     def check_count(self, *counts: int) -> None:
         """Raise `FormatError` unless the number of arrays is one of `counts`."""
-        if self.given not in counts:
+        if self.array_count not in counts:
             wanted = " or ".join(map(str, counts))
-            raise FormatError(f"{self.where}: expected {wanted} arrays of weights, found {self.given}")
+            raise FormatError(f"{self.where}: expected {wanted} arrays of weights, found {self.array_count}")
 
     def number(self, key: str, *usual: Any) -> int:
         """Return a positive integer, or the last one of a list."""
@@ -86,7 +86,7 @@ class _Layer(NamedTuple):
 def _dense(build: Builder, layer: _Layer, wire: str) -> str:
     layer.check_count(1, 2)
     kernel = layer.weights(0, layer.width, layer.units)
-    bias = layer.weights(1, layer.units) if layer.given == 2 else None
+    bias = layer.weights(1, layer.units) if layer.array_count == 2 else None
     return build.add(layer.name, Dense(kernel, bias, layer.activation or "linear"), wire)
 
 
@@ -97,7 +97,7 @@ def _conv(build: Builder, layer: _Layer, wire: str) -> str:
     if layer.width % groups:
         raise FormatError(f"{layer.where}: expected groups to divide {layer.width} features, found {groups}")
     kernel = layer.weights(0, taps, layer.width // groups, layer.units)
-    bias = layer.weights(1, layer.units) if layer.given == 2 else None
+    bias = layer.weights(1, layer.units) if layer.array_count == 2 else None
     before, after = layer.steps
     padding = "causal"
     if before is not None and after is not None and before != after:
@@ -140,8 +140,8 @@ def _prelu(build: Builder, layer: _Layer, wire: str) -> str:
 
 def _batch_norm(build: Builder, layer: _Layer, wire: str) -> str:
     layer.check_count(2, 4)
-    gamma, beta, mean, variance = ([None, None] if layer.given == 2 else []) + [
-        layer.weights(place, layer.width) for place in range(layer.given)
+    gamma, beta, mean, variance = ([None, None] if layer.array_count == 2 else []) + [
+        layer.weights(place, layer.width) for place in range(layer.array_count)
     ]
     epsilon = float(value_of(layer.where, layer.entry, "epsilon", (int, float)))
     assert mean is not None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.cells.errors import FormatError
-from cellstack.formats.build import HINT, Builder, ProblemsError
+from cellstack.formats.build import HINT, ProblemsError, chain
 from cellstack.formats.files import check_unedited
 from cellstack.formats.keras.cells import found_cudnn
 from cellstack.formats.keras.config import Model, model_of
@@ -25,7 +25,6 @@ from cellstack.formats.keras.files import HDF5_HEAD, LEGACY, ModelFile, opened, 
 from cellstack.formats.keras.graph import Reader
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
-from cellstack.nodes.base import Node
 
 NAME = "Keras"
 SUFFIXES = (".keras", ".h5", ".hdf5")
@@ -98,7 +97,7 @@ def extract(path: str | PathLike[str], architecture: Architecture | None = None)
         found = {}
         for part in built.recurrent:
             name = part.name.replace("/", ".")
-            found[name] = _alone(source, name, built.nodes[id(part.layer)])
+            found[name] = chain(built.nodes[id(part.layer)], _metadata(source), name)
         return found
 
 
@@ -212,15 +211,6 @@ def _metadata(source: ModelFile) -> dict[str, Any]:
     return {"source": about}
 
 
-def _alone(source: ModelFile, name: str, nodes: list[Node]) -> Network:
-    builder = Builder()
-    wire = builder.input("x")
-    for node in nodes:
-        wire = builder.add(name, node, wire)
-    builder.output(wire)
-    return builder.network(_metadata(source))
-
-
 def _wired(source: ModelFile, model: Model, built: Built) -> Network:
     try:
         return Reader(built, source.major).network(model, source.note | _metadata(source))
@@ -254,7 +244,7 @@ def _extract_cudnn(source: ModelFile) -> dict[str, Network]:
             unknown.append(name)
         else:
             key = name.replace("/", ".")
-            found[key] = _alone(source, key, [node])
+            found[key] = chain([node], _metadata(source), key)
     if unknown or not found:
         what = f"layers {', '.join(map(short, unknown))} with unknown activations" if unknown else "none"
         raise FormatError(

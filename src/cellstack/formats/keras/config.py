@@ -109,9 +109,9 @@ class Layer:
 
     def check_channels_last(self) -> None:
         """Raise `FormatError` unless the features are on the last axis."""
-        found = self.config.get("data_format")
-        if found not in (None, "channels_last"):
-            raise self.refuse(f"expected data_format channels_last, found {short(found)}")
+        data_format = self.config.get("data_format")
+        if data_format not in (None, "channels_last"):
+            raise self.refuse(f"expected data_format channels_last, found {short(data_format)}")
 
     def within(self, entry: Any, what: str) -> Layer:
         """Return a layer that this one wraps, described in one of its settings."""

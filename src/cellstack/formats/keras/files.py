@@ -45,8 +45,8 @@ def guarded(label: str, what: str = "a Keras file") -> Iterator[None]:
     except (FormatError, MemoryError):
         raise
     except Exception as error:
-        found = str(error) or type(error).__name__
-        raise FormatError(f"{label}: expected {what}, found {short(found, 300)}") from None
+        text = str(error) or type(error).__name__
+        raise FormatError(f"{label}: expected {what}, found {short(text, 300)}") from None
 
 
 @dataclass
@@ -313,8 +313,8 @@ def _child(h5py: Any, path: str, group: Any, name: str) -> Any:
     for part in name.split("/"):
         link = group.get(part, getlink=True) if part else None
         if not isinstance(link, h5py.HardLink):
-            found = "none" if link is None else type(link).__name__
-            raise FormatError(f"{path}: expected a group {short(name)}, found {found}")
+            kind = "none" if link is None else type(link).__name__
+            raise FormatError(f"{path}: expected a group {short(name)}, found {kind}")
         group = group[part]
         if not isinstance(group, h5py.Group):
             raise FormatError(f"{path}: expected a group {short(name)}, found {type(group).__name__}")
@@ -329,8 +329,8 @@ def _walk(h5py: Any, source: ModelFile, group: Any, prefix: str, depth: int, see
         where = f"{source.path}: {short(prefix + name)}"
         link = group.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink):
-            found = f"{type(link).__name__} at {short(prefix + name)}"
-            raise FormatError(f"{source.path}: HDF5 links aren't supported (found {found})")
+            kind = f"{type(link).__name__} at {short(prefix + name)}"
+            raise FormatError(f"{source.path}: HDF5 links aren't supported (found {kind})")
         item = group[name]
         address = h5py.h5o.get_info(item.id).addr
         if address in seen:

@@ -10,36 +10,21 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 
+from cellstack import nodes
 from cellstack.formats.keras.layer_builder import LayerBuilder, Value
-from cellstack.nodes import (
-    Activation,
-    Clip,
-    Conv1D,
-    Dense,
-    Embedding,
-    Flatten,
-    GlobalPool,
-    LayerNorm,
-    Pad,
-    Permute,
-    Pool1D,
-    Reshape,
-    Scale,
-    Standardise,
-)
 from cellstack.nodes.base import Node
 from cellstack.nodes.windows import pads
 
-POINTWISE = (Activation, Clip, Dense, LayerNorm, Scale, Standardise)
+POINTWISE = (nodes.Activation, nodes.Clip, nodes.Dense, nodes.LayerNorm, nodes.Scale, nodes.Standardise)
 
 
-def at_every_frame(build: LayerBuilder, nodes: list[Node], value: Value) -> Value:
+def at_every_frame(build: LayerBuilder, steps: list[Node], value: Value) -> Value:
     """Apply a layer to each step of `value [B, T, …]` separately.
 
     Raises:
         FormatError: a layer for which this isn't supported.
     """
-    for node in nodes:
+    for node in steps:
         if len(build.shape(value)) < 2:
             raise build.layer.refuse("expected frames [B, T, ...] of a TimeDistributed")
         if isinstance(node, POINTWISE):
@@ -56,37 +41,37 @@ def at_every_frame(build: LayerBuilder, nodes: list[Node], value: Value) -> Valu
 def _at(build: LayerBuilder, node: Node, value: Value) -> Value:
     shape = build.shape(value)
     frames, rest = shape[0], shape[1:]
-    if isinstance(node, Permute) and len(node.dims) == len(rest):
+    if isinstance(node, nodes.Permute) and len(node.dims) == len(rest):
         return build.permute(value, (1, *(axis + 1 for axis in node.dims)))
     numbers = prod(build.length(value, place) for place in range(2, len(shape) + 1))
-    if isinstance(node, Flatten):
+    if isinstance(node, nodes.Flatten):
         return build.reshape(value, (frames, numbers))
-    if isinstance(node, Reshape):
+    if isinstance(node, nodes.Reshape):
         left = numbers // prod(axis for axis in node.shape if axis != -1)
         made = [left if axis == -1 else axis for axis in node.shape]
         if prod(made) != numbers:
             raise build.layer.refuse(f"expected {numbers} numbers a frame, found the shape {made}")
         return build.reshape(value, (frames, *made))
-    if isinstance(node, Embedding) and len(rest) == 1:
+    if isinstance(node, nodes.Embedding) and len(rest) == 1:
         return build.reshape(build.add(node, build.reshape(value, (None,))), (frames, numbers, node.table.shape[1]))
     if len(rest) == 2:
         steps, width = build.length(value, 2), build.width(value)
-        if isinstance(node, Conv1D):
+        if isinstance(node, nodes.Conv1D):
             return _convolved(build, node, value, steps, width)
-        if isinstance(node, GlobalPool) and node.mode != "last":
-            pooled = build.add(Pool1D(node.mode, steps), build.reshape(value, (None, width)))
+        if isinstance(node, nodes.GlobalPool) and node.mode != "last":
+            pooled = build.add(nodes.Pool1D(node.mode, steps), build.reshape(value, (None, width)))
             return build.reshape(pooled, (frames, width))
-        if isinstance(node, Pool1D):
+        if isinstance(node, nodes.Pool1D):
             return _pooled(build, node, value, steps, width)
     raise build.layer.refuse("this layer isn't supported within a TimeDistributed")
 
 
-def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, width: int) -> Value:
+def _convolved(build: LayerBuilder, node: nodes.Conv1D, value: Value, steps: int, width: int) -> Value:
     """Return a convolution within each frame: that over all frames, without the windows that overlap two of them."""
     frames = build.shape(value)[0]
     before, after = pads(node.padding, steps, node.span, node.strides)
     if before or after:
-        value = build.add(Pad(before, after, axis=2), value)
+        value = build.add(nodes.Pad(before, after, axis=2), value)
         steps += before + after
     if steps < node.span:
         raise build.layer.refuse(f"expected frames of at least {node.span} steps, found {steps}")
@@ -96,7 +81,7 @@ def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, widt
     return build.select(made, 2, slice(0, steps - node.span + 1, node.strides))
 
 
-def _pooled(build: LayerBuilder, node: Pool1D, value: Value, steps: int, width: int) -> Value:
+def _pooled(build: LayerBuilder, node: nodes.Pool1D, value: Value, steps: int, width: int) -> Value:
     frames, count = build.shape(value)[0], steps // node.size
     if node.strides != node.size or (node.padding == "same" and steps % node.size) or not count:
         raise build.layer.refuse("expected windows that don't overlap and fill every frame")

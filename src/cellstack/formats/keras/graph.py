@@ -307,7 +307,7 @@ class _MaskKeys:
     def __init__(self, node: Node, wire: str, followed: Followed) -> None:
         self.node, self.wire, self.followed = node, wire, followed
 
-    def made(self) -> Any:
+    def of_node(self) -> Any:
         if isinstance(self.node, Masking):
             return ("any", ("ne", self.wire, float(self.node.value)))
         return ("ne", self.wire, 0.0)

@@ -10,22 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack import nodes
 from cellstack.formats.build import Builder
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
-from cellstack.nodes import (
-    Activation,
-    Clip,
-    GlobalPool,
-    Merge,
-    Permute,
-    Reduce,
-    Repeat,
-    Reshape,
-    Scale,
-    Select,
-    Standardise,
-)
 from cellstack.nodes.base import Array, Node, Shape
 
 MOST_COPIES = 256  # of one value in a concatenation
@@ -118,7 +106,7 @@ class LayerBuilder:
         if value.mask is None:
             return value
         axes = len(self.shape(value))
-        return Value(self.builder.add(f"{self.name}.all_steps", Permute(tuple(range(1, axes + 1))), value.wire))
+        return Value(self.builder.add(f"{self.name}.all_steps", nodes.Permute(tuple(range(1, axes + 1))), value.wire))
 
     # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -130,11 +118,11 @@ class LayerBuilder:
             raise self.layer.refuse(f"expected at least one feature per row, found the shape {short(list(shape))}")
         if tuple(shape) == self.builder.shapes[value.wire]:
             return value
-        return self.add(Reshape(tuple(-1 if axis is None else axis for axis in shape)), value)
+        return self.add(nodes.Reshape(tuple(-1 if axis is None else axis for axis in shape)), value)
 
     def permute(self, value: Value, order: Sequence[int]) -> Value:
         """Return a value with its axes, counted from 1, in another order."""
-        return self.add(Permute(tuple(order)), value)
+        return self.add(nodes.Permute(tuple(order)), value)
 
     def expand(self, value: Value, axis: Any) -> Value:
         """Return a value with an additional axis of length 1."""
@@ -152,7 +140,7 @@ class LayerBuilder:
 
     def select(self, value: Value, place: int, taken: slice) -> Value:
         """Return a slice of an axis."""
-        return self.add(Select(taken.start, taken.stop, taken.step or 1, place), value)
+        return self.add(nodes.Select(taken.start, taken.stop, taken.step or 1, place), value)
 
     def at(self, value: Value, place: int, index: int) -> Value:
         """Return one index of an axis, and remove the axis."""
@@ -160,7 +148,7 @@ class LayerBuilder:
         if length is not None and not -length <= index < length:
             raise self.layer.refuse(f"index {index} is out of range for axis {place} of length {length}")
         if axes == 2 and place == 1 and index == -1:
-            return self.add(GlobalPool("last"), self.bare(value))
+            return self.add(nodes.GlobalPool("last"), self.bare(value))
         one = self.select(value, place, slice(index, index + 1 or None))
         return self.squeeze(one, place)
 
@@ -170,10 +158,10 @@ class LayerBuilder:
         if times == 1:
             return value
         if len(shape) == 2 and place == 1 and shape[0] == 1:
-            return self.add(Repeat(times), self.squeeze(value, 1))
+            return self.add(nodes.Repeat(times), self.squeeze(value, 1))
         if not 1 < times <= MOST_COPIES:
             raise self.layer.refuse(f"expected 1 to {MOST_COPIES} copies, found {short(times)}")
-        return self.add(Merge("concat", place), *[value] * times)
+        return self.add(nodes.Merge("concat", place), *[value] * times)
 
     def last(self, value: Value, place: int, work: Callable[[Value], Value]) -> Value:
         """Apply an operation on the last axis to another axis."""
@@ -221,32 +209,34 @@ class LayerBuilder:
 
     def scale(self, value: Value, factor: Any, shift: Any = 0.0) -> Value:
         """Return `value·factor + shift`."""
-        return self.flat(value, lambda one: self.add(Scale(self.constant(one, factor), self.constant(one, shift)), one))
+        return self.flat(
+            value, lambda one: self.add(nodes.Scale(self.constant(one, factor), self.constant(one, shift)), one)
+        )
 
     def divide(self, value: Value, number: Any) -> Value:
         """Return `value / number`."""
 
         def work(one: Value) -> Value:
             by = self.constant(one, number)
-            return self.add(Standardise(np.zeros_like(by), by), one)
+            return self.add(nodes.Standardise(np.zeros_like(by), by), one)
 
         return self.flat(value, work)
 
     def activate(self, value: Value, activation: str) -> Value:
         """Apply an activation to a value, elementwise or over the last axis."""
-        return self.flat(value, lambda one: self.add(Activation(activation), one))
+        return self.flat(value, lambda one: self.add(nodes.Activation(activation), one))
 
     def merge(self, mode: str, *values: Value, axis: int = -1) -> Value:
         """Return several values merged; a single one is returned unchanged."""
-        return values[0] if len(values) == 1 else self.add(Merge(mode, axis), *values)
+        return values[0] if len(values) == 1 else self.add(nodes.Merge(mode, axis), *values)
 
     def reduce(self, mode: str, value: Value, axis: Any, keepdims: bool) -> Value:
         """Return the mean, max, min or sum over one axis."""
         axes = len(self.shape(value))
         place = self.place(axis, axes)
         if axes == 2 and place == 1 and not keepdims and mode in ("mean", "max"):
-            return self.add(GlobalPool(mode), value)
-        return self.add(Reduce(mode, -1 if place == axes else place, keepdims), value)
+            return self.add(nodes.GlobalPool(mode), value)
+        return self.add(nodes.Reduce(mode, -1 if place == axes else place, keepdims), value)
 
     def clip(self, value: Value, low: Any, high: Any) -> Value:
         """Clip a value; a bound is a number, a list of one per feature, or None for no bound."""
@@ -255,4 +245,4 @@ class LayerBuilder:
                 value = value if bound is None else self.merge(mode, value, self.scale(value, 0.0, bound))
             return value
         low, high = (None if bound is None else self.number(bound) for bound in (low, high))
-        return self.flat(value, lambda one: self.add(Clip(low, high), one))
+        return self.flat(value, lambda one: self.add(nodes.Clip(low, high), one))

@@ -6,33 +6,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from cellstack import nodes
 from cellstack.formats.keras.cells import RECURRENT, Slot, activation, activation_layer, own_slots, recurrent
 from cellstack.formats.keras.cells import recurrent_slots as slots_of_recurrent
 from cellstack.formats.keras.composed import COMPOSED
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
-from cellstack.nodes import (
-    Activation,
-    Clip,
-    Conv1D,
-    Dense,
-    Embedding,
-    Flatten,
-    GlobalPool,
-    LayerNorm,
-    Masking,
-    Merge,
-    Node,
-    Pad,
-    Permute,
-    Pool1D,
-    Reduce,
-    Repeat,
-    Reshape,
-    Scale,
-    Select,
-    Standardise,
-)
 from cellstack.nodes.base import Array
 
 NOTHING = (
@@ -169,7 +148,7 @@ def _affine(layer: Layer) -> list[str]:
 # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None) -> list[Node]:
+def nodes_of(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None) -> list[nodes.Node]:
     """Return the nodes of one layer; none if it does nothing in inference mode.
 
     Args:
@@ -198,15 +177,15 @@ def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None
         raise layer.refuse(str(error)[:300]) from None
 
 
-def _dense(layer: Layer, arrays: list[Array], major: int) -> Node:
-    arrays = _dequantised(layer, arrays, 1)
-    node = Dense(arrays[0], arrays[1] if len(arrays) > 1 else None, activation(layer, "activation", major, more=True))
+def _dense(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
+    kernel, *bias = _dequantised(layer, arrays, 1)
+    node = nodes.Dense(kernel, *bias, activation=activation(layer, "activation", major, more=True))
     if node.kernel.shape[1] != layer.integer("units"):
         raise layer.refuse(f"expected kernel [I, {layer.integer('units')}], found {node.kernel.shape}")
     return node
 
 
-def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) -> Node:
+def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) -> nodes.Node:
     layer.check_channels_last()
     filters, size = layer.integer("filters"), layer.integer("kernel_size")
     kernel = arrays[0]
@@ -216,7 +195,7 @@ def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) ->
         raise layer.refuse(f"expected kernel [{size}, C, {filters}], found {arrays[0].shape}")
     if backend == "theano":  # it computes a true convolution, with the kernel flipped
         kernel = kernel[::-1]
-    return Conv1D(
+    return nodes.Conv1D(
         kernel,
         arrays[1] if len(arrays) > 1 else None,
         layer.integer("strides", 1),
@@ -227,7 +206,7 @@ def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) ->
     )
 
 
-def _convolutions(layer: Layer, arrays: list[Array], major: int) -> list[Node]:
+def _convolutions(layer: Layer, arrays: list[Array], major: int) -> list[nodes.Node]:
     """Return a depthwise convolution and, for a SeparableConv1D, the pointwise one after it.
 
     The depthwise kernel is `[K, C, M]`; channel c becomes channels c·M to c·M + M - 1.
@@ -239,7 +218,7 @@ def _convolutions(layer: Layer, arrays: list[Array], major: int) -> list[Node]:
         raise layer.refuse(f"expected kernel [{size}, C, M], found {kernel.shape}")
     bias = arrays[-1] if layer.flag("use_bias", True) else None
     last = activation(layer, "activation", major, more=True)
-    first = Conv1D(
+    first = nodes.Conv1D(
         kernel.reshape(size, 1, -1),
         None if pointwise else bias,
         layer.integer("strides", 1),
@@ -248,15 +227,15 @@ def _convolutions(layer: Layer, arrays: list[Array], major: int) -> list[Node]:
         kernel.shape[1],
         "linear" if pointwise else last,
     )
-    return [first, Conv1D(arrays[1], bias, activation=last)] if pointwise else [first]
+    return [first, nodes.Conv1D(arrays[1], bias, activation=last)] if pointwise else [first]
 
 
-def _prelu(layer: Layer, arrays: list[Array], major: int) -> Node:
-    return Scale(arrays[0].reshape(-1), np.zeros(arrays[0].size, arrays[0].dtype))
+def _prelu(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
+    return nodes.Scale(arrays[0].reshape(-1), np.zeros(arrays[0].size, arrays[0].dtype))
 
 
-def _embedding(layer: Layer, arrays: list[Array], major: int) -> Node:
-    node = Embedding(_dequantised(layer, arrays, 0)[0], layer.flag("mask_zero"))
+def _embedding(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
+    node = nodes.Embedding(_dequantised(layer, arrays, 0)[0], layer.flag("mask_zero"))
     expected = layer.integer("input_dim"), layer.integer("output_dim")
     if node.table.shape != expected:
         raise layer.refuse(f"expected embeddings {list(expected)}, found {node.table.shape}")
@@ -267,94 +246,99 @@ def _epsilon(layer: Layer) -> float:
     return float(layer.get("epsilon", (int, float)) if "epsilon" in layer.config else 1e-3)
 
 
-def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     """Fold the statistics: gamma·(x - mean) / sqrt(variance + epsilon) + beta."""
     width = arrays[0].shape
     if len(width) != 1 or any(array.shape != width for array in arrays):
         raise layer.refuse(f"expected weights [W] each, found {', '.join(str(array.shape) for array in arrays)}")
-    given = dict(zip([*_affine(layer), "mean", "variance"], arrays, strict=True))
-    return Scale.of_statistics(given["mean"], given["variance"], _epsilon(layer), given.get("gamma"), given.get("beta"))
+    *affine, mean, variance = arrays
+    named = dict(zip(_affine(layer), affine, strict=True))
+    return nodes.Scale.of_statistics(mean, variance, _epsilon(layer), named.get("gamma"), named.get("beta"))
 
 
-def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _normalization(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     if layer.flag("invert"):
         raise layer.refuse("expected invert=False, found True")
     if not arrays:
-        given = [layer.config.get(name) for name in ("mean", "variance")]
-        arrays = [np.asarray(one, "float64" if layer.config.get("dtype") == "float64" else "float32") for one in given]
+        dtype = "float64" if layer.config.get("dtype") == "float64" else "float32"
+        arrays = [np.asarray(layer.config.get(name), dtype) for name in ("mean", "variance")]
     mean, variance = (array.reshape(-1) for array in arrays)
     if mean.shape != variance.shape or not (variance >= 0.0).all():
         raise layer.refuse("expected a mean and a variance for each feature, found others")
-    return Standardise(mean, np.maximum(np.sqrt(variance), variance.dtype.type(1e-7)))  # Keras's minimum
+    return nodes.Standardise(mean, np.maximum(np.sqrt(variance), variance.dtype.type(1e-7)))  # Keras's minimum
 
 
-def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     if layer.flag("rms_scaling"):
         raise layer.refuse("rms_scaling isn't supported")
-    given = dict(zip(_affine(layer), arrays, strict=True))
-    return LayerNorm(given.get("gamma"), given.get("beta"), _epsilon(layer))
+    named = dict(zip(_affine(layer), arrays, strict=True))
+    return nodes.LayerNorm(named.get("gamma"), named.get("beta"), _epsilon(layer))
 
 
-def _pool(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _pool(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     layer.check_channels_last()
     mode = "max" if "Max" in layer.kind else "mean"
     if layer.kind.startswith("Global"):
-        return Reduce(mode, 1, True) if layer.flag("keepdims") else GlobalPool(mode)
+        return nodes.Reduce(mode, 1, True) if layer.flag("keepdims") else nodes.GlobalPool(mode)
     size = layer.integer("pool_size", 2)
-    return Pool1D(mode, size, layer.integer("strides", size), layer.config.get("padding") or "valid")
+    return nodes.Pool1D(mode, size, layer.integer("strides", size), layer.config.get("padding") or "valid")
 
 
-def _relu(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _activation(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
+    return nodes.Activation(activation_layer(layer, major, more=True))
+
+
+def _relu(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     most = layer.config.get("max_value")
     if most is None:
-        return Activation(activation_layer(layer, major, more=True))
+        return _activation(layer, arrays, major)
     if layer.config.get("negative_slope") or layer.config.get("threshold"):
         raise layer.refuse("a max_value with a negative_slope or a threshold isn't supported")
-    return Clip(0.0, most)
+    return nodes.Clip(0.0, most)
 
 
-def _merge(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _merge(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     mode = MERGES[layer.kind]
     axis = layer.integer("axis", -1, least=-1) if mode == "concat" else -1
-    return Merge(mode, axis)
+    return nodes.Merge(mode, axis)
 
 
-def _reshape(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _reshape(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     shape = layer.config.get("target_shape", layer.config.get("dims"))
     if not isinstance(shape, list):
         raise layer.refuse(f"expected target_shape, found {short(shape)}")
-    return Reshape(tuple(-1 if axis is None else axis for axis in shape))
+    return nodes.Reshape(tuple(-1 if axis is None else axis for axis in shape))
 
 
-def _flatten(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _flatten(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     layer.check_channels_last()
-    return Flatten()
+    return nodes.Flatten()
 
 
-def _permute(layer: Layer, arrays: list[Array], major: int) -> Node:
-    return Permute(tuple(layer.get("dims", list)))
+def _permute(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
+    return nodes.Permute(tuple(layer.get("dims", list)))
 
 
 def _pair(layer: Layer, name: str) -> tuple[int, int]:
     """Return the numbers of steps at the start and at the end in a setting."""
     layer.check_channels_last()
-    found = layer.config.get(name)
-    pair = [found, found] if type(found) is int else found
+    setting = layer.config.get(name)
+    pair = [setting, setting] if type(setting) is int else setting
     if not isinstance(pair, list) or len(pair) != 2 or not all(type(one) is int and one >= 0 for one in pair):
-        raise layer.refuse(f"expected {name} at the start and the end, found {short(found)}")
+        raise layer.refuse(f"expected {name} at the start and the end, found {short(setting)}")
     return pair[0], pair[1]
 
 
-def _cropping(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _cropping(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
     first, last = _pair(layer, "cropping")
-    return Select(first, -last or None)
+    return nodes.Select(first, -last or None)
 
 
-def _masking(layer: Layer, arrays: list[Array], major: int) -> Node:
-    return Masking(layer.get("mask_value", (int, float), 0.0))
+def _masking(layer: Layer, arrays: list[Array], major: int) -> nodes.Node:
+    return nodes.Masking(layer.get("mask_value", (int, float), 0.0))
 
 
-BUILDERS: dict[str, Callable[[Layer, list[Array], int], Node]] = {
+BUILDERS: dict[str, Callable[[Layer, list[Array], int], nodes.Node]] = {
     "Dense": _dense,
     "Embedding": _embedding,
     "BatchNormalization": _batch_norm,
@@ -365,12 +349,12 @@ BUILDERS: dict[str, Callable[[Layer, list[Array], int], Node]] = {
     "Flatten": _flatten,
     "Reshape": _reshape,
     "Permute": _permute,
-    "RepeatVector": lambda layer, arrays, major: Repeat(layer.integer("n")),
+    "RepeatVector": lambda layer, arrays, major: nodes.Repeat(layer.integer("n")),
     "Cropping1D": _cropping,
-    "ZeroPadding1D": lambda layer, arrays, major: Pad(*_pair(layer, "padding")),
+    "ZeroPadding1D": lambda layer, arrays, major: nodes.Pad(*_pair(layer, "padding")),
     **dict.fromkeys(MERGES, _merge),
-    **dict.fromkeys(ACTIVATIONS, lambda layer, arrays, major: Activation(activation_layer(layer, major, more=True))),
+    **dict.fromkeys(ACTIVATIONS, _activation),
     "ReLU": _relu,
     "PReLU": _prelu,
-    "Softmax": lambda layer, arrays, major: Activation("softmax"),
+    "Softmax": lambda layer, arrays, major: nodes.Activation("softmax"),
 }

@@ -7,33 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cellstack import nodes
 from cellstack.cells import activations
 from cellstack.formats.keras.cells import MORE, PLAIN
 from cellstack.formats.keras.layers import MERGES
-from cellstack.nodes import (
-    Activation,
-    Bidirectional,
-    Cell,
-    Clip,
-    Conv1D,
-    Dense,
-    Embedding,
-    Flatten,
-    GlobalPool,
-    LayerNorm,
-    Masking,
-    Merge,
-    Pad,
-    Permute,
-    Pool1D,
-    Recurrent,
-    Reduce,
-    Repeat,
-    Reshape,
-    Scale,
-    Select,
-    Standardise,
-)
 from cellstack.nodes.base import Array, Node
 
 MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()}
@@ -88,7 +65,7 @@ def _with_activation(kind: str, settings: dict[str, Any], arrays: list[Array], a
         yield _activation_layer(activation)
 
 
-def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
+def _cell(cell: nodes.Cell) -> tuple[dict[str, Any], list[Array]]:
     """Return the settings and weights of a cell; raise `RefusedError` for flags that Keras's cells don't have."""
     cell = cell.one_head
     description, kind = cell.spec, cell.spec.of_kind
@@ -119,7 +96,7 @@ def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
     return settings, list(cell.arrays.values())
 
 
-def _stack(node: Recurrent) -> Written:
+def _stack(node: nodes.Recurrent) -> Written:
     if any(added for _, added in node.parts):
         raise RefusedError("a residual stack")
     names = ("return_sequences", "go_backwards", "zero_output_for_mask")
@@ -137,7 +114,7 @@ def _stack(node: Recurrent) -> Written:
     return "RNN", {"cell": stack, **flags}, arrays
 
 
-def _bidirectional(node: Bidirectional) -> Layers:
+def _bidirectional(node: nodes.Bidirectional) -> Layers:
     settings: dict[str, Any] = {"merge_mode": node.merge_mode}
     arrays = []
     for part, key in ((node.forward, "layer"), (node.backward, "backward_layer")):
@@ -149,7 +126,7 @@ def _bidirectional(node: Bidirectional) -> Layers:
     yield "Bidirectional", settings, arrays
 
 
-def _dense(node: Dense) -> Layers:
+def _dense(node: nodes.Dense) -> Layers:
     settings = {"units": node.kernel.shape[1], "use_bias": node.bias is not None}
     return _with_activation("Dense", settings, _both(node.kernel, node.bias), node.activation)
 
@@ -158,7 +135,7 @@ def _both(first: Array | None, second: Array | None) -> list[Array]:
     return [array for array in (first, second) if array is not None]
 
 
-def _conv(node: Conv1D) -> Layers:
+def _conv(node: nodes.Conv1D) -> Layers:
     if not isinstance(node.padding, str):
         raise RefusedError(f"a convolution with padding {node.padding}")
     if node.strides > 1 and node.dilation > 1:
@@ -175,43 +152,43 @@ def _conv(node: Conv1D) -> Layers:
     return _with_activation("Conv1D", settings, _both(node.kernel, node.bias), node.activation)
 
 
-def _embedding(node: Embedding) -> Layers:
+def _embedding(node: nodes.Embedding) -> Layers:
     sizes = {"input_dim": node.table.shape[0], "output_dim": node.table.shape[1]}
     yield "Embedding", {**sizes, "mask_zero": node.mask_zero}, [node.table]
 
 
-def _scale(node: Scale) -> Layers:
+def _scale(node: nodes.Scale) -> Layers:
     """Yield a batch normalisation with mean 0 and variance 1."""
     zeros, ones = np.zeros_like(node.scale), np.ones_like(node.scale)
     yield "BatchNormalization", {"axis": -1, "epsilon": 0.0}, [node.scale, node.shift, zeros, ones]
 
 
-def _standardise(node: Standardise) -> Layers:
+def _standardise(node: nodes.Standardise) -> Layers:
     if (node.scale < 1e-6).any():  # Keras stores variances, and replaces scales below 1e-7
         raise RefusedError("a scale below 1e-6")
     variance = node.scale.astype(np.float64) ** 2
     yield "Normalization", {"axis": [-1], "mean": node.mean.tolist(), "variance": variance.tolist()}, []
 
 
-def _layer_norm(node: LayerNorm) -> Layers:
+def _layer_norm(node: nodes.LayerNorm) -> Layers:
     flags = {"scale": node.gain is not None, "center": node.bias is not None}
     yield "LayerNormalization", {"axis": -1, "epsilon": node.epsilon, **flags}, _both(node.gain, node.bias)
 
 
-def _pool(node: GlobalPool) -> Layers:
+def _pool(node: nodes.GlobalPool) -> Layers:
     if node.mode == "last":
         raise RefusedError("the last step of a sequence")
     yield "GlobalAveragePooling1D" if node.mode == "mean" else "GlobalMaxPooling1D", {}, []
 
 
-def _windows(node: Pool1D) -> Layers:
+def _windows(node: nodes.Pool1D) -> Layers:
     if node.padding not in ("valid", "same"):
         raise RefusedError(f"a pool with padding {node.padding}")
     kind = "AveragePooling1D" if node.mode == "mean" else "MaxPooling1D"
     yield kind, {"pool_size": [node.size], "strides": [node.strides], "padding": node.padding}, []
 
 
-def _clip(node: Clip) -> Layers:
+def _clip(node: nodes.Clip) -> Layers:
     if node.low == 0.0:
         yield "ReLU", {"max_value": node.high, "negative_slope": 0.0, "threshold": 0.0}, []
     elif node.low is None or node.high is None:
@@ -220,50 +197,50 @@ def _clip(node: Clip) -> Layers:
         yield "Clip", {"x_min": node.low, "x_max": node.high}, []
 
 
-def _reduce(node: Reduce) -> Layers:
+def _reduce(node: nodes.Reduce) -> Layers:
     more = {"initial": None} if node.mode in ("max", "min") else {}
     yield node.mode.title(), {"axis": node.axis, "keepdims": node.keepdims, **more}, []
 
 
-def _pad(node: Pad) -> Layers:
+def _pad(node: nodes.Pad) -> Layers:
     if node.axis != 1 or node.value != 0.0:
         raise RefusedError(f"padding of {node.summary}")
     yield "ZeroPadding1D", {"padding": [node.before, node.after]}, []
 
 
-def _select(node: Select) -> Layers:
+def _select(node: nodes.Select) -> Layers:
     first, last = node.start or 0, node.stop or 0
     if node.axis != 1 or node.step != 1 or first < 0 or last > 0 or node.stop == 0:
         raise RefusedError(f"the slice {node.summary}")
     yield "Cropping1D", {"cropping": [first, -last]}, []
 
 
-def _merge(node: Merge) -> Layers:
+def _merge(node: nodes.Merge) -> Layers:
     yield MERGE_LAYERS[node.mode], {"axis": node.axis} if node.mode == "concat" else {}, []
 
 
 BUILDERS: dict[type[Node], Callable[[Any], Any]] = {
-    Recurrent: lambda node: [_stack(node)],
-    Bidirectional: _bidirectional,
-    Dense: _dense,
-    Conv1D: _conv,
-    Embedding: _embedding,
-    Scale: _scale,
-    Standardise: _standardise,
-    LayerNorm: _layer_norm,
-    Activation: lambda node: [_activation_layer(node.activation)],
-    Masking: lambda node: [("Masking", {"mask_value": node.value}, [])],
-    GlobalPool: _pool,
-    Pool1D: _windows,
-    Clip: _clip,
-    Reduce: _reduce,
-    Pad: _pad,
-    Flatten: lambda node: [("Flatten", {}, [])],
-    Reshape: lambda node: [("Reshape", {"target_shape": list(node.shape)}, [])],
-    Permute: lambda node: [("Permute", {"dims": list(node.dims)}, [])],
-    Repeat: lambda node: [("RepeatVector", {"n": node.times}, [])],
-    Select: _select,
-    Merge: _merge,
+    nodes.Recurrent: lambda node: [_stack(node)],
+    nodes.Bidirectional: _bidirectional,
+    nodes.Dense: _dense,
+    nodes.Conv1D: _conv,
+    nodes.Embedding: _embedding,
+    nodes.Scale: _scale,
+    nodes.Standardise: _standardise,
+    nodes.LayerNorm: _layer_norm,
+    nodes.Activation: lambda node: [_activation_layer(node.activation)],
+    nodes.Masking: lambda node: [("Masking", {"mask_value": node.value}, [])],
+    nodes.GlobalPool: _pool,
+    nodes.Pool1D: _windows,
+    nodes.Clip: _clip,
+    nodes.Reduce: _reduce,
+    nodes.Pad: _pad,
+    nodes.Flatten: lambda node: [("Flatten", {}, [])],
+    nodes.Reshape: lambda node: [("Reshape", {"target_shape": list(node.shape)}, [])],
+    nodes.Permute: lambda node: [("Permute", {"dims": list(node.dims)}, [])],
+    nodes.Repeat: lambda node: [("RepeatVector", {"n": node.times}, [])],
+    nodes.Select: _select,
+    nodes.Merge: _merge,
 }
 
 

@@ -38,29 +38,29 @@ def operate(build: LayerBuilder, call: LayerCall, look: Callable[[Ref], Value]) 
         FormatError: an unsupported operation, or unsupported arguments.
     """
     layer = build.layer
-    kind, given, settings = layer.kind.removeprefix(OPERATION), list(call.arguments), dict(layer.config)
+    kind, arguments, settings = layer.kind.removeprefix(OPERATION), list(call.arguments), dict(layer.config)
     if layer.kind in LAMBDAS:
-        kind, given, settings = as_operation(layer, given, dict([*call.settings, *call.named]))
+        kind, arguments, settings = as_operation(layer, arguments, dict([*call.settings, *call.named]))
     else:
         settings.update(call.settings)
         settings.update(call.named)
-    given = [_looked(layer, look, one) for one in given]
+    arguments = [_looked(layer, look, one) for one in arguments]
     settings = {key: _looked(layer, look, value) for key, value in settings.items()}
-    for key, value in zip(ORDER.get(kind, ()), given[1:], strict=False):
+    for key, value in zip(ORDER.get(kind, ()), arguments[1:], strict=False):
         settings[key] = value
-    values = [one for one in _flat(given) if isinstance(one, Value)]
+    values = [one for one in _flat(arguments) if isinstance(one, Value)]
     if any(isinstance(one, Value) and one.flag is not None for one in [*values, *settings.values()]) or kind in MASKS:
-        return [_mask(build, kind, given, settings)]
-    given = [_bare(build, one) for one in given]
+        return [_mask(build, kind, arguments, settings)]
+    arguments = [_bare(build, one) for one in arguments]
     if kind in BINARY or kind in DIVIDE:
-        return [_binary(build, kind, given)]
+        return [_binary(build, kind, arguments)]
     worker = WORKERS.get(kind)
-    if worker is None or not given:
+    if worker is None or not arguments:
         raise layer.refuse("this operation isn't supported")
-    if kind not in ("Concatenate", "Stack") and not isinstance(given[0], Value):
-        raise layer.refuse(f"expected a tensor, found {short(given[0])}")
-    found = worker(build, given[0], settings)
-    return [*found] if isinstance(found, list) else [found]
+    if kind not in ("Concatenate", "Stack") and not isinstance(arguments[0], Value):
+        raise layer.refuse(f"expected a tensor, found {short(arguments[0])}")
+    result = worker(build, arguments[0], settings)
+    return [*result] if isinstance(result, list) else [result]
 
 
 def _looked(layer: Layer, look: Callable[[Ref], Value], argument: Any, depth: int = 0) -> Any:
@@ -100,13 +100,13 @@ def either(masks: list[Any]) -> Any:
     return next(iter(parts)) if len(parts) == 1 else ("or", frozenset(parts))
 
 
-def _mask(build: LayerBuilder, kind: str, given: list[Any], settings: dict[str, Any]) -> Value:
+def _mask(build: LayerBuilder, kind: str, arguments: list[Any], settings: dict[str, Any]) -> Value:
     """Return the mask that an operation on masks defines."""
-    values = [one for one in _flat(given) if isinstance(one, Value)]
+    values = [one for one in _flat(arguments) if isinstance(one, Value)]
     flags = [value.flag for value in values]
     wire, axis = values[0].wire if values else "", settings.get("axis")
-    if kind == "NotEqual" and len(given) == 2 and len(values) == 1 and flags == [None]:
-        number = given[1]
+    if kind == "NotEqual" and len(arguments) == 2 and len(values) == 1 and flags == [None]:
+        number = arguments[1]
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             return Value(wire, None, ("ne", wire, float(number)))
     elif kind in ("ZerosLike", "OnesLike") and len(values) == 1 and settings.get("dtype") == "bool":
@@ -120,8 +120,8 @@ def _mask(build: LayerBuilder, kind: str, given: list[Any], settings: dict[str, 
         return Value(wire, None, ("wide", flags[0]))
     elif kind == "LogicalOr" and len(flags) == 2:
         wide = any(flag[0] == "wide" for flag in flags)
-        found = either([flag[1] if flag[0] == "wide" else flag for flag in flags])
-        return Value(wire, None, ("wide", found) if wide else found)
+        flag = either([flag[1] if flag[0] == "wide" else flag for flag in flags])
+        return Value(wire, None, ("wide", flag) if wide else flag)
     elif kind == "Concatenate" and all(flag[0] == "wide" for flag in flags):
         inner = [flag[1] for flag in flags]
         if axis in (-1, 2):
@@ -134,11 +134,11 @@ def _mask(build: LayerBuilder, kind: str, given: list[Any], settings: dict[str, 
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _binary(build: LayerBuilder, kind: str, given: list[Any]) -> Value:
+def _binary(build: LayerBuilder, kind: str, arguments: list[Any]) -> Value:
     """Return the result of an operation on two values, or on a value and a number."""
-    if len(given) != 2 or not any(isinstance(one, Value) for one in given):
-        raise build.layer.refuse(f"expected two values, found {short(given)}")
-    one, other = given
+    if len(arguments) != 2 or not any(isinstance(one, Value) for one in arguments):
+        raise build.layer.refuse(f"expected two values, found {short(arguments)}")
+    one, other = arguments
     if isinstance(one, Value) and isinstance(other, Value):
         if kind in DIVIDE:
             raise build.layer.refuse("dividing two values isn't supported")

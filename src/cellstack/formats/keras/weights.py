@@ -11,7 +11,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.formats.keras.cells import RECURRENT, Slot
 from cellstack.formats.keras.config import Layer, Model, numbered
 from cellstack.formats.keras.files import LEGACY, V3_ROOTS, ModelFile, short
-from cellstack.formats.keras.layers import nodes, slots
+from cellstack.formats.keras.layers import nodes_of, slots
 from cellstack.nodes import Node
 from cellstack.nodes.base import Array
 
@@ -77,7 +77,7 @@ class Built:
 
     def _build(self, arrays: list[Array], part: WeightedLayer) -> None:
         source = self._source
-        self.nodes[id(part.layer)] = nodes(part.layer, iter(arrays), source.major, source.backend)
+        self.nodes[id(part.layer)] = nodes_of(part.layer, iter(arrays), source.major, source.backend)
 
     def _try(self, part: WeightedLayer, work: Callable[[WeightedLayer], None]) -> None:
         """Call `work` for a layer and record its error, so that the message can name all layers with errors."""

@@ -95,22 +95,22 @@ def operator_of_specs(where: str, specs: Sequence[CellSpec], direction: str) -> 
 def _rows(cell: Cell) -> dict[str, Array]:
     """Return a cell's arrays in ONNX's layout, without the direction axis."""
     spec, units = cell.spec, cell.spec.units
-    own = {name: a for name, a in cell.arrays.items() if name in ("kernel", "recurrent_kernel", "bias", "peepholes")}
+    arrays = {name: a for name, a in cell.arrays.items() if name in ("kernel", "recurrent_kernel", "bias", "peepholes")}
     for name, gates in gates_of_arrays(spec.of_kind).items():  # zeros for a coupled f
-        if name in own:
-            given = own[name].reshape(-1) if name == "peepholes" else own[name]
-            whole = np.zeros((*given.shape[:-1], len(gates), units), given.dtype)
-            whole[..., [n for n, gate in enumerate(gates) if gate in spec.gates], :] = blocks_of(given, units)
-            own[name] = whole.reshape(*given.shape[:-1], -1)
+        if name in arrays:
+            array = arrays[name].reshape(-1) if name == "peepholes" else arrays[name]
+            whole = np.zeros((*array.shape[:-1], len(gates), units), array.dtype)
+            whole[..., [n for n, gate in enumerate(gates) if gate in spec.gates], :] = blocks_of(array, units)
+            arrays[name] = whole.reshape(*array.shape[:-1], -1)
     weight, recurrent, bias = to_rows(
-        spec.kind, CellArrays(own["kernel"], own["recurrent_kernel"], own.get("bias")), ORDER[spec.kind]
+        spec.kind, CellArrays(arrays["kernel"], arrays["recurrent_kernel"], arrays.get("bias")), ORDER[spec.kind]
     )
     rows = {"W": weight, "R": recurrent}
     if bias is not None:
         rows["B"] = bias.reshape(-1) if bias.ndim == 2 else np.concatenate([bias, np.zeros_like(bias)])
     if spec.peepholes:
         theirs, ours = orders_of_peepholes(spec.of_kind)
-        rows["P"] = reorder(own["peepholes"], ours, theirs)
+        rows["P"] = reorder(arrays["peepholes"], ours, theirs)
     return rows
 
 
@@ -161,7 +161,7 @@ class CellWriter(Pieces):
         names: list[str],
         x: str,
         ways: bool,
-        given: Sequence[str],
+        sources: Sequence[str],
     ) -> list[str]:
         """Add the initial states, and return the values of each part.
 
@@ -169,12 +169,12 @@ class CellWriter(Pieces):
         operators' default. Cells whose initial states are values of the graph, `given`, in order of the cells, have
         no inputs for them.
         """
-        if given:
+        if sources:
             parts = list(cells[0].spec.state_shapes)
             ready = []
             for place, part in enumerate(parts):
                 self.begun += [["", f"{name}.{part}"] for name in names]
-                each = [*given[place :: len(parts)]]
+                each = [*sources[place :: len(parts)]]
                 if ways:
                     wide = self.fresh(f"{where}.{part}.wide")
                     each = [self.put("Unsqueeze", [one, self.integers(0)], self.fresh(wide)) for one in each]
@@ -214,9 +214,9 @@ class CellWriter(Pieces):
     def after(self, shapes: Iterable[Sequence[int]]) -> list[str]:
         """Add outputs `[B, …]` for the states added last, and return their names, which are yet to be computed."""
         names = []
-        for (given, name), shape in zip(self.begun, shapes, strict=True):
+        for (source, name), shape in zip(self.begun, shapes, strict=True):
             after = self.fresh(f"{name}.after")
-            self.states.append([given, after])
+            self.states.append([source, after])
             self.outputs.append(self.onnx.helper.make_tensor_value_info(after, self.type, ["batch", *shape]))
             names.append(after)
         self.begun = []
@@ -230,8 +230,8 @@ class CellWriter(Pieces):
         direction: str,
         x: str,
         steps: str,
-        wanted: bool,
-        given: Sequence[str],
+        needs_y: bool,
+        sources: Sequence[str],
     ) -> tuple[str, str]:
         """Add a recurrent operator.
 
@@ -251,12 +251,12 @@ class CellWriter(Pieces):
         written = write_operator(where, cells, direction)
         arrays = {key: self.tensor(f"{where}.{key}", array) for key, array in written.arrays.items()}
         parts = cells[0].spec.state_sizes
-        states = self.start(where, cells, names, x, True, given)
+        states = self.start(where, cells, names, x, True, sources)
         inputs = [steps, arrays["W"], arrays["R"], arrays.get("B", ""), "", *states, arrays.get("P", "")]
         while not inputs[-1]:
             inputs.pop()
         ends = [self.fresh(f"{where}.Y_{part}") for part in parts]
-        y = self.fresh(f"{where}.Y") if wanted else ""
+        y = self.fresh(f"{where}.Y") if needs_y else ""
         self.nodes.append(
             self.onnx.helper.make_node(written.kind, inputs, [y, *ends], name=where, **written.attributes)
         )
@@ -274,14 +274,14 @@ class CellWriter(Pieces):
         steps: str,
         mask: str,
         residual: bool,
-        given: Sequence[str],
+        sources: Sequence[str],
     ) -> tuple[str, str]:
         """Add a cell as a Scan; the arguments are as in `operator`, the mask is `[T, B, 1]`, or "".
 
         Returns:
             y `[T, B, P]`, and y after the last step `[B, P]`; with a mask and a residual, both are h + x.
         """
-        states = self.start(where, (cell,), [where], x, False, given)
+        states = self.start(where, (cell,), [where], x, False, sources)
         body = body_of(where, cell, bool(mask), residual)
         ends = self.after(cell.spec.state_shapes.values())
         last, y = ends[0], self.fresh(f"{where}.y")
@@ -314,20 +314,20 @@ class CellWriter(Pieces):
         at = np.array(0 if node.go_backwards else -1, np.int64)
         last = ""  # the top cell's final output, [B, P]; "": taken from its steps
         for number, cell in enumerate(node.cells):
-            own = f"{name}.{number}" if top else name
+            owner = f"{name}.{number}" if top else name
             added = node.residual and number > 0 and cell.spec.input_size == cell.spec.output_size
             if node.zero_output_for_mask and number == top:
-                self.zeros.append(own)
-            wanted = number < top or node.return_sequences or added
-            given, starts = starts[: len(cell.spec.state_sizes)], starts[len(cell.spec.state_sizes) :]
+                self.zeros.append(owner)
+            needs_y = number < top or node.return_sequences or added
+            sources, starts = starts[: len(cell.spec.state_sizes)], starts[len(cell.spec.state_sizes) :]
             if mask or self.dtype == np.float64 or not can_be_operator((cell,)):
-                flat, last = self.scan(own, cell, direction, x, steps, transposed, added, given)
+                flat, last = self.scan(owner, cell, direction, x, steps, transposed, added, sources)
                 added = added and not mask
             else:
-                y, h = self.operator(own, (cell,), [own], direction, x, steps, wanted, given)
-                flat = self.put("Squeeze", [y, self.integers(1)], self.fresh(f"{own}.flat")) if wanted else ""
-                last = "" if wanted else self.put("Squeeze", [h, self.integers(0)], self.fresh(f"{own}.last"))
-            steps = self.put("Add", [flat, steps], self.fresh(f"{own}.added")) if added else flat
+                y, h = self.operator(owner, (cell,), [owner], direction, x, steps, needs_y, sources)
+                flat = self.put("Squeeze", [y, self.integers(1)], self.fresh(f"{owner}.flat")) if needs_y else ""
+                last = "" if needs_y else self.put("Squeeze", [h, self.integers(0)], self.fresh(f"{owner}.last"))
+            steps = self.put("Add", [flat, steps], self.fresh(f"{owner}.added")) if added else flat
             last = "" if added else last
         if node.return_sequences:
             rows = self.put("Transpose", [steps], self.fresh(f"{name}.rows"), perm=[1, 0, 2])
@@ -363,28 +363,27 @@ class CellWriter(Pieces):
         one = node.merge_mode == "concat" and len(cells) == 2 and not mask and self.dtype == np.float32
         if one and can_be_operator(cells):
             steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
-            wanted = node.forward.return_sequences
-            y, h = self.operator(name, cells, names, "bidirectional", x, steps, wanted, starts)
-            perm, shape = ([2, 0, 1, 3], (0, 0, -1)) if wanted else ([1, 0, 2], (0, -1))
-            rows = self.put("Transpose", [y if wanted else h], self.fresh(f"{name}.rows"), perm=perm)
+            sequences = node.forward.return_sequences
+            y, h = self.operator(name, cells, names, "bidirectional", x, steps, sequences, starts)
+            perm, shape = ([2, 0, 1, 3], (0, 0, -1)) if sequences else ([1, 0, 2], (0, -1))
+            rows = self.put("Transpose", [y if sequences else h], self.fresh(f"{name}.rows"), perm=perm)
             self.put("Reshape", [rows, self.integers(*shape)], output, f"{name}.concat")
             return
         ends = [self.fresh(f"{way}.out") for way in names]
         count = len(node.forward.state_sizes)
         each = (starts[:count], starts[count:])
-        for way, direction, end, given in zip(names, directions, ends, each, strict=True):
+        for way, direction, end, sources in zip(names, directions, ends, each, strict=True):
             if way == names[0] or not direction.return_sequences:
-                self.stack(way, direction, x, end, mask, given)
+                self.stack(way, direction, x, end, mask, sources)
             else:
                 backwards = self.fresh(f"{way}.backwards")
-                self.stack(way, direction, x, backwards, mask, given)
+                self.stack(way, direction, x, backwards, mask, sources)
                 self.cut(backwards, slice(None, None, -1), 1, end, f"{way}.out")
         self.merge(node.merge_mode.replace("sum", "add"), ends, -1, output, f"{name}.merged")
 
 
 def cell_names(name: str, node: Node) -> list[str]:
     """Return the names of the states of a node's cells."""
-    directions = {name: node.cells}
     if isinstance(node, Bidirectional):
-        directions = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
-    return [own if len(cells) == 1 else f"{own}.{n}" for own, cells in directions.items() for n in range(len(cells))]
+        return [*cell_names(f"{name}.forward", node.forward), *cell_names(f"{name}.backward", node.backward)]
+    return [name] if len(node.cells) == 1 else [f"{name}.{n}" for n in range(len(node.cells))]

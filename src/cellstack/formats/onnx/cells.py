@@ -15,7 +15,7 @@ from cellstack.cells.activations import activation
 from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import Array, from_rows, reorder
 from cellstack.cells.spec import CellSpec
-from cellstack.formats.build import clean
+from cellstack.formats.build import clean, errors_of
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
 from cellstack.network import Network
@@ -157,8 +157,8 @@ def read_operator(scope: Scope, node: Any) -> Operator:
     constants = {key: scope.constant(name) for key, name in inputs.items() if key not in ("X", "sequence_lens")}
     for key in ("W", "R", "B", "P", *names[8:]):
         if (key in inputs or key in ("W", "R")) and not isinstance(constants.get(key), np.ndarray):
-            found = _origin(scope, inputs[key]) if key in inputs else "none"
-            raise FormatError(f"{where}: expected {key} to be constant, found {found}")
+            origin = _origin(scope, inputs[key]) if key in inputs else "none"
+            raise FormatError(f"{where}: expected {key} to be constant, found {origin}")
     arrays = {key: value for key, value in constants.items() if isinstance(value, np.ndarray)}
     if names is QUANTISED:
         _dequantise(where, arrays)
@@ -204,9 +204,9 @@ def _settings(where: str, kind: Kind, attributes: dict[str, Any], direction: str
     shared = gates_of(kind)
     settings = []
     for d in range(count):
-        own = dict(zip(slots, texts[d * each : (d + 1) * each], strict=True))
-        usual = {"recurrent_activation": own.pop(shared[0])} if shared else {}
-        settings.append({**flags, **usual, "activation": next(iter(own.values())), "gate_activations": own})
+        by_slot = dict(zip(slots, texts[d * each : (d + 1) * each], strict=True))
+        usual = {"recurrent_activation": by_slot.pop(shared[0])} if shared else {}
+        settings.append({**flags, **usual, "activation": next(iter(by_slot.values())), "gate_activations": by_slot})
     return settings
 
 
@@ -217,12 +217,12 @@ def _activations(where: str, names: list[str], attributes: dict[str, Any]) -> li
     for name in names:
         if name not in NAMES:
             raise FormatError(f"{where}: expected activations of {', '.join(NAMES)}, found {short(name)}")
-        given = []
+        parameters = []
         for left, usual in zip(values, PARAMETERS.get(name, ()), strict=False):
             if not left and name in GIVEN:
                 raise FormatError(f"{where}: {name} needs alpha and beta")
-            given.append(decimal(left.pop(0) if left else usual))
-        text = NAMES[name] + (f"({', '.join(map(repr, given))})" if given else "")
+            parameters.append(decimal(left.pop(0) if left else usual))
+        text = NAMES[name] + (f"({', '.join(map(repr, parameters))})" if parameters else "")
         text = "linear" if text == "affine(1.0, 0.0)" else text
         try:
             activation(text)
@@ -240,9 +240,9 @@ def activation_text(node: Any, attributes: dict[str, Any]) -> str | None:
     usual = PARAMETERS.get(node.op_type, ())
     if node.op_type not in NAMES or None in usual:
         return None
-    given = [attributes.get(key, value) for key, value in zip(("alpha", "beta"), usual, strict=False)]
-    parameters = ", ".join(repr(decimal(value)) for value in given)
-    return NAMES[node.op_type] + (f"({parameters})" if given else "")
+    values = [attributes.get(key, value) for key, value in zip(("alpha", "beta"), usual, strict=False)]
+    parameters = ", ".join(repr(decimal(value)) for value in values)
+    return NAMES[node.op_type] + (f"({parameters})" if values else "")
 
 
 def decimal(value: float) -> float:
@@ -284,36 +284,34 @@ def _cells(
     if hidden is not None and hidden != units:
         raise FormatError(f"{where}: expected R [{ways}, {gates}·H, H] with H={short(hidden)}, found {recurrent.shape}")
     wide = gates * units
-    wanted = {"W": (ways, wide, weights.shape[-1] if weights.ndim == 3 else 0), "R": (ways, wide, units)}
-    wanted |= {"B": (ways, 2 * wide), "P": (ways, (gates - 1) * units)}
+    shapes = {"W": (ways, wide, weights.shape[-1] if weights.ndim == 3 else 0), "R": (ways, wide, units)}
+    shapes |= {"B": (ways, 2 * wide), "P": (ways, (gates - 1) * units)}
     dtype = np.dtype(np.float64 if weights.dtype == np.float64 else np.float32)
-    for key, shape in wanted.items():
+    for key, shape in shapes.items():
         if key in arrays and (arrays[key].shape != shape or 0 in shape):
             raise FormatError(f"{where}: expected {key} of shape {list(shape)}, found {list(arrays[key].shape)}")
         if key in arrays and arrays[key].dtype.kind != "f":
             raise FormatError(f"{where}: expected {key} as floats, found {arrays[key].dtype}")
-    arrays = {key: value.astype(dtype) for key, value in arrays.items() if key in wanted}
+    arrays = {key: value.astype(dtype) for key, value in arrays.items() if key in shapes}
     starts = _starts(where, kind, states, ways, units, batch_first)
     cells = []
     for d, flags in enumerate(settings):
-        given: dict[str, Any] = {"use_bias": "B" in arrays, "peepholes": "P" in arrays and "peepholes" in kind.settings}
-        try:
-            spec = CellSpec(weights.shape[2], units, **flags, **given, learn_initial_state=bool(starts))
-        except (ValueError, TypeError) as error:
-            raise FormatError(f"{where}: {str(error)[:200]}") from None
+        flags = {**flags, "use_bias": "B" in arrays, "peepholes": "P" in arrays and "peepholes" in kind.settings}
+        with errors_of(where):
+            spec = CellSpec(weights.shape[2], units, **flags, learn_initial_state=bool(starts))
         biases = tuple(np.split(arrays["B"][d], 2)) if "B" in arrays else ()
         rows = from_rows(kind.name, arrays["W"][d], arrays["R"][d], biases, ORDER[kind.name], spec.reset_after)
-        own: dict[str, Any] = rows._asdict()
+        by_name: dict[str, Any] = rows._asdict()
         if spec.peepholes:
-            own["peepholes"] = reorder(arrays["P"][d], *orders_of_peepholes(kind))
+            by_name["peepholes"] = reorder(arrays["P"][d], *orders_of_peepholes(kind))
         for name, gates_of_array in gates_of_arrays(kind).items():  # of a coupled f, they exist, but aren't used
-            if own.get(name) is not None:
-                kept = [n for n, gate in enumerate(gates_of_array) if gate in spec.gates]
-                own[name] = blocks_of(own[name], units)[..., kept, :].reshape(*own[name].shape[:-1], -1)
+            if by_name.get(name) is not None:
+                used = [n for n, gate in enumerate(gates_of_array) if gate in spec.gates]
+                by_name[name] = blocks_of(by_name[name], units)[..., used, :].reshape(*by_name[name].shape[:-1], -1)
         if spec.peepholes:
-            own["peepholes"] = own["peepholes"].reshape(-1, units)
-        own |= {f"initial_{key}": values[d].astype(dtype) for key, values in starts.items() if key in spec.state_sizes}
-        cells.append(Cell(spec, **own))
+            by_name["peepholes"] = by_name["peepholes"].reshape(-1, units)
+        first = {f"initial_{key}": rows[d].astype(dtype) for key, rows in starts.items() if key in spec.state_sizes}
+        cells.append(Cell(spec, **by_name, **first))
     return tuple(cells)
 
 
@@ -343,7 +341,7 @@ def _starts(
 
     A learned initial state has equal rows.
     """
-    found: dict[str, Array] = {}
+    starts: dict[str, Array] = {}
     for key, value in states.items():
         if value is None:
             continue
@@ -360,7 +358,7 @@ def _starts(
             raise FormatError(f"{where}: expected {key} of [{ways}, B, {units}], found {array.shape}") from None
         if not np.isfinite(wide).all() or (wide != wide[:, :1]).any():
             raise FormatError(f"{where}: the rows of {key} must be equal")
-        found[key.removeprefix("initial_")] = wide[:, 0]
-    if found:
-        found = {key: found.get(key, np.zeros((ways, units))) for key in kind.state._fields}
-    return found
+        starts[key.removeprefix("initial_")] = wide[:, 0]
+    if starts:
+        starts = {key: starts.get(key, np.zeros((ways, units))) for key in kind.state._fields}
+    return starts

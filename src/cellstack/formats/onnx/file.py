@@ -115,8 +115,8 @@ class Model:
     @property
     def source(self) -> dict[str, Any]:
         """The origin of the network, for its metadata."""
-        made = {"producer": self.producer, "opset": self.opset}
-        return {"format": "onnx", **{key: value for key, value in made.items() if value}}
+        origin = {"producer": self.producer, "opset": self.opset}
+        return {"format": "onnx", **{key: value for key, value in origin.items() if value}}
 
     @cached_property
     def said(self) -> dict[str, Any]:
@@ -124,13 +124,13 @@ class Model:
         text = self.note
         if text is None:
             return {}
-        found = parse(f"{self.path}: the metadata {KEY}", text)
-        metadata, states = (found.get("metadata"), found.get("states")) if isinstance(found, dict) else (None, None)
+        note = parse(f"{self.path}: the metadata {KEY}", text)
+        metadata, states = (note.get("metadata"), note.get("states")) if isinstance(note, dict) else (None, None)
         pairs = states if isinstance(states, list) else [None]
         named = all(isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs)
         if not isinstance(metadata, dict) or not named:
             raise FormatError(f"{self.path}: expected metadata and states as the metadata {KEY}, found {short(text)}")
-        zeros = found.get("zero_output_for_mask")
+        zeros = note.get("zero_output_for_mask")
         return {"metadata": metadata, "states": states, "zeros": zeros if isinstance(zeros, list) else []}
 
     def attributes(self, node: Any) -> Attributes:
@@ -194,7 +194,7 @@ class Scope:
         self.inputs = tuple(value.name for value in self.graph.input)
         if len(set(self.inputs)) != len(self.inputs):
             raise FormatError(f"{where}: the names of inputs must differ, found {short(list(self.inputs))}")
-        made = {*self.initializers, *self.inputs, *(tensor.values.name for tensor in self.graph.sparse_initializer)}
+        computed = {*self.initializers, *self.inputs, *(tensor.values.name for tensor in self.graph.sparse_initializer)}
         for node in self.graph.node:
             if len({entry.name for entry in node.attribute}) != len(node.attribute):
                 raise FormatError(f"{where}: node {short(label(node))}: an attribute occurs twice")
@@ -202,18 +202,18 @@ class Scope:
             if not all(isinstance(word, str) for word in words):  # protobuf returns bytes that aren't UTF-8
                 raise FormatError(f"{where}: node {short(label(node))}: names must be UTF-8")
             for name in node.input:
-                if name and name not in made and not self._outside(name):
+                if name and name not in computed and not self._outside(name):
                     raise FormatError(
                         f"{where}: node {short(label(node))}: input {short(name)} isn't computed before the node"
                     )
             for name in node.output:
-                if name in made:
+                if name in computed:
                     raise FormatError(f"{where}: node {short(label(node))}: {short(name)} is computed more than once")
                 if name:
-                    made.add(name)
+                    computed.add(name)
                     self.producers[name] = node
         for value in self.graph.output:
-            if value.name not in made and not self._outside(value.name):
+            if value.name not in computed and not self._outside(value.name):
                 raise FormatError(f"{where}: no node computes the output {short(value.name)}")
 
     @property
@@ -263,24 +263,24 @@ class Scope:
         return any(name in self.known and self.known[name] is None for name in node.input)
 
     def _compute(self, node: Any, values: list[Constant | None]) -> None:
-        made: list[Constant | None] = [None] * len(node.output)
+        outputs: list[Constant | None] = [None] * len(node.output)
         if node.domain in DOMAINS:
             where = f"{self.model.path}: node {short(label(node))}"
             attributes = {} if any(e.type in (5, 10) for e in node.attribute) else self.model.attributes(node)
-            given = [bool(name) for name in node.input]
+            present = [bool(name) for name in node.input]
             try:
-                found = fold(node.op_type, attributes, values, given, len(node.output), self.model)
+                folded = fold(node.op_type, attributes, values, present, len(node.output), self.model)
             except TooMuchError as error:
                 raise FormatError(f"{where}: {error}") from None
             except ODD as error:
                 raise FormatError(f"{where}: {node.op_type}: {str(error)[:200]}") from None
-            if found is not None:
-                made = found
-                if node.op_type == "Expand" and isinstance(made[0], Broadcast) and self.counting < MOST_COUNTING:
+            if folded is not None:
+                outputs = folded
+                if node.op_type == "Expand" and isinstance(outputs[0], Broadcast) and self.counting < MOST_COUNTING:
                     self.counting += 1  # the list may contain an Expand whose own lengths are counted
-                    made = [self._ranked(made[0], self._count(node.input[1]))]
+                    outputs = [self._ranked(outputs[0], self._count(node.input[1]))]
                     self.counting -= 1
-        for name, value in zip(node.output, made, strict=True):
+        for name, value in zip(node.output, outputs, strict=True):
             self.known[name] = value
 
     def _ranked(self, value: Broadcast, axes: int | None) -> Broadcast:
@@ -316,8 +316,8 @@ class Scope:
 
     def _one_length(self, node: Any) -> bool:
         """Whether a node is a Shape that returns one length."""
-        found = {entry.name: entry.i for entry in node.attribute} if node.op_type == "Shape" else {}
-        return found.get("end", 0) - found.get("start", 0) == 1
+        attributes = {entry.name: entry.i for entry in node.attribute} if node.op_type == "Shape" else {}
+        return attributes.get("end", 0) - attributes.get("start", 0) == 1
 
     def _flat(self, node: Any) -> bool:
         """Whether a node is a Reshape to one axis."""

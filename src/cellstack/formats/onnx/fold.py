@@ -29,11 +29,11 @@ NEEDED = {  # number of required inputs, 1 by default
 }  # fmt: skip
 
 
-def check_inputs(operator: str, given: Sequence[bool]) -> None:
+def check_inputs(operator: str, present: Sequence[bool]) -> None:
     """Raise `ValueError` where an operator lacks a required input."""
-    count = max(1, len(given)) if operator in ("Concat", "Max", "Mean", "Min", "Sum") else NEEDED.get(operator, 1)
-    if not all(given[:count]) or len(given) < count:
-        raise ValueError(f"expected at least {count} input{'s' * (count != 1)}, found {sum(given[:count])}")
+    count = max(1, len(present)) if operator in ("Concat", "Max", "Mean", "Min", "Sum") else NEEDED.get(operator, 1)
+    if not all(present[:count]) or len(present) < count:
+        raise ValueError(f"expected at least {count} input{'s' * (count != 1)}, found {sum(present[:count])}")
 
 
 class Budget:
@@ -297,7 +297,7 @@ OPEN = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # the input that may be u
 
 
 def fold(
-    operator: str, attributes: dict[str, Any], values: list[Any], given: list[bool], outputs: int, model: Any
+    operator: str, attributes: dict[str, Any], values: list[Any], present: list[bool], outputs: int, model: Any
 ) -> list[Any] | None:
     """Return an operator's outputs for constant inputs; None where unknown or unsupported.
 
@@ -313,10 +313,10 @@ def fold(
         TooMuchError: more numbers than a file of this size may compute.
         ValueError: invalid inputs of the operator.
     """
-    run = OPERATORS.get(operator)
-    if run is None:
+    compute = OPERATORS.get(operator)
+    if compute is None:
         return None
-    check_inputs(operator, given)
+    check_inputs(operator, present)
     if operator == "Concat" and all(isinstance(value, Broadcast) and value.ranked for value in values):
         return _concat_broadcast(attributes, [value.array for value in values])
     if values and isinstance(values[0], Broadcast):
@@ -332,17 +332,17 @@ def fold(
             and operator in KEEP_RANKED
             and not any(
                 value is None or isinstance(value, Broadcast)
-                for value, there in zip(values[1:], given[1:], strict=True)
+                for value, there in zip(values[1:], present[1:], strict=True)
                 if there
             )
         ):
-            made = run(model, attributes, [array, *values[1:]], outputs)
-            return None if made is None else [Broadcast(part, True) for part in made]
+            arrays = compute(model, attributes, [array, *values[1:]], outputs)
+            return None if arrays is None else [Broadcast(part, True) for part in arrays]
         return None
-    for number, (value, there) in enumerate(zip(values, given, strict=True)):
+    for number, (value, there) in enumerate(zip(values, present, strict=True)):
         if isinstance(value, Broadcast) or (there and value is None and OPEN.get(operator) != number):
             return None
-    made = run(model, attributes, values, outputs)
-    if made is not None and len(made) != outputs:
-        raise ValueError(f"expected {len(made)} outputs, found {outputs}")
-    return made
+    arrays = compute(model, attributes, values, outputs)
+    if arrays is not None and len(arrays) != outputs:
+        raise ValueError(f"expected {len(arrays)} outputs, found {outputs}")
+    return arrays

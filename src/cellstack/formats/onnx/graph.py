@@ -183,7 +183,7 @@ class Reader:
 
     # ── helpers of the handlers ───────────────────────────────────────────────────────────────────────────────────────
 
-    def put(self, node: Any, made: Node, x: Flowing, *others: Flowing, axes: Sequence[str] | None = None) -> Flowing:
+    def put(self, node: Any, new: Node, x: Flowing, *others: Flowing, axes: Sequence[str] | None = None) -> Flowing:
         """Add a node, and return its output.
 
         Args:
@@ -193,17 +193,17 @@ class Reader:
             others: its other inputs.
             axes: those of its output; None = the axes of `x`.
         """
-        self.builder.make(made.parameters)  # each node has its own copy, even of shared weights
+        self.builder.make(new.parameters)  # each node has its own copy, even of shared weights
         name = node if isinstance(node, str) else label(node)
-        wire = self.builder.add(name, made, x.wire, *(other.wire for other in others))
+        wire = self.builder.add(name, new, x.wire, *(other.wire for other in others))
         same = axes is None
         return Flowing(wire, x.axes if same else tuple(axes), self.shape(wire), x.batch, x.parts if same else ())
 
     def shape(self, wire: str) -> Shape:
         """Return the shape of a wire."""
-        found = self.builder.shapes[wire]
-        assert found is not None  # every input has one
-        return found
+        shape = self.builder.shapes[wire]
+        assert shape is not None  # every input has one
+        return shape
 
     def value(self, name: str) -> Any:
         """Return the value of a name; None for an empty name."""
@@ -229,16 +229,16 @@ class Reader:
                 "after padding that depends on the number of steps, only a convolution over time is supported"
             )
         if not isinstance(value, Flowing):
-            found = (
+            kind = (
                 "none" if value is None else "a constant" if isinstance(value, (np.ndarray, Broadcast)) else "another"
             )
-            raise Refused(f"{what} must be data, found {found}")
+            raise Refused(f"{what} must be data, found {kind}")
         return value
 
     def summed(self, squares: Squares) -> Flowing:
         """Return a sum of squares as a wire."""
-        made = [self.put(squares.name, Merge("mul"), part, part) for part in squares.parts]
-        total = made[0] if len(made) == 1 else self.put(squares.name, Merge("add"), *made)
+        squared = [self.put(squares.name, Merge("mul"), part, part) for part in squares.parts]
+        total = squared[0] if len(squared) == 1 else self.put(squares.name, Merge("add"), *squared)
         if squares.epsilon:
             total = self.put(squares.name, Activation(f"affine(1.0, {squares.epsilon!r})"), total)
         return total
@@ -309,8 +309,8 @@ class Reader:
         for node in self.scope.graph.node:
             open_ = any(name and self.scope.constant(name) is None for name in node.output)
             if id(node) in self.live and (open_ or self._has_shape(node)):
-                made = self._read(node)
-                for name, value in zip(node.output, made, strict=False):
+                outputs = self._read(node)
+                for name, value in zip(node.output, outputs, strict=False):
                     if name:
                         self.values[name] = value
 
@@ -335,8 +335,8 @@ class Reader:
                 raise Refused(f"the operator{domain} isn't supported")
             if any(reported):
                 return [Unknown("", True)] * len(node.output)
-            made = handler(self, node, self.model.attributes(node), values)
-            return [*made, *[Unknown("the output isn't supported", False)] * (len(node.output) - len(made))]
+            outputs = handler(self, node, self.model.attributes(node), values)
+            return [*outputs, *[Unknown("the output isn't supported", False)] * (len(node.output) - len(outputs))]
         except TooMuchError as error:
             raise FormatError(f"{self.model.path}: {node.op_type} {short(label(node))}: {error}") from None
         except FormatError as error:
@@ -360,10 +360,10 @@ class Reader:
         if node.op_type == "Equal" and not any(negative):
             return unknown  # lengths that aren't known are only sure to differ from negative numbers
         try:
-            made = fold(node.op_type, attributes, arrays, [bool(n) for n in node.input], len(node.output), self.model)
+            known = fold(node.op_type, attributes, arrays, [bool(n) for n in node.input], len(node.output), self.model)
         except TypeError:  # arithmetic on unknown lengths
-            made = None
-        return unknown * len(node.output) if made is None else [_settled(np.asarray(array, object)) for array in made]
+            known = None
+        return unknown * len(node.output) if known is None else [_settled(np.asarray(array, object)) for array in known]
 
     def _refuse(self, node: Any, text: str) -> None:
         where = line_of(node)
@@ -375,9 +375,9 @@ def _cast(value: Any, kind: type) -> Any:
     if not isinstance(value, Symbols):
         return value
     entries = [entry.cast(kind) if isinstance(entry, Formula) else entry for entry in value.array.reshape(-1)]
-    made = np.empty(len(entries), object)
-    made[:] = entries
-    return Symbols(made.reshape(value.array.shape))
+    array = np.empty(len(entries), object)
+    array[:] = entries
+    return Symbols(array.reshape(value.array.shape))
 
 
 def _settled(array: Any) -> Any:

@@ -92,23 +92,23 @@ def regrouped(reader: Reader, x: Flowing, target: Sequence[Any], keep_zero: bool
     except Refused:
         return None
     lengths = grid.lengths
-    wanted = [lengths[n] if e == 0 and not keep_zero and n < len(lengths) else e for n, e in enumerate(target)]
+    shape = [lengths[n] if e == 0 and not keep_zero and n < len(lengths) else e for n, e in enumerate(target)]
     items = [axis for axis in grid.axes if axis != "1"]
-    found = next(
-        (made for strict in (True, False) if (made := _matched(grid, items, wanted, strict)) is not None), None
+    axes = next(
+        (matched for strict in (True, False) if (matched := _matched(grid, items, shape, strict)) is not None), None
     )
-    if found is None:
+    if axes is None:
         return None
     sizes = dict(grid.parts)
-    if {axis for axis in found if axis in sizes} == sizes.keys():  # only axes of length 1 change
-        return as_features(replace(grid, axes=tuple(map(str, found))))
+    if {axis for axis in axes if axis in sizes} == sizes.keys():  # only axes of length 1 change
+        return as_features(replace(grid, axes=tuple(map(str, axes))))
     grid, free = in_order(reader, grid), fresh(grid.axes)
-    named = [(next(free), axis) if isinstance(axis, int) else (axis, sizes.get(axis, 0)) for axis in found]
+    named = [(next(free), axis) if isinstance(axis, int) else (axis, sizes.get(axis, 0)) for axis in axes]
     parts = tuple((name, size) for name, size in named if size)
     return as_features(replace(grid, axes=tuple(name for name, _ in named), parts=parts))
 
 
-def _matched(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> list[Any] | None:
+def _matched(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool) -> list[Any] | None:
     """Return for each axis of a shape the value's axis, "1", or the length of a new part; None if nothing matches.
 
     Args:
@@ -118,20 +118,20 @@ def _matched(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) 
         strict: whether a number can't match an unknown length; in files written for one size it can.
     """
     sizes = dict(x.parts)
-    if not wanted:
+    if not shape:
         return None if any(sizes.get(item) != 1 for item in items) else []
-    first, rest = wanted[0], wanted[1:]
-    for made, left, behind in _ways(x, items, wanted, strict):
+    first, rest = shape[0], shape[1:]
+    for axes, left, behind in _ways(x, items, shape, strict):
         if (tail := _matched(x, left, behind, strict)) is not None:
-            return [*made, *tail]
+            return [*axes, *tail]
     if first == 1 and (tail := _matched(x, items, rest, strict)) is not None:
         return ["1", *tail]
     if items and sizes.get(items[0]) == 1:
-        return _matched(x, items[1:], wanted, strict)
+        return _matched(x, items[1:], shape, strict)
     return None
 
 
-def _ways(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> Iterator[tuple[list[Any], Any, Any]]:
+def _ways(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool) -> Iterator[tuple[list[Any], Any, Any]]:
     """Yield matches of the first axes: the axes of the shape as `_matched` returns them, the axes and lengths left."""
     sizes = dict(x.parts)
 
@@ -144,30 +144,30 @@ def _ways(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> 
         run = next((n for n, item in enumerate(items) if item not in sizes), len(items))
         for count in range(1, run + 1):
             total = prod(sizes[item] for item in items[:count])
-            for number in range(1, len(wanted) + 1):
-                entries = wanted[:number]
+            for number in range(1, len(shape) + 1):
+                entries = shape[:number]
                 if any(isinstance(entry, Dim) for entry in entries):
                     break
                 known = prod(entry for entry in entries if entry != -1)
                 if known != total and (-1 not in entries or total % known):
                     continue
                 lengths = [total // known if entry == -1 else int(entry) for entry in entries]
-                made = (
+                axes = (
                     [items[0]] if (count, number) == (1, 1) else [length if length > 1 else "1" for length in lengths]
                 )
-                yield made, items[count:], wanted[number:]
+                yield axes, items[count:], shape[number:]
     elif items[0] in MERGED:
         apart = MERGED[items[0]]
-        if fits(x.length(items[0]), wanted[0]):
-            yield items[:1], items[1:], wanted[1:]
-        if len(wanted) > 1 and all(fits(Dim((axis,)), entry) for axis, entry in zip(apart, wanted, strict=False)):
-            yield list(apart), items[1:], wanted[2:]
+        if fits(x.length(items[0]), shape[0]):
+            yield items[:1], items[1:], shape[1:]
+        if len(shape) > 1 and all(fits(Dim((axis,)), entry) for axis, entry in zip(apart, shape, strict=False)):
+            yield list(apart), items[1:], shape[2:]
     else:
-        if fits(x.length(items[0]), wanted[0]):
-            yield items[:1], items[1:], wanted[1:]
+        if fits(x.length(items[0]), shape[0]):
+            yield items[:1], items[1:], shape[1:]
         for merged, apart in MERGED.items():
-            if items[:2] == list(apart) and fits(Dim(("B", "T")), wanted[0]):
-                yield [merged], items[2:], wanted[1:]
+            if items[:2] == list(apart) and fits(Dim(("B", "T")), shape[0]):
+                yield [merged], items[2:], shape[1:]
 
 
 def without(x: Flowing, gone: Sequence[int]) -> Flowing:
@@ -182,8 +182,8 @@ def cut_part(reader: Reader, node: Any, x: Flowing, axis: int, taken: range) -> 
     name, sizes = x.axes[axis], dict(x.parts)
     x = outermost(reader, x, name)
     inner = prod(sizes.values()) // sizes[name]
-    made = Select(taken.start * inner, taken.stop * inner, axis=-1) if taken.step == 1 else _blocks(taken, inner)
-    y = reader.put(node, made, x)
+    selection = Select(taken.start * inner, taken.stop * inner, axis=-1) if taken.step == 1 else _blocks(taken, inner)
+    y = reader.put(node, selection, x)
     return replace(y, parts=((name, len(taken)), *x.parts[1:]))
 
 
@@ -198,10 +198,10 @@ def pad_part(
     """Return a value with one part padded."""
     x, size = outermost(reader, x, axis), dict(x.parts)[axis]
     inner = prod(size for _, size in x.parts[1:])
-    made: Node = Pad(before * inner, after * inner, value, -1)
+    padding: Node = Pad(before * inner, after * inner, value, -1)
     if mode != "constant":
-        made = _blocks(Take.of_padding(mode, size, before, after).indices, inner)
-    y = reader.put(node, made, x)
+        padding = _blocks(Take.of_padding(mode, size, before, after).indices, inner)
+    y = reader.put(node, padding, x)
     return replace(y, parts=((axis, before + size + after), *x.parts[1:]))
 
 
@@ -209,30 +209,30 @@ def joined(reader: Reader, node: Any, flows: Sequence[Flowing], axis: int) -> Fl
     """Return values concatenated along a feature axis, or along an axis of length 1, which becomes one."""
     grids = [as_grid(flow) for flow in flows]
     name = next((grid.axes[axis] for grid in grids if grid.axes[axis] in dict(grid.parts)), next(fresh(grids[0].axes)))
-    over, made = list[int](), list[Flowing]()
+    over, values = list[int](), list[Flowing]()
     for grid in grids:
         sizes = dict(grid.parts)
         if grid.axes[axis] not in (*sizes, "1"):
             raise Refused(f"values can only be concatenated along features or time, found axis {grid.axes[axis]}")
-        own = grid.axes[axis]
-        over.append(sizes.get(own, 1))
-        kept = [a for n, a in enumerate(grid.axes) if a in sizes and n != axis]
-        grid = arranged(reader, grid, [*([own] if own != "1" else []), *kept])
+        here = grid.axes[axis]
+        over.append(sizes.get(here, 1))
+        others = [a for n, a in enumerate(grid.axes) if a in sizes and n != axis]
+        grid = arranged(reader, grid, [*([here] if here != "1" else []), *others])
         axes = tuple(name if n == axis else a for n, a in enumerate(grid.axes))
-        made.append(replace(grid, axes=axes, parts=((name, over[-1]), *((a, sizes[a]) for a in kept))))
-    first = made[0]
+        values.append(replace(grid, axes=axes, parts=((name, over[-1]), *((a, sizes[a]) for a in others))))
+    first = values[0]
     rest = [size for _, size in first.parts[1:]]
     places = {name: n for n, name in enumerate(first.axes)}
-    for other in made[1:]:
+    for other in values[1:]:
         both = f"{shown(first.lengths)} and {shown(other.lengths)}"
         alike = [places.get(a) for a, _ in first.parts[1:]] == [other.axes.index(a) for a, _ in other.parts[1:]]
         if not alike or [size for _, size in other.parts[1:]] != rest or len(other.axes) != len(first.axes):
             raise Refused(f"expected values of compatible shapes, found {both}")
         if [a for a in other.axes if a in "BTN"] != [a for a in first.axes if a in "BTN"]:
             raise Refused(f"expected values with the same axes, found {both}")
-    if len(made) == 1:
+    if len(values) == 1:
         return as_features(first)
-    y = reader.put(node, Merge("concat"), *made)
+    y = reader.put(node, Merge("concat"), *values)
     return as_features(replace(y, axes=first.axes, parts=((name, sum(over)), *first.parts[1:])))
 
 
@@ -280,13 +280,13 @@ def aligned(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing
     rank = max(len(grid.axes) for grid in grids)
     wide = max(grids, key=lambda grid: (len(grid.parts), prod(size for _, size in grid.parts)))
     axes = ("1",) * (rank - len(wide.axes)) + wide.axes
-    sizes, made = dict(wide.parts), []
+    sizes, values = dict(wide.parts), []
     for grid in grids:
-        own = ("1",) * (rank - len(grid.axes)) + grid.axes
+        own_axes = ("1",) * (rank - len(grid.axes)) + grid.axes
         lengths = dict(grid.parts)
         names: dict[str, str] = {}
         both = f"{shown(wide.lengths)} and {shown(grid.lengths)}"
-        for one, other in zip(own, axes, strict=True):
+        for one, other in zip(own_axes, axes, strict=True):
             if one in lengths and (other not in sizes or lengths[one] not in (1, sizes[other])):
                 raise Refused(f"expected values of compatible shapes, found {both}")
             if one not in lengths and one not in ("1", other):
@@ -296,24 +296,24 @@ def aligned(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing
         parts = tuple((names[name], size) for name, size in grid.parts)
         labels = tuple(
             other if one in lengths or (one == "1" and other in sizes) else one
-            for one, other in zip(own, axes, strict=True)
+            for one, other in zip(own_axes, axes, strict=True)
         )
-        made.append(_repeated(reader, node, replace(grid, axes=labels, parts=parts), wide))
-    return made
+        values.append(_repeated(reader, node, replace(grid, axes=labels, parts=parts), wide))
+    return values
 
 
 def _repeated(reader: Reader, node: Any, x: Flowing, wide: Flowing) -> Flowing:
     """Return a value with the parts of another one, repeated along those that it lacks; one number stays as it is."""
-    own, sizes = dict(x.parts), dict(wide.parts)
-    if prod(own.values()) == 1:
+    own_sizes, sizes = dict(x.parts), dict(wide.parts)
+    if prod(own_sizes.values()) == 1:
         return x
-    if len(own) == len(sizes) and prod(own.values()) == prod(sizes.values()):
+    if len(own_sizes) == len(sizes) and prod(own_sizes.values()) == prod(sizes.values()):
         return arranged(reader, x, list(sizes))
     names = [name for name, _ in x.parts]
-    places = np.arange(prod(own.values())).reshape([own[name] for name in names])
-    there = [name for name in sizes if name in own]
+    places = np.arange(prod(own_sizes.values())).reshape([own_sizes[name] for name in names])
+    there = [name for name in sizes if name in own_sizes]
     places = places.transpose([names.index(name) for name in there])
-    places = places.reshape([own.get(name, 1) for name in sizes])
+    places = places.reshape([own_sizes.get(name, 1) for name in sizes])
     reader.builder.make(prod(sizes.values()))
     indices = np.broadcast_to(places, list(sizes.values())).reshape(-1)
     y = reader.put(f"{label(node)}.repeated", Take(tuple(indices.tolist())), x)
@@ -327,17 +327,17 @@ def over_steps(reader: Reader, flows: Sequence[Flowing]) -> list[Flowing]:
     if len({flow.axes for flow in flows}) == 1 or not any("T" in flow.axes for flow in flows):
         return flows
     wide = next(flow for flow in flows if "T" in flow.axes)
-    made = []
+    values = []
     for flow in flows:
         at, here = wide.axes.index("T"), flow
         if flow.axes[at] == "1" and "T" not in flow.axes and len(flow.shape) == 1:
             here = reader.put(f"{flow.wire}.step", Reshape((1, -1)), flow)
         axes = list(flow.axes)
-        for n, (own, other) in enumerate(zip(flow.axes, wide.axes, strict=True)):
+        for n, (own_axis, other) in enumerate(zip(flow.axes, wide.axes, strict=True)):
             one = (other == "T" and here is not flow) or (other == "F" and here.shape[-1] == 1)
-            axes[n] = other if own == "1" and (one or other == "B") else own
-        made.append(replace(here, axes=tuple(axes)))
-    return made
+            axes[n] = other if own_axis == "1" and (one or other == "B") else own_axis
+        values.append(replace(here, axes=tuple(axes)))
+    return values
 
 
 def divided(reader: Reader, node: Any, one: Flowing, other: Flowing) -> Flowing:

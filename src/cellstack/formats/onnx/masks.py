@@ -117,7 +117,7 @@ class GraphMasks:
     def __init__(self, pieces: Pieces, own: str, sources: Sequence[str]) -> None:
         self.pieces, self.own, self.sources = pieces, own, sources
 
-    def made(self) -> str:
+    def of_node(self) -> str:
         """See `Masks`."""
         return self.own
 

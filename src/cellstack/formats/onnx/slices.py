@@ -54,8 +54,8 @@ def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowi
         if len(directions) != 1 or x.width is None:
             raise Refused("the slice must select one of the two directions")
         width = x.width // 2
-        made = Select(directions[0] * width, (directions[0] + 1) * width, axis=-1)
-        return reader.put(node, made, x, axes=["1" if a == "D" else a for a in x.axes])
+        half = Select(directions[0] * width, (directions[0] + 1) * width, axis=-1)
+        return reader.put(node, half, x, axes=["1" if a == "D" else a for a in x.axes])
     if which != "F" or "D" in x.axes:
         raise Refused(f"only slices of time or of the features are supported, found axis {which} of {' '.join(x.axes)}")
     return reader.put(node, Select(start, stop, step, axis=-1), x)
@@ -81,12 +81,12 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     """Read a Slice."""
     filled = values[0] if isinstance(values[0], Filled) else None
     value = filled.of if filled is not None else moving(reader, values[0])
-    given = list(values[1:])
-    if len(given) > 1 and isinstance(given[1], Symbols) and not isinstance(value, States):
-        over = whole(given[2]) if len(given) > 2 and given[2] is not None else range(len(value.axes))
+    arguments = list(values[1:])
+    if len(arguments) > 1 and isinstance(arguments[1], Symbols) and not isinstance(value, States):
+        over = whole(arguments[2]) if len(arguments) > 2 and arguments[2] is not None else range(len(value.axes))
         of = value.wire if filled is None else filled.length_of
-        given[1] = _ends(given[1], [value.axes[axis] for axis in over], of)
-    constants = [v if v is None or isinstance(v, np.ndarray) else None for v in given]
+        arguments[1] = _ends(arguments[1], [value.axes[axis] for axis in over], of)
+    constants = [v if v is None or isinstance(v, np.ndarray) else None for v in arguments]
     taken = slices(attributes, [value, *constants], len(value.axes))
     if taken is None:
         raise Refused("starts and ends must be constant")
@@ -109,16 +109,16 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 def _ends(ends: Symbols, axes: Sequence[str], of: str) -> Any:
     """Return the ends of a Slice of the value `of`, those computed from its number of steps as negative numbers."""
-    made = list(ends.array.reshape(-1))
-    for n, (end, axis) in enumerate(zip(made, axes, strict=True)):
+    entries = list(ends.array.reshape(-1))
+    for n, (end, axis) in enumerate(zip(entries, axes, strict=True)):
         formula = end.formula() if isinstance(end, Counted) else None
         if formula is None:
             continue
         behind = formula.constant(1) if formula.of == of and axis == "T" else None
         if behind is None or behind > 0:
             raise Refused("the end of a slice computed from another value's number of steps isn't supported")
-        made[n] = behind or LARGEST
-    return np.array(made, np.int64) if all(isinstance(end, (int, np.integer)) for end in made) else ends
+        entries[n] = behind or LARGEST
+    return np.array(entries, np.int64) if all(isinstance(end, (int, np.integer)) for end in entries) else ends
 
 
 def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -135,18 +135,18 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     axis = place(attributes.get("axis", 0), len(value.axes))
     part = slice(number, number + 1 or None)
     if isinstance(value, Flowing) and value.axes[axis] in dict(value.parts):
-        found = cut(reader, node, value, axis, part)
-        return [found if index.ndim else grids.without(found, [axis])]
+        part_of_value = cut(reader, node, value, axis, part)
+        return [part_of_value if index.ndim else grids.without(part_of_value, [axis])]
     if isinstance(value, States):
-        found = _cut_states(value, axis, part)
-        kept = [n for n in range(len(found.axes)) if index.ndim or n != axis]
-        return [rearranged(found, kept)]
+        part_of_value = _cut_states(value, axis, part)
+        rest = [n for n in range(len(part_of_value.axes)) if index.ndim or n != axis]
+        return [rearranged(part_of_value, rest)]
     if value.axes[axis] not in ("T", "D", "1"):
         raise Refused(f"expected a step or a direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
     if value.axes[axis] != "T" or index.ndim:
-        found = cut(reader, node, value, axis, part)
+        part_of_value = cut(reader, node, value, axis, part)
         dropped = () if index.ndim else (axis,)
-        return [replace(found, axes=tuple(a for n, a in enumerate(found.axes) if n not in dropped))]
+        return [replace(part_of_value, axes=tuple(a for n, a in enumerate(part_of_value.axes) if n not in dropped))]
     axes = [a for n, a in enumerate(value.axes) if n != axis]
     if number not in (-1, (value.steps or 0) - 1):
         value = cut(reader, node, value, axis, part)
@@ -171,17 +171,17 @@ def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
         length = value.length(value.axes[axis])
     if not isinstance(length, int):
         raise Refused(f"expected an axis of known length, found {value.axes[axis]}")
-    made, start = [], 0
+    parts, start = [], 0
     for name, size in zip(node.output, split_sizes(attributes, values, length, len(node.output)), strict=True):
         part = slice(start, start + size)
         start += size
         if not reader.uses.get(name):
-            made.append(None)
+            parts.append(None)
         elif isinstance(value, States):
-            made.append(_cut_states(value, axis, part))
+            parts.append(_cut_states(value, axis, part))
         else:
-            made.append(cut(reader, node, value, axis, part))
-    return made
+            parts.append(cut(reader, node, value, axis, part))
+    return parts
 
 
 def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -207,8 +207,8 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     elif any(flow.parts for flow in flows) or any(flow.axes[axis : axis + 1] == ("1",) for flow in flows):
         return [grids.joined(reader, node, flows, axis)]
     if any(flow.axes != axes for flow in flows) or axes[axis] not in ("F", "T") or "D" in axes:
-        found = ", ".join(" ".join(flow.axes) for flow in flows)
-        raise Refused(f"values can be joined along features or time only, found axis {axis} of {found}")
+        shapes = ", ".join(" ".join(flow.axes) for flow in flows)
+        raise Refused(f"values can be joined along features or time only, found axis {axis} of {shapes}")
     if len(flows) == 1:
         return [flows[0]]
     if axes[axis] == "T":
@@ -293,13 +293,13 @@ def _with_own_ends(reader: Reader, node: Any, x: Flowing, before: int, after: in
 
     name = node if isinstance(node, str) else label(node)
     near = range(1, max(before, after) + 1) if mode == "reflect" else [0] * max(before, after)
-    made = [x]
+    parts = [x]
     if before:
-        made.insert(0, reader.put(f"{name}.before", Take(tuple(near[:before][::-1]), axis=1), x))
+        parts.insert(0, reader.put(f"{name}.before", Take(tuple(near[:before][::-1]), axis=1), x))
     if after:
         backward = reader.put(f"{name}.backward", Select(step=-1), x)
-        made.append(reader.put(f"{name}.after", Take(tuple(near[:after]), axis=1), backward))
-    return reader.put(node, Merge("concat", axis=1), *made)
+        parts.append(reader.put(f"{name}.after", Take(tuple(near[:after]), axis=1), backward))
+    return reader.put(node, Merge("concat", axis=1), *parts)
 
 
 def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -317,8 +317,8 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     axes = ("1",) * (len(entries) - len(x.axes)) + x.axes
     entries = [1] * (len(axes) - len(entries)) + entries
     x = replace(x, axes=axes)
-    kept = [1 if node.op_type == "Tile" else length for length in x.lengths]
-    new = [n for n, entry in enumerate(entries) if entry not in (1, -1, kept[n])]
+    unchanged = [1 if node.op_type == "Tile" else length for length in x.lengths]
+    new = [n for n, entry in enumerate(entries) if entry not in (1, -1, unchanged[n])]
     if not new:
         return [x]
     at = new[0]

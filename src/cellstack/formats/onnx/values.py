@@ -275,8 +275,8 @@ class Flowing:
 
     def has(self, axes: str) -> bool:
         """Return whether the axes are these; without a B, an axis of length 1 counts as the batch."""
-        found = "".join(self.axes)
-        return found == axes or ("B" not in found and found == axes.replace("B", "1"))
+        letters = "".join(self.axes)
+        return letters == axes or ("B" not in letters and letters == axes.replace("B", "1"))
 
     def at(self, axis: int) -> int:
         """Return an axis counted from the front; `ValueError` where it doesn't exist."""
@@ -364,14 +364,14 @@ def reshaped(flow: Flowing, target: Sequence[Any], keep_zero: bool) -> tuple[str
     axes after B become one, `*`, as in Flatten.
     """
     lengths = flow.lengths
-    wanted = [
+    shape = [
         lengths[n] if entry == 0 and not keep_zero and n < len(lengths) else entry for n, entry in enumerate(target)
     ]
-    wanted = [int(entry) if not isinstance(entry, Dim) else entry for entry in wanted]
+    shape = [int(entry) if not isinstance(entry, Dim) else entry for entry in shape]
     labels = [label for label in flow.axes if label != "1"]
     for strict in (True, False):
         for candidate in _candidates(labels):
-            axes = _aligned(candidate, [_length(flow, label, candidate, labels) for label in candidate], wanted, strict)
+            axes = _aligned(candidate, [_length(flow, label, candidate, labels) for label in candidate], shape, strict)
             if axes is not None:
                 return axes
     return None
@@ -407,23 +407,23 @@ def _length(flow: Flowing, label: str, candidate: list[str], labels: list[str]) 
     return flow.length(label)
 
 
-def _aligned(labels: list[str], lengths: list[Length], wanted: list[Length], strict: bool) -> tuple[str, ...] | None:
+def _aligned(labels: list[str], lengths: list[Length], entries: list[Length], strict: bool) -> tuple[str, ...] | None:
     """Return `labels` with axes of length 1 inserted to match the lengths wanted; None where impossible.
 
     Not `strict`: a number may match an unknown length of B or T, as in files written for one size.
     """
-    if not wanted:
+    if not entries:
         return () if not labels else None
-    first, rest = wanted[0], wanted[1:]
+    first, rest = entries[0], entries[1:]
     if labels:
-        own = lengths[0]
-        loose = not strict and isinstance(own, Dim) and labels[0] in "BTNM*" and first != 1
-        if first == -1 or first == own or loose:
-            found = _aligned(labels[1:], lengths[1:], rest, strict)
-            if found is not None:
-                return (labels[0], *found)
+        length = lengths[0]
+        loose = not strict and isinstance(length, Dim) and labels[0] in "BTNM*" and first != 1
+        if first == -1 or first == length or loose:
+            tail = _aligned(labels[1:], lengths[1:], rest, strict)
+            if tail is not None:
+                return (labels[0], *tail)
     if first == 1:
-        found = _aligned(labels, lengths, rest, strict)
-        if found is not None:
-            return ("1", *found)
+        tail = _aligned(labels, lengths, rest, strict)
+        if tail is not None:
+            return ("1", *tail)
     return None

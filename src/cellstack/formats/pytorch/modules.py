@@ -256,8 +256,8 @@ class Reader:
     def flatten(self, module: Any, path: str) -> None:
         """Add a Flatten."""
         if module.start_dim != 1 or module.end_dim not in (-1, self.rank and self.rank - 1):
-            found = f"{module.start_dim} to {module.end_dim}"
-            raise refuse(path, module, f"expected start_dim=1 and end_dim=-1, got {found}")
+            axes = f"{module.start_dim} to {module.end_dim}"
+            raise refuse(path, module, f"expected start_dim=1 and end_dim=-1, got {axes}")
         self.has_batch_first(path, module)
         self.add(Flatten())
 

@@ -22,11 +22,11 @@ from cellstack.cells.bfloat16 import exact
 from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import from_rows
 from cellstack.cells.spec import MATRICES, CellSpec
-from cellstack.formats.build import HINT, Builder, listed
+from cellstack.formats.build import HINT, chain, errors_of, listed
 from cellstack.formats.pytorch import ours, pararnn, sru
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import either, of_units
-from cellstack.formats.pytorch.tensors import array, short
+from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
 from cellstack.network import Network
 from cellstack.nodes import Dense
 from cellstack.nodes.cell_arrays import Cell
@@ -56,7 +56,7 @@ MOST_OF_A_MODULE = 4  # how many tensors of a module a message lists
 
 
 @dataclass
-class RecurrentTensors:
+class RecurrentTensors(ModuleTensors):
     """The tensors of one recurrent module.
 
     Attributes:
@@ -66,15 +66,9 @@ class RecurrentTensors:
         others: other tensors of the module itself, not of a child.
     """
 
-    prefix: str
     layered: bool
     names: dict[tuple[str, int, bool], str] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """The module's name."""
-        return self.prefix[:-1]
 
     @property
     def used(self) -> list[str]:
@@ -84,7 +78,7 @@ class RecurrentTensors:
 
 def parts_of(names: Iterable[str]) -> list[RecurrentTensors]:
     """Return the recurrent modules to which these names of tensors belong, in their order."""
-    found: dict[tuple[str, bool], RecurrentTensors] = {}
+    modules: dict[tuple[str, bool], RecurrentTensors] = {}
     others: dict[str, list[str]] = {}
     names = list(names)
     raw = _raw_weights(names)
@@ -98,15 +92,15 @@ def parts_of(names: Iterable[str]) -> list[RecurrentTensors]:
             others.setdefault(prefix, []).append(name)
             continue
         key = (match["prefix"], match["layer"] is not None)
-        part = found.setdefault(key, RecurrentTensors(*key))
+        part = modules.setdefault(key, RecurrentTensors(*key))
         part.names[match["what"], int(match["layer"] or 0), match["back"] is not None] = name
     for name, whole in raw.items():
         match = NAME.fullmatch(name)
         assert match is not None
-        found[match["prefix"], True].names["weight_hh", int(match["layer"]), match["back"] is not None] = whole
-    for part in found.values():
+        modules[match["prefix"], True].names["weight_hh", int(match["layer"]), match["back"] is not None] = whole
+    for part in modules.values():
         part.others = others.get(part.prefix, [])
-    return list(found.values())
+    return list(modules.values())
 
 
 def _raw_weights(names: list[str]) -> dict[str, str]:
@@ -117,13 +111,13 @@ def _raw_weights(names: list[str]) -> dict[str, str]:
 
     Ref: Merity, Keskar and Socher 2018, "Regularizing and Optimizing LSTM Language Models", sec. 2.
     """
-    known, found = set(names), {}
+    known, raw = set(names), {}
     for match in filter(None, map(DROPPED.fullmatch, names)):
         for prefix in (match["prefix"], f"{match['prefix']}module."):
             if prefix + match["name"].replace("weight_hh", "weight_ih") in known:
-                found[prefix + match["name"]] = match[0]
+                raw[prefix + match["name"]] = match[0]
                 break
-    return found
+    return raw
 
 
 def layers_of(tensors: Mapping[str, Any]) -> list[Any]:
@@ -177,14 +171,14 @@ def with_dense(networks: Mapping[str, Network], tensors: Mapping[str, Any], wher
 
     No other PyTorch module has a weight with two axes and a bias for each of its rows.
     """
-    found = dict(networks)
+    every = dict(networks)
     used = {name for layer in layers_of(tensors) for name in layer.used}
     for name, tensor in tensors.items() if networks else ():
         title, _, what = name.rpartition(".")
         bias = tensors.get(f"{title}.bias" if title else "bias")
         if (
             what != "weight"
-            or title in found
+            or title in every
             or name in used
             or bias is None
             or len(tensor.shape) != 2
@@ -192,17 +186,15 @@ def with_dense(networks: Mapping[str, Network], tensors: Mapping[str, Any], wher
         ):
             continue
         if tuple(bias.shape) == (tensor.shape[0],):
-            found[title] = dense(title, tensors, where)
-    return found
+            every[title] = dense(title, tensors, where)
+    return every
 
 
 def dense(title: str, tensors: Mapping[str, Any], where: str) -> Network:
     """Return the network of the Linear with this name."""
     weight, bias = (tensors.get(f"{title}.{what}" if title else what) for what in ("weight", "bias"))
-    try:
+    with errors_of(f"{where}: {short(title, 200)}"):
         node = Dense(array(weight).T, None if bias is None else array(bias))
-    except (FormatError, ValueError, TypeError) as error:
-        raise FormatError(f"{where}: {short(title, 200)}: {str(error)[:300]}") from None
     return Network([node], metadata={"source": {"format": "pytorch", "module": title}})
 
 
@@ -275,10 +267,10 @@ def keep_bfloat16(network: Network, tensors: Mapping[str, Any]) -> Network:
 
 def nothing_recurrent(tensors: Mapping[str, Any], where: str, unknown: Iterable[str] = ()) -> FormatError:
     """Return the error for a file without a recurrent module, which says what the file holds instead."""
-    found = _listed([*unknown, *by_module(tensors, list(tensors))]) or "no tensor"
+    contents = _listed([*unknown, *by_module(tensors, list(tensors))]) or "no tensor"
     return FormatError(
         f"{where}: expected weights of recurrent layers, named as PyTorch names them (weight_ih_l0 and so on), "
-        f"found {found}"
+        f"found {contents}"
     )
 
 
@@ -293,9 +285,9 @@ def by_module(tensors: Mapping[str, Any], names: list[str]) -> list[str]:
             optimisers[optimiser["where"]] = optimisers.get(optimiser["where"], 0) + 1
             continue
         modules.setdefault(module, []).append(f"{last} {list(getattr(tensors[name], 'shape', ()))}")
-    found = [(module, listed(own, MOST_OF_A_MODULE, ", ")) for module, own in modules.items()]
+    texts = [(module, listed(tensors_here, MOST_OF_A_MODULE, ", ")) for module, tensors_here in modules.items()]
     counted = [f"{count} tensors of an optimiser ({where})" for where, count in optimisers.items()]
-    return [*(f"{module} ({own})" if module else own for module, own in found), *counted]
+    return [*(f"{module} ({tensors_here})" if module else tensors_here for module, tensors_here in texts), *counted]
 
 
 def _listed(entries: list[str]) -> str:
@@ -341,17 +333,13 @@ def _network(part: RecurrentTensors, tensors: Mapping[str, Any], where: str, act
     computed = {what: tensors[name].how for (what, _, _), name in names.items() if hasattr(tensors[name], "how")}
     if computed:
         metadata["computed"] = computed
-    builder = Builder()
-    wire = builder.input("x")
-    try:
-        for number, (cell, *back) in enumerate(layers):
-            ahead = Recurrent((cell,))
-            node = Bidirectional(ahead, Recurrent(tuple(back), go_backwards=True)) if back else ahead
-            wire = builder.add(f"layer_{number}", node, wire)
-        builder.output(wire)
-        return builder.network(metadata)
-    except (ValueError, TypeError) as error:  # layers whose shapes don't match
-        raise FormatError(f"{here}: {str(error)[:300]}") from None
+    with errors_of(here):  # layers whose shapes don't match
+        return chain([_both_ways(*cells) for cells in layers], metadata)
+
+
+def _both_ways(cell: Cell, *back: Cell) -> Recurrent | Bidirectional:
+    ahead = Recurrent((cell,))
+    return Bidirectional(ahead, Recurrent(back, go_backwards=True)) if back else ahead
 
 
 def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], activation: str | None) -> Cell:
@@ -376,18 +364,16 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], acti
         raise FormatError(
             f"{tensor('weight_ih')}: expected {counts} rows for H={units} units, as {having}, found {rows}"
         )
-    wanted = {"weight_ih": (rows, width), "weight_hh": (rows, out), "weight_hr": (out, units)}
+    expected = {"weight_ih": (rows, width), "weight_hh": (rows, out), "weight_hr": (out, units)}
     for what, shape in shapes.items():
-        if shape != wanted.get(what, (rows,)):
-            found = f"found {short(list(shape))} with {short(names['weight_ih'], 200)} {[rows, width]}"
-            raise FormatError(f"{tensor(what)}: expected {list(wanted.get(what, (rows,)))}, {found}")
+        if shape != expected.get(what, (rows,)):
+            reason = f"found {short(list(shape))} with {short(names['weight_ih'], 200)} {[rows, width]}"
+            raise FormatError(f"{tensor(what)}: expected {list(expected.get(what, (rows,)))}, {reason}")
     arrays = {what: array(tensors[name], f"{tensor(what)}: ") for what, name in names.items()}
     biases = tuple(arrays[what] for what in ("bias_ih", "bias_hh") if what in arrays)
     size = out if projected else 0
-    try:
+    with errors_of(tensor("weight_ih")):  # a projection as wide as the units, dtypes that differ
         spec = CellSpec(width, units, activation or "tanh", use_bias=bool(biases), kind=kind.name, proj_size=size)
         order = kind.names["torch"].order
         cell = from_rows(kind.name, arrays["weight_ih"], arrays["weight_hh"], biases, order)._asdict()
         return Cell(spec, **cell, **({"projection": arrays["weight_hr"].T} if projected else {}))
-    except (ValueError, TypeError) as error:  # a projection as wide as the units, dtypes that differ
-        raise FormatError(f"{tensor('weight_ih')}: {str(error)[:300]}") from None

@@ -17,8 +17,8 @@ from typing import Any
 from cellstack.cells import KINDS, Kind
 from cellstack.cells.errors import FormatError
 from cellstack.cells.spec import ARRAYS, MATRICES, STATES, CellSpec
-from cellstack.formats.build import Builder, listed
-from cellstack.formats.pytorch.tensors import array, short
+from cellstack.formats.build import chain, errors_of, listed
+from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
 from cellstack.network import Network
 from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
@@ -42,7 +42,7 @@ ASSUMED = (
 
 
 @dataclass
-class Layer:
+class Layer(ModuleTensors):
     """The tensors of one of our layers.
 
     Attributes:
@@ -51,14 +51,8 @@ class Layer:
         held: the names of the tensors of a stateful layer's state.
     """
 
-    prefix: str
     cells: dict[tuple[str, int], dict[str, str]] = field(default_factory=dict)
     held: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """The layer's name."""
-        return self.prefix[:-1]
 
     @property
     def used(self) -> list[str]:
@@ -109,17 +103,12 @@ def network_of_layer(layer: Layer, tensors: Mapping[str, Any], where: str) -> Ne
     metadata = {"source": {"format": "pytorch", "module": layer.title}, "assumed": assumed}
     if layer.held:
         metadata["left_out"] = f"the state of the stateful layer ({listed(layer.held, 3, ', ')})"
-    builder = Builder()
-    try:
+    with errors_of(here):  # cells whose shapes don't match
         ahead, *back = [
             Recurrent(tuple(cells), go_backwards=way == "backward_layer.")
             for way, cells in zip(ways, stacks, strict=True)
         ]
-        node = Bidirectional(ahead, back[0]) if back else ahead
-        builder.output(builder.add("layer_0", node, builder.input("x")))
-        return builder.network(metadata, numbered=True)
-    except (ValueError, TypeError) as error:  # cells whose shapes don't match
-        raise FormatError(f"{here}: {str(error)[:300]}") from None
+        return chain([Bidirectional(ahead, back[0]) if back else ahead], metadata, numbered=True)
 
 
 def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> Cell:
@@ -146,10 +135,8 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
         if what not in spec.shapes:
             raise FormatError(f"{tensor(what)}: {spec.kind} cells have no such array")
     arrays = {what: array(tensors[names[what]], f"{tensor(what)}: ") for what in spec.shapes}
-    try:
+    with errors_of(tensor("kernel")):  # dtypes that differ
         return Cell(spec, **arrays)
-    except (ValueError, TypeError) as error:  # dtypes that differ
-        raise FormatError(f"{tensor('kernel')}: {str(error)[:300]}") from None
 
 
 def heads_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -189,7 +176,7 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     backbone = "gate_kernel" in shapes
     some |= {"backbone_units": columns} if backbone else {}
     found = []
-    try:
+    with errors_of(here):  # a projection as wide as the units
         for kind in KINDS.values():
             first = _alike(len(kind.gates), recurrent)[:1] if not backbone else [kind]
             needed = {one.name for one in kind.arrays if not one.needs and one.name != "recurrent_kernel"}
@@ -203,8 +190,6 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
                 own |= {"layer_norm": "joint"} if joint else {}
                 if name != "reset_after" or not flags["layer_norm"]:  # a combination that no cell has
                     found.append(CellSpec(width, wide, kind=kind.name, **own, **hidden))
-    except (ValueError, TypeError) as error:  # a projection as wide as the units
-        raise FormatError(f"{here}: {str(error)[:300]}") from None
     return [spec for spec in found if shapes.keys() <= spec.shapes.keys()] or found
 
 

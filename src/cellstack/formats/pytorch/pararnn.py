@@ -27,8 +27,8 @@ import numpy as np
 from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import CellSpec
-from cellstack.formats.build import Builder
-from cellstack.formats.pytorch.tensors import array, short
+from cellstack.formats.build import chain, errors_of
+from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
 from cellstack.network import Network
 from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Recurrent
@@ -48,16 +48,10 @@ ASSUMED = "sigmoid for gates, tanh for candidates and c: a state dict doesn't re
 
 
 @dataclass
-class Layer:
+class Layer(ModuleTensors):
     """The tensors of one cell, or of the cells of a stack, bottom first: their names in the file, by array."""
 
-    prefix: str
     cells: list[dict[str, str]]
-
-    @property
-    def title(self) -> str:
-        """The module's name."""
-        return self.prefix[:-1]
 
     @property
     def used(self) -> list[str]:
@@ -103,14 +97,9 @@ def network_of_layer(layer: Layer, tensors: Mapping[str, Any], where: str) -> Ne
                     f"and ParaGRU limit them by default, found {np.abs(value).max():.3g}; as a state dict doesn't "
                     "record max_recurrent_norm, call cs.load(module)"
                 )
-    builder = Builder()
-    try:
-        node = Recurrent(tuple(map(cell_of, arrays)))
-        builder.output(builder.add("layer_0", node, builder.input("x")))
-    except ValueError as error:  # shapes that don't match
-        raise FormatError(f"{where}: {short(layer.title or 'the module', 200)}: {str(error)[:300]}") from None
-    source = {"format": "pytorch", "module": layer.title}
-    return builder.network({"source": source, "assumed": ASSUMED}, numbered=True)
+    metadata = {"source": {"format": "pytorch", "module": layer.title}, "assumed": ASSUMED}
+    with errors_of(f"{where}: {short(layer.title or 'the module', 200)}"):  # shapes that don't match
+        return chain([Recurrent(tuple(map(cell_of, arrays)))], metadata, numbered=True)
 
 
 def nodes_of(module: Any, weights: Mapping[str, Array]) -> list[Recurrent]:

@@ -303,12 +303,12 @@ class _Machine:
         if not isinstance(pairs, (list, tuple)):
             self.wrong("pairs for a dict", type(pairs).__name__)
         self.charge(len(pairs))
-        made: dict[Any, Any] = {}
+        entries: dict[Any, Any] = {}
         for pair in pairs:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 self.wrong("pairs for a dict", type(pair).__name__)
-            made[self.key(pair[0])] = pair[1]
-        return made
+            entries[self.key(pair[0])] = pair[1]
+        return entries
 
     def reduce(self) -> None:
         args = self.stack.pop()

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import CellSpec
-from cellstack.formats.build import Builder
-from cellstack.formats.pytorch.tensors import array, short
+from cellstack.formats.build import chain, errors_of
+from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Cell, Dense, Node, Recurrent
 
@@ -32,17 +31,11 @@ ASSUMED = "one direction, no activation of c, and a highway: a state dict doesn'
 
 
 @dataclass
-class Layer:
+class Layer(ModuleTensors):
     """The tensors of a module: the names in the file of each layer's arrays, and of all of the module."""
 
-    prefix: str
     cells: list[dict[str, str]]
     used: list[str]
-
-    @property
-    def title(self) -> str:
-        """The module's name."""
-        return self.prefix[:-1]
 
 
 def layers_of(tensors: Mapping[str, Any]) -> list[Layer]:
@@ -66,18 +59,12 @@ def network_of_layer(layer: Layer, tensors: Mapping[str, Any], where: str) -> Ne
         FormatError: shapes that no such module has, or arrays of an option that isn't supported, such as layer_norm.
     """
     arrays = {name: array(tensors[name], f"{where}: tensor {short(name, 200)}: ") for name in layer.used}
-    builder = Builder()
-    try:
+    metadata = {"source": {"format": "pytorch", "module": layer.title}, "assumed": ASSUMED}
+    with errors_of(f"{where}: {short(layer.title or 'the module', 200)}"):
         cells = [_cells({what: arrays[name] for what, name in names.items()}) for names in layer.cells]
-        nodes: list[Node] = [Recurrent(tuple(cell for of_layer in cells for cell in of_layer))]
-        linear = arrays.get(f"{layer.prefix}input_to_hidden.weight")
-        wire = builder.input("x")
-        for number, node in enumerate([*_linear(linear), *nodes]):
-            wire = builder.add(f"layer_{number}", node, wire)
-        builder.output(wire)
-    except ValueError as error:
-        raise FormatError(f"{where}: {short(layer.title or 'the module', 200)}: {str(error)[:300]}") from None
-    return builder.network({"source": {"format": "pytorch", "module": layer.title}, "assumed": ASSUMED}, numbered=True)
+        stack = Recurrent(tuple(cell for of_layer in cells for cell in of_layer))
+        linear = _linear(arrays.get(f"{layer.prefix}input_to_hidden.weight"))
+        return chain([*linear, stack], metadata, numbered=True)
 
 
 def nodes_of(module: Any, weights: Mapping[str, Array]) -> list[Node]:

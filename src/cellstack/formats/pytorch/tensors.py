@@ -175,8 +175,8 @@ class Tensor:
         view = np.lib.stride_tricks.as_strided(row[self.offset :], self.shape, steps, writeable=False)
         if self.dtype == "bfloat16":
             view = widened(view)
-        wanted = np.dtype(np.float32) if self.dtype in ("float16", "bfloat16") else view.dtype.newbyteorder("=")
-        return np.array(view, dtype=wanted if dtype is None else dtype, order="C")
+        usual = np.dtype(np.float32) if self.dtype in ("float16", "bfloat16") else view.dtype.newbyteorder("=")
+        return np.array(view, dtype=usual if dtype is None else dtype, order="C")
 
 
 @dataclass(eq=False, frozen=True)
@@ -281,8 +281,8 @@ class Builders:
             raise FormatError(f"{where}: expected at most {MOST_AXES} axes, found {len(shape)}")
         for number in (offset, *shape, *strides):
             if type(number) is not int or not 0 <= number < 1 << 63:
-                found = short(number, 40) if type(number) is int else type(number).__name__
-                raise FormatError(f"{where}: expected offset, shape and strides from 0 to 2^63 - 1, found {found}")
+                value = short(number, 40) if type(number) is int else type(number).__name__
+                raise FormatError(f"{where}: expected offset, shape and strides from 0 to 2^63 - 1, found {value}")
         dtype, count = storage.dtype, storage.count
         if dtype_at is not None:
             dtype = _dtype(where, args[dtype_at])
@@ -307,8 +307,8 @@ class Builders:
         if kind == "per_tensor_affine" and [type(number) for number in numbers] == [float, int]:
             scale, zero = numbers
             if not 0.0 < scale < np.inf or not -256 < zero < 256:
-                found = f"{short(scale)} and {short(zero)}"
-                raise FormatError(f"{where}: expected a scale above 0 and a zero among its integers, found {found}")
+                values = f"{short(scale)} and {short(zero)}"
+                raise FormatError(f"{where}: expected a scale above 0 and a zero among its integers, found {values}")
             return Quantised(integers, scale, zero, axis=None)
         if kind.startswith("per_channel_affine") and len(numbers) == 3:
             scales, zeros, axis = numbers
@@ -347,15 +347,27 @@ def _dtype(where: str, kind: Any) -> str:
     module, _, name = kind.path.rpartition(".") if isinstance(kind, Global) else ("", "", "")
     dtype = STORAGES.get(name.removesuffix("Storage")) if name.endswith("Storage") else name
     if dtype not in DTYPES or module.split(".")[0] != "torch":
-        found = short(kind.path) if isinstance(kind, Global) else type(kind).__name__
-        raise FormatError(f"{where}: expected a storage type of torch, found {found}")
+        written = short(kind.path) if isinstance(kind, Global) else type(kind).__name__
+        raise FormatError(f"{where}: expected a storage type of torch, found {written}")
     return dtype
+
+
+@dataclass
+class ModuleTensors:
+    """The tensors of a module in a state dict, whose names begin with `prefix`, including its dot."""
+
+    prefix: str
+
+    @property
+    def title(self) -> str:
+        """The module's name."""
+        return self.prefix[:-1]
 
 
 def array(tensor: Any, label: str = "") -> NDArray[Any]:
     """Return a weight of a file, float32 or float64; `label` begins the message about another dtype."""
-    found = np.asarray(tensor)
-    if found.dtype.kind != "f":
-        why = ": perhaps a quantised layer" if found.dtype.kind in "iu" else ""
-        raise FormatError(f"{label}expected floats, found {found.dtype}{why}")
-    return found.astype(np.float32) if found.dtype.itemsize < 4 else found
+    numbers = np.asarray(tensor)
+    if numbers.dtype.kind != "f":
+        why = ": perhaps a quantised layer" if numbers.dtype.kind in "iu" else ""
+        raise FormatError(f"{label}expected floats, found {numbers.dtype}{why}")
+    return numbers.astype(np.float32) if numbers.dtype.itemsize < 4 else numbers

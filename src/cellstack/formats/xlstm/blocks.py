@@ -16,24 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellstack import nodes
 from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import CellSpec
 from cellstack.formats.xlstm.weights import Graph, Weights, cut, joined, linear
-from cellstack.nodes import (
-    MLSTM,
-    Cell,
-    Conv1D,
-    Dense,
-    Embedding,
-    GroupedDense,
-    GroupNorm,
-    LayerNorm,
-    Merge,
-    Power,
-    Recurrent,
-    Scale,
-)
 
 NORM_EPSILON = 1e-5
 MEMORY_EPSILON = 1e-6
@@ -59,26 +46,26 @@ def _gain(weights: Weights, width: int) -> Array | None:
     return None if stored is None else stored + stored.dtype.type(1)
 
 
-def _layer_norm(weights: Weights, width: int) -> LayerNorm:
-    return LayerNorm(_gain(weights, width), weights.maybe("bias", width), NORM_EPSILON)
+def _layer_norm(weights: Weights, width: int) -> nodes.LayerNorm:
+    return nodes.LayerNorm(_gain(weights, width), weights.maybe("bias", width), NORM_EPSILON)
 
 
-def _head_norm(weights: Weights, width: int, heads: int) -> GroupNorm:
-    return GroupNorm(heads, _gain(weights, width), weights.maybe("bias", width), NORM_EPSILON, over_time=False)
+def _head_norm(weights: Weights, width: int, heads: int) -> nodes.GroupNorm:
+    return nodes.GroupNorm(heads, _gain(weights, width), weights.maybe("bias", width), NORM_EPSILON, over_time=False)
 
 
-def _headwise(weights: Weights, width: int) -> GroupedDense:
+def _headwise(weights: Weights, width: int) -> nodes.GroupedDense:
     kernel = weights.take("weight", "heads", "O/heads", "I/heads")
     if kernel.shape[0] * kernel.shape[2] != width:
         found = f"found {list(kernel.shape)}"
         raise FormatError(f"{weights.where}: {weights.prefix}weight: expected heads·inputs = {width}, {found}")
-    return GroupedDense(kernel.swapaxes(1, 2), weights.maybe("bias", kernel.shape[0] * kernel.shape[1]))
+    return nodes.GroupedDense(kernel.swapaxes(1, 2), weights.maybe("bias", kernel.shape[0] * kernel.shape[1]))
 
 
-def _convolution(weights: Weights, width: int) -> Conv1D:
+def _convolution(weights: Weights, width: int) -> nodes.Conv1D:
     kernel = weights.take("weight", width, 1, "K")
     bias = weights.maybe("bias", width)
-    return Conv1D(kernel.transpose(2, 1, 0), bias, padding="causal", groups=width, activation="silu")
+    return nodes.Conv1D(kernel.transpose(2, 1, 0), bias, padding="causal", groups=width, activation="silu")
 
 
 # ── mLSTM ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -100,12 +87,12 @@ def mlstm_layer(graph: Graph, weights: Weights, x: str) -> str:
     both = joined([linear(cell.under(name), 3 * inner) for name in ("igate", "fgate")])
     heads = both.kernel.shape[1] // 2
     gates = graph.add("gates", both, qkv)
-    memory = MLSTM(heads, inner // heads, inner // heads, MEMORY_EPSILON)
+    memory = nodes.MLSTM(heads, inner // heads, inner // heads, MEMORY_EPSILON)
     h = graph.add("mlstm", memory, graph.concat("mlstm.input", qkv, gates))
     h = graph.add("outnorm", _head_norm(cell.under("outnorm"), inner, heads), h)
     factor = weights.take("learnable_skip", inner)
-    skip = graph.add("learnable_skip", Scale(factor, np.zeros_like(factor)), convolved)
-    h = graph.gated("gated", graph.add("skip", Merge("add"), h, skip), gate)
+    skip = graph.add("learnable_skip", nodes.Scale(factor, np.zeros_like(factor)), convolved)
+    h = graph.gated("gated", graph.add("skip", nodes.Merge("add"), h, skip), gate)
     return graph.add("proj_down", linear(weights.under("proj_down"), inner), h)
 
 
@@ -132,8 +119,8 @@ def slstm_layer(graph: Graph, weights: Weights, x: str, settings: BlockSettings)
         )
     ]
     spec = CellSpec(4 * width, width, kind=function, heads=heads, use_kernel=False)
-    cell = Cell(spec, *_cell_arrays(weights.under("slstm_cell"), heads, size))
-    y = graph.add("slstm", Recurrent((cell,)), graph.concat("sums", *sums))
+    cell = nodes.Cell(spec, *_cell_arrays(weights.under("slstm_cell"), heads, size))
+    y = graph.add("slstm", nodes.Recurrent((cell,)), graph.concat("sums", *sums))
     return graph.add("group_norm", _head_norm(weights.under("group_norm"), width, heads), y)
 
 
@@ -164,7 +151,7 @@ def feed_forward(graph: Graph, weights: Weights, x: str, settings: BlockSettings
     inner = up.kernel.shape[1] // 2
     gate = graph.add("gate", cut(up, 0, inner, ACTIVATIONS[name]), x)
     if name == "relu^2":
-        gate = graph.add("square", Power(2.0), gate)
+        gate = graph.add("square", nodes.Power(2.0), gate)
     y = graph.gated("gated", gate, graph.add("proj_up", cut(up, inner, 2 * inner), x))
     return graph.add("proj_down", linear(weights.under("proj_down"), inner), y)
 
@@ -204,6 +191,6 @@ def block_stack(graph: Graph, weights: Weights, x: str, settings: BlockSettings)
 def language_model(graph: Graph, weights: Weights, ids: str, settings: BlockSettings) -> str:
     """Add an `xLSTMLMModel`, which takes ids, and return the wire of the logits."""
     table = weights.take("token_embedding.weight", "V", "D")
-    x = graph.add("token_embedding", Embedding(table), ids)
+    x = graph.add("token_embedding", nodes.Embedding(table), ids)
     y = block_stack(graph, weights.under("xlstm_block_stack"), x, settings)
-    return graph.add("lm_head", Dense(weights.take("lm_head.weight", *table.shape).T), y)
+    return graph.add("lm_head", nodes.Dense(weights.take("lm_head.weight", *table.shape).T), y)

@@ -53,8 +53,8 @@ class TiRexForecaster:
 
     def __init__(self, network: Network, weights: str | None = None) -> None:
         if not isinstance(network, Network):
-            found = type(network).__name__
-            raise TypeError(f"TiRexForecaster: expected a Network, as cellstack.load(path) returns it, got {found}")
+            kind = type(network).__name__
+            raise TypeError(f"TiRexForecaster: expected a Network, as cellstack.load(path) returns it, got {kind}")
         if weights is not None:
             check_choice("TiRexForecaster", "weights", weights, WEIGHTS)
         self.network, self.weights = network, weights
@@ -360,15 +360,15 @@ def _rows(series: Any) -> tuple[list[Floats], bool]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"TiRexForecaster: expected series of numbers, got {series!r:.80}: {error}") from None
     single = isinstance(rows, np.ndarray) and rows.ndim == 1
-    found = [rows] if isinstance(rows, np.ndarray) and rows.ndim < 2 else list(rows)
-    if not found or any(row.ndim != 1 or not len(row) for row in found):
+    arrays = [rows] if isinstance(rows, np.ndarray) and rows.ndim < 2 else list(rows)
+    if not arrays or any(row.ndim != 1 or not len(row) for row in arrays):
         raise UsageError("TiRexForecaster: expected series [T] or [B, T], or a list of series [T], with T >= 1")
-    if any(np.isinf(row).any() for row in found):
+    if any(np.isinf(row).any() for row in arrays):
         raise UsageError("TiRexForecaster: expected finite observations, or NaN for missing ones, got infinite ones")
-    largest = max((float(np.nanmax(np.abs(row), initial=0.0)) for row in found), default=0.0)
+    largest = max((float(np.nanmax(np.abs(row), initial=0.0)) for row in arrays), default=0.0)
     if largest > LARGEST:
         raise _too_large(f"{largest:.3g}")
-    return found, single
+    return arrays, single
 
 
 def _too_large(size: str) -> UsageError:

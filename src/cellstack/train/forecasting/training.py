@@ -88,16 +88,16 @@ class Trained(NamedTuple):
         Raises:
             UsageError: matplotlib isn't installed.
         """
-        found = history.curves(self.result.history) if self.result.history else []
-        return history.panels([*found, *(backtest_panels(self.test) if self.test is not None else [])])
+        curves = history.curves(self.result.history) if self.result.history else []
+        return history.panels([*curves, *(backtest_panels(self.test) if self.test is not None else [])])
 
     def __repr__(self) -> str:
         """Describe the training in about five lines."""
         head = f"Trained: forecasts {listed(list(self.recipe.targets))} {self.recipe.horizon:,} steps ahead"
         lines = [self.result.described, *self.result.sentence.split("; ")]
         best = []
-        for name, found in self.result.scores.get("targets", {}).items():
-            mae = {key: errors["mae"] for key, errors in found.items() if key != "model"}
+        for name, by_forecast in self.result.scores.get("targets", {}).items():
+            mae = {key: errors["mae"] for key, errors in by_forecast.items() if key != "model"}
             best += [
                 f"{name} {mae[key]:.4g} ({key})"
                 for key in sorted(mae, key=lambda key: (np.isnan(mae[key]), mae[key]))[:1]
@@ -153,11 +153,11 @@ def train_forecast(
         },
         calibration,
     )
-    found = None
+    tested = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        found = measured(network, windows, fits.inputs, cut)
-        scores = found.scores
+        tested = measured(network, windows, fits.inputs, cut)
+        scores = tested.scores
     said = understood(table, recipe, request, cut)
     result = Result(
         network,
@@ -169,7 +169,7 @@ def train_forecast(
         fits.summary(scores, calibration),
         said,
     )
-    return Trained(result, recipe, found, said)
+    return Trained(result, recipe, tested, said)
 
 
 def measured(network: Network, windows: Windows, inputs: Inputs, cut: OriginParts) -> backtest.Backtest:
@@ -204,16 +204,16 @@ class _Fits:
     def summary(self, scores: dict[str, Any], calibration: Calibration | None) -> str:
         """Return why the fits stopped, which epochs were kept, what the networks add, and the errors in the test."""
         history, names = self.whole.history, {"epochs": "all", "patience": "early", "ctrl-c": "by Ctrl-C"}
-        kept = [0] * len(self.stops)
+        again = [0] * len(self.stops)
         for entry in history:
             if entry["whole"]:
-                kept[entry["member"] - 1] = entry["epoch"]
-        done = [sum(entry["member"] == n + 1 and not entry["whole"] for entry in history) for n in range(len(kept))]
+                again[entry["member"] - 1] = entry["epoch"]
+        done = [sum(entry["member"] == n + 1 and not entry["whole"] for entry in history) for n in range(len(again))]
         each = ", ".join(f"{n} ({names[how]})" for n, how in zip(done, self.stops, strict=False))
         parts = [f"trained {len(done)} {'networks' if len(done) > 1 else 'network'} for epochs: {each}"]
-        if any(kept):
-            how = "trained further" if self.long else "retrained"
-            parts.append(f"{how} with the validation part for {', '.join(map(str, kept))}")
+        if any(again):
+            how = "trained further" if self.long else "again"
+            parts.append(f"{how} with the validation part for {', '.join(map(str, again))}")
         recipe = self.windows.recipe
         if calibration is not None and not calibration.followed.all():
             alone = [name for name, weight in zip(recipe.targets, calibration.followed, strict=True) if not weight]
@@ -222,9 +222,9 @@ class _Fits:
                 f"the networks don't clearly improve on {rule} in the validation part and have weight 0: the forecast "
                 f"of {', '.join(alone)} is {rule} alone"
             )
-        found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
-        what = f"mean absolute error on the test part: {', '.join(found)}"
-        return "; ".join([*parts, what if found else "no data was held out to measure its accuracy on"])
+        maes = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
+        what = f"mean absolute error on the test part: {', '.join(maes)}"
+        return "; ".join([*parts, what if maes else "no data was held out to measure its accuracy on"])
 
     def _scale(self) -> Floats:
         """Return the scale of each target's outputs, `[targets]`: the mean absolute value in training, or 1."""
@@ -309,10 +309,10 @@ class _Fits:
         windows = self.windows
         table, recipe, typical = windows.table, windows.recipe, windows.typical
         assert typical is not None
-        found = smoothings(table, recipe, self.ends, typical) if recipe.smoothing else None
-        if found is None:
+        fitted = smoothings(table, recipe, self.ends, typical) if recipe.smoothing else None
+        if fitted is None:
             return windows
-        return Windows(replace(recipe, smoothing=found[0]), table, windows.origins, typical)
+        return Windows(replace(recipe, smoothing=fitted[0]), table, windows.origins, typical)
 
     def stage(self, member: int, whole: bool) -> FitOptions:
         """Return the options of a member's fit: it has its own checkpoint; only the first fit is inspected."""

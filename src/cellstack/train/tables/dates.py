@@ -89,13 +89,13 @@ def find(source: TableCells, ids: Sequence[str], codes: NDArray[np.int64]) -> st
     counted = [name for name in numbers if _numbers_like(frame[name], named=_named(name) or name in source.index)]
     for some in (sorted(typed, key=lambda name: name not in source.index), like, [parts] if parts else [], counted):
         if some:
-            found = some[0] if some[0] == parts else _best(frame, some)
-            also = None if found == parts else _clock_column(frame, found, names, codes)
+            column = some[0] if some[0] == parts else _best(frame, some)
+            also = None if column == parts else _clock_column(frame, column, names, codes)
             if also is not None:
-                found = f"{found},{also}"
-            if "," in found and found not in frame:
-                source.notes.append(f"dates from {', '.join(f'`{part}`' for part in found.split(','))} together")
-            return found
+                column = f"{column},{also}"
+            if "," in column and column not in frame:
+                source.notes.append(f"dates from {', '.join(f'`{part}`' for part in column.split(','))} together")
+            return column
     for name in names:
         text = frame[name].dropna()
         weak = MAY_BE_NAMED.match(name) and name not in numbers and 2 * text.nunique() > len(frame)
@@ -131,12 +131,12 @@ def _best(frame: Frame, names: list[str]) -> str:
 def _parts(names: list[str]) -> str | None:
     """Return the columns of a year and its parts, separated by commas; None if there are none."""
     called = {name.strip().lower(): name for name in reversed(names)}
-    found = ["year", "quarter"] if "quarter" in called and "month" not in called else ["year", "month"]
+    columns = ["year", "quarter"] if "quarter" in called and "month" not in called else ["year", "month"]
     for part in ("day", "hour", "minute", "second"):
-        if found[-1] == "quarter" or part not in called:
+        if columns[-1] == "quarter" or part not in called:
             break
-        found.append(part)
-    return ",".join(called[part] for part in found) if all(part in called for part in found) else None
+        columns.append(part)
+    return ",".join(called[part] for part in columns) if all(part in called for part in columns) else None
 
 
 def _clock_column(frame: Frame, date: str, names: list[str], codes: NDArray[np.int64]) -> str | None:
@@ -339,9 +339,9 @@ def _of_text(
     if bad.any():
         row = int(np.argmax(bad))
         good = int(np.argmin(bad))
-        found = source.quote(row, names[0]) if len(names) == 1 else repr(str(cells.iloc[row])[:40])
+        quoted = source.quote(row, names[0]) if len(names) == 1 else repr(str(cells.iloc[row])[:40])
         like = str(cells.iloc[good]) if not bad.all() else f"{datetime(2020, 1, 31):{form or '%Y-%m-%d'}}"
-        raise FormatError(f"{source.at(row)}: expected a date such as {like} in column {name}, found {found}")
+        raise FormatError(f"{source.at(row)}: expected a date such as {like} in column {name}, found {quoted}")
     whole = {form: times for form, times in read.items() if not times.isna().any()}
     best, note = _chosen(source, cells, name, whole, numbers, codes)
     if len(whole) == 1 and day_first is None and form is None and says_day_first(best) is not None:

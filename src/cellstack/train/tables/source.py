@@ -160,9 +160,9 @@ def _of_frame(path: str, frame: Frame) -> TableCells:
     import pandas as pd
 
     if isinstance(frame.columns, pd.MultiIndex):
-        found = tuple(frame.columns[0])
+        first = tuple(frame.columns[0])
         raise FormatError(
-            f"{path}: expected one name per column, found {found}: flatten them, df.columns = ['_'.join(c) for c in df]"
+            f"{path}: expected one name per column, found {first}: flatten them, df.columns = ['_'.join(c) for c in df]"
         )
     index = []
     if isinstance(frame.index, pd.MultiIndex) or frame.index.name is not None or not _counts(frame.index):

@@ -67,16 +67,16 @@ class Alphabet:
             return np.frombuffer(text if isinstance(text, bytes) else _encoded(text, "utf-8", name), np.uint8)
         if isinstance(text, bytes):
             raise UsageError(f"{name}: expected str for a model of characters, got bytes")
-        points, own = code_points(text, name), code_points("".join(self.characters), name)
+        points, known = code_points(text, name), code_points("".join(self.characters), name)
         places = np.full(sys.maxunicode + 1, -1, np.int32)
-        places[own] = np.arange(len(own))
+        places[known] = np.arange(len(known))
         ids = places[points]
         unknown = np.flatnonzero(ids < 0)
         if len(unknown):
             others = len(np.unique(points[unknown])) - 1
             more = "" if not others else f" and {others} other{'s' * (others > 1)}"
             raise UsageError(
-                f"{name}: the model doesn't know {shown(chr(points[unknown[0]]))}{more}: its alphabet has {len(own)} "
+                f"{name}: the model doesn't know {shown(chr(points[unknown[0]]))}{more}: its alphabet has {len(known)} "
                 "characters"
             )
         return ids
@@ -106,8 +106,8 @@ def _encoded(text: str, encoding: str, name: str) -> bytes:
     try:
         return text.encode(encoding)
     except UnicodeEncodeError as error:
-        found = shown(error.object[error.start])
-        raise UsageError(f"{name}: expected Unicode characters, found the surrogate {found}") from None
+        surrogate = shown(error.object[error.start])
+        raise UsageError(f"{name}: expected Unicode characters, found the surrogate {surrogate}") from None
 
 
 def shown(character: str) -> str:
@@ -370,12 +370,12 @@ def bits_per_character(
     logits = not gives_probabilities(net)
     for x, y, counts in measured(ids, part or (0, len(ids))):
         out, state = net.run(as_input(net, x), state, threads=threads)
-        found = np.take_along_axis(out, y[..., None], axis=-1)[..., 0].astype(np.float64)
+        of_next = np.take_along_axis(out, y[..., None], axis=-1)[..., 0].astype(np.float64)
         if logits:
             top = out.max(axis=-1)
-            logs = found - top - np.log(np.exp(out - top[..., None]).sum(axis=-1, dtype=np.float64))
+            logs = of_next - top - np.log(np.exp(out - top[..., None]).sum(axis=-1, dtype=np.float64))
         else:
-            logs = np.log(np.maximum(found, np.finfo(np.float32).tiny))
+            logs = np.log(np.maximum(of_next, np.finfo(np.float32).tiny))
         total -= float(logs[counts].sum())
         count += int(counts.sum())
     return total / count / float(np.log(2.0))

@@ -82,9 +82,9 @@ class Linear(NamedTuple):
 
 def array_of(scope: Scope, term: Term) -> Array:
     """Return a term's rows, `[N, I]` or `[N]`."""
-    found = scope.constant(term.weights)
-    assert isinstance(found, np.ndarray)
-    array = found.reshape(-1) if term.vector else found.T if term.transposed else found
+    weights = scope.constant(term.weights)
+    assert isinstance(weights, np.ndarray)
+    array = weights.reshape(-1) if term.vector else weights.T if term.transposed else weights
     return array[term.start : term.stop]
 
 
@@ -146,11 +146,12 @@ def _row(constant: Any) -> int:
 
 def _product(scope: Scope, node: Any, left: list[int]) -> Linear | None:
     weights = scope.constant(node.input[1]) if len(node.input) > 1 else None
-    found = scope.model.attributes(node)
-    plain = not found.get("transA", 0) and found.get("alpha", 1.0) == 1.0 and found.get("beta", 1.0) == 1.0
+    attributes = scope.model.attributes(node)
+    factors = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    plain = not attributes.get("transA", 0) and factors == (1.0, 1.0)
     if not isinstance(weights, np.ndarray) or weights.ndim != 2 or not plain:
         return None
-    transposed = not found.get("transB", 0)
+    transposed = not attributes.get("transB", 0)
     count = weights.shape[1 if transposed else 0]
     term = Term(
         node.input[0], first_alike(scope, node.input[1], weights), transposed, 0, count, flat=node.op_type == "Gemm"
@@ -195,17 +196,17 @@ def _normed(scope: Scope, name: str, left: list[int]) -> Term | None:
     parts = list(node.input) if node is not None and node.op_type == "Concat" else [name]
     if len(parts) > 1 and (node is None or scope.model.attributes(node).get("axis") != -1):
         return None
-    found: list[Term] = []
+    terms: list[Term] = []
     for part in parts[:MOST_OUTPUTS]:
         inside = unit(scope, part)
         inner = None if inside is None else linear(scope, inside[0], left)
         if inside is None or inner is None or len(inner.products) != 1 or inner.biases or inner.peepholes:
             return None
-        found.append(replace(inner.products[0], epsilon=inside[1]))
-    first = found[0]
-    ends = (first.start, *(term.stop for term in found))
-    alike = {replace(term, start=0, stop=0) for term in found}
-    if len(alike) != 1 or first.normed or [term.start for term in found] != list(ends[:-1]):
+        terms.append(replace(inner.products[0], epsilon=inside[1]))
+    first = terms[0]
+    ends = (first.start, *(term.stop for term in terms))
+    alike = {replace(term, start=0, stop=0) for term in terms}
+    if len(alike) != 1 or first.normed or [term.start for term in terms] != list(ends[:-1]):
         return None
     return replace(first, stop=ends[-1], normed=ends)
 
@@ -246,10 +247,10 @@ def inputs_of(scope: Scope, name: str, operator: str) -> list[str]:
 
 def pairs(scope: Scope, name: str, operator: str) -> Iterator[tuple[str, str]]:
     """Yield the two inputs of the operator that computes a name, in both orders; nothing where it differs."""
-    found = inputs_of(scope, name, operator)
-    if len(found) == 2:
-        yield found[0], found[1]
-        yield found[1], found[0]
+    operands = inputs_of(scope, name, operator)
+    if len(operands) == 2:
+        yield operands[0], operands[1]
+        yield operands[1], operands[0]
 
 
 def scalar(scope: Scope, name: str) -> float | None:
@@ -286,8 +287,8 @@ def _cut(scope: Scope, node: Any, name: str, inner: Linear, rows: bool) -> Linea
         return _part(inner, start, stop) if 0 <= start < stop else None
     if node.op_type != "Split" or len(node.output) > MOST_OUTPUTS:
         return None
-    found = scope.model.attributes(node)
-    count, axis = terms[0].stop - terms[0].start, found.get("axis", 0)
+    attributes = scope.model.attributes(node)
+    count, axis = terms[0].stop - terms[0].start, attributes.get("axis", 0)
     sizes = sizes_of(scope, node)
     if sizes is None:
         return None
@@ -328,8 +329,8 @@ def _apart(scope: Scope, term: Term) -> bool:
     """Whether moves that might also reverse features select one step of a sequence."""
     if not any(node.op_type == "Slice" for node, _ in term.moves):
         return True
-    found = _located(scope, [*reversed(term.moves)])
-    return found is not None and found[2] == len(term.moves)
+    located = _located(scope, [*reversed(term.moves)])
+    return located is not None and located[2] == len(term.moves)
 
 
 # ── the step of a sequence that a value belongs to ────────────────────────────────────────────────────────────────────
@@ -347,9 +348,9 @@ def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
     """Return the step and sequence that a product belongs to, given the `known` steps by name; None where unknown."""
     if term.moves:
         path = [*reversed(term.moves)]
-        found = _located(scope, path)
-        whole_way = found is not None and found[2] == len(path)
-        return Place(term.value, *found[:2]) if found is not None and whole_way else None
+        located = _located(scope, path)
+        whole_way = located is not None and located[2] == len(path)
+        return Place(term.value, *located[:2]) if located is not None and whole_way else None
     name, path = term.value, []
     while len(path) < MOST_NODES and name not in known:
         node = scope.producers.get(name)
@@ -359,8 +360,8 @@ def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
         name = node.input[0]
     if name in known and all(node.op_type in FOLLOWED for node, _ in path):
         return known[name]
-    found = _located(scope, path)
-    return None if found is None else Place(path[found[2] - 1][0].input[0], *found[:2])
+    located = _located(scope, path)
+    return None if located is None else Place(path[located[2] - 1][0].input[0], *located[:2])
 
 
 def _located(scope: Scope, path: list[tuple[Any, str]]) -> tuple[int, int, int] | None:
@@ -373,10 +374,10 @@ def _located(scope: Scope, path: list[tuple[Any, str]]) -> tuple[int, int, int] 
     n = 0
     while n < len(path) and path[n][0].op_type in FOLLOWED:
         n += 1
-    found = _step(scope, *path[n]) if n < len(path) else None
-    if found is None:
+    selected = _step(scope, *path[n]) if n < len(path) else None
+    if selected is None:
         return None
-    (axis, step), n = found, n + 1
+    (axis, step), n = selected, n + 1
     if path[n - 1][0].op_type == "SequenceAt":
         if n == len(path) or path[n][0].op_type != "SplitToSequence" or len(path[n][0].input) > 1:
             return None

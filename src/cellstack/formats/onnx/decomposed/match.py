@@ -102,12 +102,12 @@ def forms(kind: Kind) -> tuple[Form, ...]:
     bounds = {entry.name: float(n) for n, entry in enumerate(known, 1) if entry.type == "float | None"}
     choices = {entry.name: _choices(kind, entry) for entry in known if entry.default is not MISSING}
     switches = {name: values for name, values in choices.items() if values}
-    found = []
+    possible = []
     for values in product(*switches.values()):
         flags = dict(zip(switches, values, strict=True))
         with suppress(ValueError):  # flags that exclude each other
-            found.append(_form(kind, flags, bounds))
-    return tuple(found)
+            possible.append(_form(kind, flags, bounds))
+    return tuple(possible)
 
 
 def _choices(kind: Kind, entry: Field[Any]) -> tuple[Any, ...]:
@@ -116,11 +116,11 @@ def _choices(kind: Kind, entry: Field[Any]) -> tuple[Any, ...]:
 
 
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
-    given: dict[str, Any] = {**flags, **bounds}
+    settings: dict[str, Any] = {**flags, **bounds}
     if flags.get("backbone_units"):
-        given["backbone_activation"] = BACKBONE
+        settings["backbone_activation"] = BACKBONE
     # Each bound of a slice is one value, which matches one value of a graph: bounds of x, at most 2, mustn't be units.
-    spec = CellSpec(1 + flags.get(kind.scalar, False), 3, kind=kind.name, **given)
+    spec = CellSpec(1 + flags.get(kind.scalar, False), 3, kind=kind.name, **settings)
     usable = {*spec.gates, *kind.outputs} - {*kind.fixed}
     slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in usable}
     spec = replace(spec, gate_activations=slots)
@@ -235,15 +235,15 @@ class Matcher:
             bound: what is known.
         """
         self.form, self.furthest = form, (0, "")
-        found: dict[Any, Step] = {}
+        by_start: dict[Any, Step] = {}
         pairs = [(form.after[state], name) for state, name in ends.items()]
         for each in islice(self._all(self.match, pairs, bound), MOST_MATCHES):
             if all(name in each for name in (form.x, *form.after.values())):
                 step = Step(form, node, each)
                 start = self._place(step.x), step.before["h"]
-                if start not in found or (found[start].swapped and not step.swapped):
-                    found[start] = step
-        return list(found.values())
+                if start not in by_start or (by_start[start].swapped and not step.swapped):
+                    by_start[start] = step
+        return list(by_start.values())
 
     def _all(self, match: Any, pairs: Sequence[tuple[Any, Any]], bound: Bound) -> Iterator[Bound]:
         """Yield the ways in which all pairs match."""
@@ -278,37 +278,37 @@ class Matcher:
         if node is None:
             yield bound
         elif total is not None:
-            found = self.values.linear(theirs)
-            if found is not None:
-                yield from self._linear(total, found, bound)
+            other_total = self.values.linear(theirs)
+            if other_total is not None:
+                yield from self._linear(total, other_total, bound)
         elif active is not None:
-            found = self.values.activated(theirs) or (("linear", theirs) if self.loop else None)
-            slot = self.form.slots.get(active[0])
-            if slot is not None and found is not None:
-                yield from self._with(slot, found[0], active[1], found[1], bound)
-            elif found is not None and found[0] == active[0]:  # part of the step, such as the exponential of an sLSTM
-                yield from self.match(active[1], found[1], bound)
+            (ours_name, ours_inner), slot = active, self.form.slots.get(active[0])
+            other_active = self.values.activated(theirs) or (("linear", theirs) if self.loop else None)
+            if slot is not None and other_active is not None:
+                yield from self._with(slot, other_active[0], ours_inner, other_active[1], bound)
+            elif other_active is not None and other_active[0] == ours_name:  # such as the exponential of an sLSTM
+                yield from self.match(ours_inner, other_active[1], bound)
         elif node.op_type == "Clip":
             (inner, bound_of), (value, limit) = values.clipped(ours), self.values.clipped(theirs)
             yield from self._with(self.form.bounds[bound_of], limit, inner, value, bound)
         elif (normed := unit(values.scope, ours)) is not None:
-            found = unit(self.scope, theirs)
-            if found is not None:
-                yield from self._with("norm_epsilon", found[1], normed[0], found[0], bound)
+            other_normed = unit(self.scope, theirs)
+            if other_normed is not None:
+                yield from self._with("norm_epsilon", other_normed[1], normed[0], other_normed[0], bound)
         elif node.op_type in ("Add", "Mul", "Sub"):
             terms, rest = values.parted(ours)
-            found = self.values.sum(theirs)
-            if len(found) == len(terms) or (rest and len(found) > len(terms)):
-                yield from self._terms(terms, found, rest, bound)
+            other_terms = self.values.sum(theirs)
+            if len(other_terms) == len(terms) or (rest and len(other_terms) > len(terms)):
+                yield from self._terms(terms, other_terms, rest, bound)
         else:
             other = self.scope.producers.get(theirs)
             if other is not None and (other.op_type, len(other.input)) == (node.op_type, len(node.input)):
                 yield from self._all(self.match, [*zip(node.input, other.input, strict=True)], bound)
 
-    def _with(self, key: str, found: Any, ours: str, theirs: str, bound: Bound) -> Iterator[Bound]:
+    def _with(self, key: str, value: Any, ours: str, theirs: str, bound: Bound) -> Iterator[Bound]:
         """Yield the matches of an operation's input, with one more setting known."""
-        if bound.get(key, found) == found:
-            yield from self.match(ours, theirs, {**bound, key: found})
+        if bound.get(key, value) == value:
+            yield from self.match(ours, theirs, {**bound, key: value})
 
     def _same(self, one: str, other: str) -> bool:
         if stripped(self.scope, one) == stripped(self.scope, other):
@@ -333,10 +333,10 @@ class Matcher:
             return
         for order in permutations(range(len(products))):
             if self.loop and len(ours.biases) == len(biases) == len(products):  # each belongs to one product
-                given = [(biases[n],) for n in order]
+                of_biases = [(biases[n],) for n in order]
             else:
-                given = [biases, *[()] * len(ours.biases)]
-            known = bound | {key(bias): terms for bias, terms in zip(ours.biases, given, strict=False)}
+                of_biases = [biases, *[()] * len(ours.biases)]
+            known = bound | {key(bias): terms for bias, terms in zip(ours.biases, of_biases, strict=False)}
             for others in permutations(theirs.peepholes):
                 pairs = [*zip(products, (theirs.products[n] for n in order), strict=True)]
                 yield from self._all(self._term, [*pairs, *zip(ours.peepholes, others, strict=True)], known)
@@ -347,8 +347,8 @@ class Matcher:
             return
         known: Bound = {self.form.key(ours): (theirs,)}
         if ours.normed:
-            gain, found = (Term("", term.gain, False, term.start, term.stop, vector=True) for term in (ours, theirs))
-            known |= {"norm_epsilon": theirs.epsilon, self.form.key(gain): (found,)}
+            gain, other = (Term("", term.gain, False, term.start, term.stop, vector=True) for term in (ours, theirs))
+            known |= {"norm_epsilon": theirs.epsilon, self.form.key(gain): (other,)}
         if any(bound.get(name, value) != value for name, value in known.items()):
             return
         if ours.value == self.form.x:
@@ -368,8 +368,8 @@ class Matcher:
         elif rest is None:
             yield bound
         else:
-            found = [self.values.linear(term.name) if term.name and term.sign > 0 else None for term in theirs]
-            total = together(found)
+            linears = [self.values.linear(term.name) if term.name and term.sign > 0 else None for term in theirs]
+            total = together(linears)
             if total is not None:
                 yield from self._linear(rest, total, bound)
 
@@ -395,8 +395,8 @@ def steps_of(scope: Scope, rows: bool = False) -> Iterator[list[Step]]:
             alike.setdefault(form.values.outline(h) if whole else "any", []).append(form)
     for node in scope.graph.node:
         if node.domain in DOMAINS and len(node.output) == 1 and node.op_type != "Identity":
-            found = [*alike.get(matcher.values.outline(node.output[0]), ()), *alike.get("any", ())]
-            steps = (matcher.steps(form, node, {"h": node.output[0]}, {}) for form in found)
+            candidates = [*alike.get(matcher.values.outline(node.output[0]), ()), *alike.get("any", ())]
+            steps = (matcher.steps(form, node, {"h": node.output[0]}, {}) for form in candidates)
             first = next(filter(None, steps), None)
             if first is not None:
                 yield first
@@ -417,8 +417,8 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     Raises:
         ValueError: weights that don't form one cell.
     """
-    kind, found = step.form.kind, dict(step.settings)
-    backbone = found.pop("backbone", None)
+    kind, of_slots = step.form.kind, dict(step.settings)
+    backbone = of_slots.pop("backbone", None)
     gated = "gate_kernel" if backbone else "kernel"  # the product that has a block of columns for each gate
     rows_of_gates, rows_of_kernel = (len(array_of(scope, step.terms[name, None, 0][0])) for name in (gated, "kernel"))
     blocks_of_gates = [key for key in step.form.keys.values() if key[0] == gated]
@@ -438,9 +438,9 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     biased = bool(biases)
     if not biased:
         arrays = {name: array for name, array in arrays.items() if name not in ("bias", "gate_bias")}
-    texts = {slot: text for slot, text in found.items() if slot in kind.slots}
+    texts = {slot: text for slot, text in of_slots.items() if slot in kind.slots}
     settings = {**step.form.flags, **flags, "use_bias": biased, "gate_activations": texts}
-    settings |= {name: n for name, n in found.items() if name not in texts and n is not None}
+    settings |= {name: n for name, n in of_slots.items() if name not in texts and n is not None}
     for gate, role in reversed(kind.gates.items()):  # the first of each role
         if gate in texts:
             settings["activation" if role == "candidate" else "recurrent_activation"] = texts[gate]
@@ -474,5 +474,5 @@ def _check_normed(name: str, blocks: Sequence[Sequence[Term]], units: int) -> No
 
 def total(scope: Scope, terms: Sequence[Term], width: int) -> Array:
     """Return the rows of a matrix, a vector, or the sum of constants of this width."""
-    found = [array_of(scope, term) for term in terms]
-    return found[0] if len(found) == 1 else sum(found, np.zeros(width))
+    arrays = [array_of(scope, term) for term in terms]
+    return arrays[0] if len(arrays) == 1 else sum(arrays, np.zeros(width))

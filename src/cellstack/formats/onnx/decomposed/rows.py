@@ -213,10 +213,10 @@ class Loop(Added):
         if looked_up is not None:
             return looked_up
         places = [place_of(self.scope, Term(name, "", False, 0, 0), self.known) for name in values]
-        found = [place for place in places if place is not None]
-        if len(found) < len(values) or len({(place.root, place.axis) for place in found}) != 1:
+        placed = [place for place in places if place is not None]
+        if len(placed) < len(values) or len({(place.root, place.axis) for place in placed}) != 1:
             return None
-        steps, (root, axis, _) = [place.step for place in found], found[0]
+        steps, (root, axis, _) = [place.step for place in placed], placed[0]
         ahead = list(range(len(values)))
         backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
         if (steps != ahead and not backwards) or axis not in (0, 1):
@@ -244,8 +244,8 @@ class Loop(Added):
         if tables or axes != {0} or not isinstance(self.scope.constant(table), np.ndarray):
             return None
         terms = [Term(node.input[1], "", False, 0, 0) for node in nodes if node is not None]
-        found = [place_of(self.scope, term, self.known) for term in terms]
-        places = [place for place in found if place is not None]
+        placed = [place_of(self.scope, term, self.known) for term in terms]
+        places = [place for place in placed if place is not None]
         steps = [place.step for place in places]
         if steps != list(range(len(values))) or {(p.root, p.axis) for p in places} != {(places[0].root, 1)}:
             return None
@@ -305,11 +305,11 @@ class Loop(Added):
         if key not in self.found:
             names = [one.name if isinstance(one, Rows) else one for one in taken]
             outputs = [f"loop {len(self.made)} {n}" for n in range(len(node.output))]
-            made = copy.deepcopy(node)
-            del made.input[:], made.output[:]
-            made.input.extend(names)
-            made.output.extend(outputs)
-            self.add(made)
+            operator = copy.deepcopy(node)
+            del operator.input[:], operator.output[:]
+            operator.input.extend(names)
+            operator.output.extend(outputs)
+            self.add(operator)
             self.found[key] = outputs[0]
         outputs = self.scope.producers[str(self.found[key])].output
         rank, ones = apart
