@@ -48,7 +48,7 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
         The network, with inputs and outputs in the module's order. Final states that the module returns are among those
         that `Network.run` returns; a state is an output `[B, H]` if the module uses nothing else of its layer. A module
         that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
-        For a module that ONNX Runtime runs in part, a `cellstack.formats.onnx.segments.SegmentedNetwork`, which takes
+        For a module that ONNX Runtime runs in part, a `cellstack.formats.onnx.runtime.RuntimeModel`, which takes
         and returns the tensors that the module does, with the same axes, and can't stream.
 
     Outputs of the module that aren't tensors are left out. If the module's code reads values of tensors, as in
@@ -70,7 +70,7 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     >>> compile(module, torch.zeros(2, 5, 3)).run(np.ones((1, 6, 3), np.float32))[0].shape
     (1, 6, 4)
     """
-    return _compiled(module, example, tolerance, segments=True)
+    return _compiled(module, example, tolerance, insist=False)
 
 
 def compile_network(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:
@@ -82,16 +82,16 @@ def compile_network(module: Any, example: Any = None, tolerance: float = TOLERAN
     Raises:
         FormatError and others: as `compile` does.
     """
-    return _compiled(module, example, tolerance, segments=False)
+    return _compiled(module, example, tolerance, insist=True)
 
 
-def _compiled(module: Any, example: Any, tolerance: float, segments: bool) -> Any:
-    """Return a Network or, with `segments`, possibly a SegmentedNetwork."""
+def _compiled(module: Any, example: Any, tolerance: float, insist: bool) -> Any:
+    """Return a Network or, unless `insist`, possibly a RuntimeModel."""
     check_installed("cellstack.capture", "torch", "torch")
     from cellstack.capture.attempts import attempt
     from cellstack.capture.parts import compilable
     from cellstack.capture.prepared import checked, copied_for, named, same_random_numbers
-    from cellstack.capture.segmented import in_segments
+    from cellstack.capture.runtime import runtime_model
 
     inputs = checked(module, example, tolerance)
     name = named(module)
@@ -102,9 +102,9 @@ def _compiled(module: Any, example: Any, tolerance: float, segments: bool) -> An
         except FormatError as error:
             why = str(error)
             try:
-                if not segments:
+                if insist:
                     raise
-                network, notes = in_segments(ready, tolerance, why)
+                network, notes = runtime_model(ready, tolerance, why)
             except FormatError as also:
                 why += "" if also is error else f"; with ONNX Runtime: {also}"
                 parts = compilable(ready, tolerance)

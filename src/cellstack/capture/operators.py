@@ -3,7 +3,7 @@
 `torch.export` can't record packed sequences, whose sizes depend on values, and fixes the number of steps of PyTorch's
 own recurrent functions. Here a packed sequence `[B, T, ...]` stays padded: its data are `[B · T, ...]`, its layers
 get the mask `arange(T) < lengths`, and unpacking writes the padding value after each row's length. So operations on
-each packed step remain the same. Unpacking returns all T steps, where PyTorch returns those of the longest row.
+each packed step remain the same.
 """
 
 from __future__ import annotations
@@ -35,23 +35,30 @@ class Padded(NamedTuple):
         return torch.arange(self.steps) < self.lengths[:, None]
 
 
-def on_the_op(module: Any) -> Any:
-    """Return a copy of a module whose recurrent functions call the kernel's op, and whose packed rows are padded."""
+def on_the_op(module: Any, cut: bool = True) -> Any:
+    """Return a copy of a module whose recurrent functions call the kernel's op, and whose packed rows are padded.
+
+    Args:
+        module: the module.
+        cut: whether unpacking returns the steps of the longest row, as in PyTorch, and not all steps. Other tensors
+            may have all steps, and `torch.export` doesn't know whether the longest row has all.
+    """
     made = duplicate(module)
-    made.forward = partial(_within, made.forward)
+    made.forward = partial(_within, made.forward, cut)
     return made
 
 
-def _within(forward: Any, *args: Any) -> Any:
-    with Operators():
+def _within(forward: Any, cut: bool, *args: Any) -> Any:
+    with Operators(cut):
         return forward(*args)
 
 
 class Operators(TorchFunctionMode):
     """A context in which recurrent functions call the kernel's op, and packed rows are padded ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, cut: bool) -> None:
         super().__init__()
+        self.cut = cut
         self.packed: dict[int, Padded] = {}  # by id of batch_sizes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,14 +80,18 @@ class Operators(TorchFunctionMode):
     def _pack(self, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
         x = x if batch_first else x.transpose(0, 1)
         rows, steps = x.shape[:2]
-        sizes = torch.full((steps,), rows)
+        longest: Any = lengths.max().item() if self.cut else steps
+        torch._check(longest > 0)
+        sizes = torch.full((longest,), rows)
         self.packed[id(sizes)] = Padded(lengths, rows, steps, sizes)
         return x.reshape(rows * steps, *x.shape[2:]), sizes
 
-    def _pad(self, data: Tensor, sizes: Tensor, batch_first: bool, value: float, _: int = -1) -> tuple[Tensor, Tensor]:
+    def _pad(self, data: Tensor, sizes: Tensor, batch_first: bool, value: float, total: int) -> tuple[Tensor, Tensor]:
         padded = self.packed[id(sizes)]
         y = data.reshape(padded.rows, padded.steps, *data.shape[1:])
         y = torch.where(padded.used.reshape(padded.rows, padded.steps, *[1] * (y.ndim - 2)), y, value)
+        torch._check(total <= y.shape[1])
+        y = y[:, :total] if self.cut else y
         return y if batch_first else y.transpose(0, 1), padded.lengths
 
     def _recurrent(self, mode: str, x: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,12 +28,12 @@ from cellstack.capture.packing import packs
 from cellstack.capture.prepared import Prepared
 from cellstack.capture.probes import compared_sizes
 from cellstack.cells.errors import FormatError
-from cellstack.formats.onnx.segments import SegmentedNetwork
+from cellstack.formats.onnx.runtime import RuntimeModel
 
 NEEDS = "the rest of it would run in ONNX Runtime, which isn't installed: pip install 'cellstack[onnxruntime]'"
 
 
-def in_segments(ready: Prepared, tolerance: float, reason: str) -> tuple[SegmentedNetwork, list[str]]:
+def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[RuntimeModel, list[str]]:
     """Return a module as a graph of which the kernel runs a part, and notes for warnings.
 
     Args:
@@ -49,10 +50,16 @@ def in_segments(ready: Prepared, tolerance: float, reason: str) -> tuple[Segment
     if find_spec("onnxruntime") is None:
         raise FormatError(NEEDS)
     module, inputs, tried = flattened(duplicate(ready.module), ready.inputs), tuple(tensors_in(ready.inputs)), []
-    packed = bool(packs(module, inputs))
-    ends = GraphEnds(axes_in_groups(on_the_op(module), inputs), packed)  # PyTorch doesn't check sizes of packed rows
-    for how, save in (("torch.export", _by_export), *([] if packed else [("torch.jit.trace", _by_trace)])):
-        looks, ends.rejected = list[str](), []
+    axes = axes_in_groups(on_the_op(module), inputs)  # PyTorch doesn't check sizes of packed rows
+    if packs(module, inputs):
+        ways = [
+            ("torch.export", _by_export, False),
+            ("torch.export of all steps", partial(_by_export, cut=False), True),
+        ]
+    else:
+        ways = [("torch.export", _by_export, False), ("torch.jit.trace", _by_trace, False)]
+    for how, save, padded in ways:
+        looks, ends = list[str](), GraphEnds(axes, padded)
         try:
             network = _saved(save, module, inputs, len(ready.answers), ends.axes, looks, reason)
             why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES, ends)
@@ -61,10 +68,8 @@ def in_segments(ready: Prepared, tolerance: float, reason: str) -> tuple[Segment
         if network is not None and why is None:
             network.path = ready.name
             notes = [*ready.notes, *_notes(network, ends, reason)]
-            if packed:
-                notes.append(
-                    "packs sequences: what it unpacks has all steps of the input, also where no row needs them"
-                )
+            if padded:
+                notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
             return network, [*notes, *caveats(module, inputs, looks, compared_sizes(ends, module, inputs))]
         tried.append(f"{how}: {why}")
     raise FormatError("; ".join(tried))
@@ -72,7 +77,7 @@ def in_segments(ready: Prepared, tolerance: float, reason: str) -> tuple[Segment
 
 def _saved(
     save: Any, module: Any, inputs: tuple[Any, ...], outputs: int, axes: Sequence[Axes], looks: list[str], reason: str
-) -> SegmentedNetwork:
+) -> RuntimeModel:
     """Return the graph that a function writes; the places where the module's code reads values are added to `looks`.
 
     Raises:
@@ -89,7 +94,7 @@ def _saved(
         try:
             with without_console():
                 looks += save(module, tuple(given), opened, path, *names)
-                network = SegmentedNetwork(path, reason).prepare()
+                network = RuntimeModel(path, reason).prepare()
         except Exception as error:  # exporters and ONNX Runtime fail in as many ways as there are modules
             raise FormatError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
     if not network.kernels:
@@ -97,10 +102,10 @@ def _saved(
     return network
 
 
-def _by_export(module: Any, given: Any, opened: list[list[int]], path: str, names: Any, outs: Any) -> list[str]:
+def _by_export(module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True) -> list[str]:
     """Write what `torch.export` records of a module."""
     shapes = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),)
-    write(recorded(on_the_op(module), given, dynamic_shapes=shapes), path, names, outs)
+    write(recorded(on_the_op(module, cut), given, dynamic_shapes=shapes), path, *names)
     return []
 
 
@@ -110,7 +115,7 @@ def _by_trace(module: Any, given: Any, opened: list[list[int]], path: str, names
     return export(module, fresh(given), path, {"input_names": names, "output_names": outs, "dynamic_axes": axes})
 
 
-def _notes(network: SegmentedNetwork, ends: GraphEnds, reason: str) -> list[str]:
+def _notes(network: RuntimeModel, ends: GraphEnds, reason: str) -> list[str]:
     """Return warnings: which operators ONNX Runtime runs and why, and which sizes it rejects."""
     found = re.findall(r"ONNX Runtime: (.*)", str(network.plan()))
     notes = [f"isn't a Network: {reason}; ONNX Runtime runs {'; '.join(found)}: see plan()"]
