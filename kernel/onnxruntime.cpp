@@ -12,6 +12,7 @@
 #include <exception>
 #include <initializer_list>
 #include <mutex>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -132,7 +133,6 @@ void need(Status* status, const char* what) {
 
 struct Published {
     std::mutex lock;
-    int64_t last = 0;
     std::unordered_map<int64_t, std::shared_ptr<const Recurrent>> all;
 };
 
@@ -360,6 +360,7 @@ Status* compute_node(void* kernel, KernelContext* context) {
 }
 
 // Sets the shapes of the outputs as far as that of X is known: ONNX Runtime then plans memory as for its own operators.
+// The node has an entry for each output, also for those that nothing uses: ONNX Runtime doesn't check the index.
 void infer(ShapeContext* context, Type type) {
     const Attribute* attribute = nullptr;
     int64_t handle = 0;
@@ -449,8 +450,12 @@ const CustomOp kSingle = custom_op<float>(), kTwice = custom_op<double>();
 int64_t publish(std::shared_ptr<const Recurrent> recurrent) {
     Published& to = published();
     const std::lock_guard<std::mutex> locked(to.lock);
-    to.all.emplace(++to.last, std::move(recurrent));
-    return to.last;
+    // Random numbers: a file can't name the operator of another one.
+    std::random_device draw;
+    for (;;) {
+        const auto handle = int64_t((uint64_t(draw()) << 32 | draw()) >> 1);
+        if (to.all.emplace(handle, recurrent).second) return handle;
+    }
 }
 
 void withdraw(int64_t handle) {

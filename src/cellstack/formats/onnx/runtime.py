@@ -322,6 +322,7 @@ def _replace(node: Any, operator: Operator, threads: int) -> Any:
     )
     node.domain, node.op_type = DOMAIN, "Recurrent" if first.dtype == np.float32 else "RecurrentDouble"
     node.input[:] = [node.input[0], *filter(None, (operator.lengths, *names))]
+    node.output.extend([""] * (1 + len(names) - len(node.output)))  # the kernel sets the shape of each
     del node.attribute[:]
     node.attribute.append(onnx_package().helper.make_attribute("handle", made.handle))
     return made
