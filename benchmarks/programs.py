@@ -59,7 +59,9 @@ def row(found: dict) -> str:
         compiled = f"refused: {reason(found['refused'])} | "
     else:
         streams = f"streams, {found['off_stream']:.0e}" if found["streams"] else "no stream"
-        made = f"{found['cells']} cells, {found['nodes']} nodes, {streams}"
+        made = f"native: {found['cells']} cells, {found['nodes']} nodes, {streams}"
+        if found["runtime"]:
+            made = f"with ONNX Runtime: {found['cells']} operators on the kernel"
         compiled = f"{made} | {found['off_compiled']:.0e} at {found['sizes']} sizes"
     times_before = f"{times(found['inference'])} | {times(found['training'])}"
     return f"| {found['name']} | {served} | {off} | {times_before} | {compiled} |"

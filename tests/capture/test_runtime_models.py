@@ -60,6 +60,15 @@ def two_lengths(m, x, lengths, more):
     return first - second
 
 
+def lengths_in_a_list(m, x, lengths):
+    y, _ = m.rnn(pack_padded_sequence(x, lengths.tolist(), batch_first=True))
+    return pad_packed_sequence(y, batch_first=True)[0].cumsum(1)
+
+
+def one_feature(m, x, ids):
+    return m.rnn(x)[0].cumsum(1).squeeze(-1) * ids[:, :, 0, None]  # the first squeeze keeps an axis that isn't 1
+
+
 def called_as_a_function(m, x):
     y, h = torch.gru(x, x.new_zeros(1, x.shape[0], 6), m.rnn._flat_weights, True, 1, 0.0, False, False, True)
     return y.cumsum(1), h
@@ -82,6 +91,15 @@ def with_lengths(rows, steps):
     return *x_of(rows, steps), torch.tensor([max(1, steps - 2 * n) for n in range(rows)]).flip(0)
 
 
+def with_ids(rows, steps):
+    return *x_of(rows, steps), torch.randint(5, (rows, steps, 1))
+
+
+def with_sorted_lengths(rows, steps):
+    x, lengths = with_lengths(rows, steps)
+    return x, lengths.flip(0)
+
+
 def with_two_lengths(rows, steps):
     x, lengths = with_lengths(rows, steps)
     return x, lengths, lengths.flip(0)
@@ -100,6 +118,8 @@ MODELS = {
     "a function": (called_as_a_function, x_of, {"kind": nn.GRU}),
     "a mean over packed rows": (mean_of_used_steps, with_lengths, {}),
     "packed by two lengths": (two_lengths, with_two_lengths, {}),
+    "lengths in a list": (lengths_in_a_list, with_sorted_lengths, {}),
+    "a squeeze that keeps its axis": (one_feature, with_ids, {}),
 }
 
 

@@ -78,7 +78,7 @@ def encodec_decoder():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("asteroid: LSTMTasNet", *ASTEROID, sizes=WAVES, refused="CumSum")
+@program("asteroid: LSTMTasNet", *ASTEROID, sizes=WAVES, runtime=True)
 def lstm_tasnet():
     from asteroid.models import LSTMTasNet
 
@@ -143,7 +143,7 @@ def rnnlm():
     return module, lambda rows, steps: (torch.randint(0, 50, (rows, steps)),)
 
 
-@program("speechbrain: Dual_Path_Model", *SPEECHBRAIN, served=4, refused="Concat")
+@program("speechbrain: Dual_Path_Model", *SPEECHBRAIN, served=4, runtime=True)
 def dual_path():
     from speechbrain.lobes.models.dual_path import Dual_Path_Model, SBRNNBlock
 
@@ -154,7 +154,7 @@ def dual_path():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("speechbrain: AttentionalRNNDecoder", *SPEECHBRAIN, served=1, refused="axes of batch, time and features")
+@program("speechbrain: AttentionalRNNDecoder", *SPEECHBRAIN, served=1, runtime=True, accepts=3)
 def attentional_decoder():
     from speechbrain.nnet.RNN import AttentionalRNNDecoder
 
@@ -198,7 +198,9 @@ def tacotron2_decoder():
     )
 
 
-@program("torchaudio: WaveRNN", AUDIO, sizes=((2, 9), (1, 9), (3, 9), (2, 12), (2, 6)), served=2, refused="Tile")
+@program(
+    "torchaudio: WaveRNN", AUDIO, sizes=((2, 9), (1, 9), (3, 9), (2, 12), (2, 6)), served=2, runtime=True, accepts=3
+)
 def wavernn():
     from torchaudio.models import WaveRNN
 

@@ -44,7 +44,7 @@ def tianshou_recurrent():
     return module, lambda rows, steps: (torch.randn(rows, steps, 6),)
 
 
-@program("tianshou: RecurrentActorProb", *NEEDS["tianshou"], refused="the output of Exp")
+@program("tianshou: RecurrentActorProb", *NEEDS["tianshou"], runtime=True)
 def tianshou_actor():
     from tianshou.utils.net.continuous import RecurrentActorProb
 

@@ -40,7 +40,7 @@ def lstm_aggregation():
     return LSTMAggregation(16, 32), lambda rows, steps: nodes(rows, steps, 16)
 
 
-@program("PyG: GatedGraphConv", *NEEDS["PyG"], refused="Gather")
+@program("PyG: GatedGraphConv", *NEEDS["PyG"], runtime=True)
 def gated_graph():
     from torch_geometric.nn import GatedGraphConv
 

@@ -28,6 +28,7 @@ from cellstack.capture.copied import copied
 from cellstack.capture.equality import Ends
 from cellstack.capture.nested import array_of, flattened, tensors_in
 from cellstack.capture.packing import packs, padded, with_lengths
+from cellstack.formats.onnx.runtime import RuntimeModel
 from cellstack.layers.accelerated import Accelerated
 from cellstack.layers.handwritten import HandWritten
 
@@ -48,6 +49,8 @@ class Program:
         served: how many of the recurrent modules `accelerate` must serve.
         cells: whether `accelerate` is called with `cells=True`, which serves hand-written modules too.
         refused: words of the message with which `compile` must refuse the module; None: it must compile.
+        runtime: whether ONNX Runtime must run a part of what `compile` returns: a RuntimeModel, not a Network.
+        accepts: how many of the sizes that must accept; None: all. A graph with the steps of a loop takes one length.
         streams: whether the compiled network must run step by step.
         trains: whether a call in training mode takes the same arguments; otherwise gradients are those in evaluation.
     """
@@ -59,6 +62,8 @@ class Program:
     served: int = 1
     cells: bool = False
     refused: str | None = None
+    runtime: bool = False
+    accepts: int | None = None
     streams: bool = False
     trains: bool = True
 
@@ -124,7 +129,8 @@ class Result:
     training: tuple[float, float] | None = None
     refused: str | None = None  # the message of `compile`
     warned: tuple[str, ...] = ()  # its warnings
-    cells: int = 0
+    runtime: bool = False  # whether ONNX Runtime runs a part
+    cells: int = 0  # with ONNX Runtime, the recurrent operators on the kernel
     nodes: int = 0
     off_compiled: float = 0.0  # the greatest difference of the network's outputs, at all sizes
     sizes: str = ""  # of the sizes, how many the network accepts
@@ -188,6 +194,10 @@ def _compile(program: Program, made: Result) -> None:
     made.warned = tuple(str(one.message) for one in caught if str(one.message).startswith("compile:"))
     if made.refused is not None:
         return
+    made.runtime = isinstance(net, RuntimeModel)
+    if isinstance(net, RuntimeModel):
+        _compare_graph(program, net, made)
+        return
     made.cells, made.nodes = len(net.cells), len(net.nodes)
     still = flattened(copied(program.make()), program.example(*program.sizes[0]))
     accepted = 0
@@ -212,6 +222,23 @@ def _compile(program: Program, made: Result) -> None:
                 made.no_stream = str(error)
             else:
                 made.streams, made.off_stream = True, _off_stream(net, stream, own)
+    made.sizes = f"{accepted}/{len(program.sizes)}"
+
+
+def _compare_graph(program: Program, net: RuntimeModel, made: Result) -> None:
+    """Compare a graph with its module: it takes and returns the same tensors."""
+    made.cells, accepted = len(net.kernels), 0
+    still = flattened(copied(program.make()), program.example(*program.sizes[0]))
+    for rows, steps in program.sizes:
+        inputs = tensors_in(program.example(rows, steps))
+        with torch.no_grad():
+            expected = tensors_in(still(*inputs))
+        try:
+            found = net.compute(dict(zip(net.inputs, map(array_of, inputs), strict=True)))
+        except Exception:  # ONNX Runtime's errors have no common base class; `sizes` says so
+            continue
+        accepted += 1
+        made.off_compiled = max([made.off_compiled, *map(_off, found, map(array_of, expected))])
     made.sizes = f"{accepted}/{len(program.sizes)}"
 
 

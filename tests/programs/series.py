@@ -13,7 +13,7 @@ def tsai_lstm():
     return LSTM(3, 5, hidden_size=64, n_layers=2), lambda rows, steps: (torch.randn(rows, 3, steps),)
 
 
-@program("tsai: LSTM_FCN", *NEEDS["tsai"], sizes=((2, 20), (1, 20), (12, 20)), refused="Conv")
+@program("tsai: LSTM_FCN", *NEEDS["tsai"], sizes=((2, 20), (1, 20), (12, 20)), runtime=True)
 def tsai_lstm_fcn():
     from tsai.models.RNN_FCN import LSTM_FCN
 
@@ -108,7 +108,7 @@ def neuralforecast_gru():
     *NEEDS["neuralforecast"],
     sizes=((2, 20), (1, 20), (3, 20)),
     served=4,
-    refused="Concat",
+    runtime=True,
 )
 def neuralforecast_dilated():
     from neuralforecast.models.dilated_rnn import DilatedRNN
@@ -267,7 +267,7 @@ def hydrology_ealstm():
     return EALSTM(_hydrology("ealstm")), _basins
 
 
-@program("pypots: GRU-D", *NEEDS["pypots"], sizes=((2, 20), (1, 20), (3, 20)), refused="found · T F")
+@program("pypots: GRU-D", *NEEDS["pypots"], sizes=((2, 20), (1, 20), (3, 20)), runtime=True)
 def pypots_grud():
     from pypots.nn.modules.grud import BackboneGRUD
 

@@ -51,7 +51,7 @@ def onmt_encoder():
     "OpenNMT: NMTModel, attention after the LSTM",
     *NEEDS["OpenNMT"],
     served=2,
-    refused="values can be joined along features or time only, found axis 2 of D B F, D B F (decoder.py",
+    runtime=True,
 )
 def onmt_standard():
     from onmt.decoders.decoder import StdRNNDecoder
@@ -63,7 +63,7 @@ def onmt_standard():
     "OpenNMT: NMTModel, attention as an input",
     *NEEDS["OpenNMT"],
     served=3,
-    refused="found axis 2 of D B F, D B F (decoder.py",
+    runtime=True,
 )
 def onmt_input_feed():
     from onmt.decoders.decoder import InputFeedRNNDecoder
@@ -110,7 +110,7 @@ def flair_language_model():
     return module, call
 
 
-@program("flair: SequenceTagger", *NEEDS["flair"], refused="Expand '/crf/Expand'")
+@program("flair: SequenceTagger", *NEEDS["flair"], runtime=True)
 def flair_tagger():
     from flair.data import Dictionary
     from flair.embeddings import OneHotEmbeddings
@@ -171,7 +171,7 @@ def stanza_lemmatizer():
     return module, call
 
 
-@program("supar: CharLSTM", *NEEDS["supar"], refused="lengths that it computes")
+@program("supar: CharLSTM", *NEEDS["supar"], runtime=True)
 def supar_characters():
     from supar.modules import CharLSTM
 
@@ -219,7 +219,7 @@ def recbole_gru():
     return module, lambda rows, steps: (ids(rows, steps, 100), lengths(rows, steps))
 
 
-@program("recbole: NARM", *NEEDS["recbole"], refused="comparing values")
+@program("recbole: NARM", *NEEDS["recbole"], runtime=True)
 def recbole_narm():
     from recbole.model.sequential_recommender.narm import NARM
 

@@ -288,7 +288,7 @@ class GraphEnds:
 
     def __init__(self, axes: Sequence[Axes], padded: bool = False) -> None:
         self.axes, self.padded = axes, padded
-        self.rejected: list[str] = []  # sizes of inputs that ONNX Runtime rejects, with its reason
+        self.rejected: list[str] = []  # sizes that the graph doesn't have
 
     def longer(self, given: list[Any]) -> Iterator[Size]:
         """Yield inputs of other sizes."""
@@ -309,14 +309,19 @@ class GraphEnds:
         """Return the outputs of a graph, and no states.
 
         Raises:
-            ValueError: ONNX Runtime rejects the inputs.
+            ValueError: the graph has another fixed size.
+            RuntimeError: ONNX Runtime fails, although the graph has open sizes.
         """
+        arrays = list(map(array_of, given))
+        for array, one in zip(arrays, network.arguments(network.inputs), strict=True):
+            if any(isinstance(size, int) and size != own for size, own in zip(one.shape, array.shape, strict=True)):
+                self.rejected.append(f"{list(array.shape)} for {one.name} {one.shape}")
+                raise ValueError(f"its graph doesn't take {self.rejected[-1]}")
         try:
-            return tuple(network.compute(dict(zip(network.inputs, map(array_of, given), strict=True)))), ()
+            return tuple(network.compute(dict(zip(network.inputs, arrays, strict=True)))), ()
         except Exception as error:  # ONNX Runtime's errors have no common base class
-            sizes = ", ".join(str(list(value.shape)) for value in given)
-            self.rejected.append(f"{sizes}: {str(error).splitlines()[0]}")
-            raise ValueError(self.rejected[-1]) from error
+            sizes = ", ".join(str(list(array.shape)) for array in arrays)
+            raise RuntimeError(f"its graph fails for {sizes}: {str(error).splitlines()[0]}") from error
 
     def unlike(
         self, ours: tuple[Any, ...], _: Any, expected: list[Any], tolerance: float, squeezed: bool = False

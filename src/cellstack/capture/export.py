@@ -84,7 +84,18 @@ def recorded(
         warnings.simplefilter("ignore")  # of the exporter, about itself
         program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
     _check(program.graph)
+    _keep_axes(program.graph)
     return program
+
+
+def _keep_axes(graph: Any) -> None:
+    """Make copies of squeezes of an axis that is longer than 1, which keep it: the exporter writes them as they are."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.squeeze.dim:
+            value, axis = node.args
+            size = value.meta["val"].shape[axis]
+            if not isinstance(size, int) or size != 1:
+                node.target, node.args = torch.ops.aten.clone.default, (value,)
 
 
 def write(program: Any, path: str, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:

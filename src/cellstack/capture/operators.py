@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
+from cellstack.capture.axes import is_count
 from cellstack.capture.copied import duplicate
 from cellstack.layers.accelerated import run_stack
 from cellstack.layers.eligibility import KINDS
@@ -61,6 +64,19 @@ class Operators(TorchFunctionMode):
         super().__init__()
         self.cut = cut
         self.packed: dict[int, Padded] = {}  # by id of batch_sizes
+        self.lists = {kind: kind.tolist for kind in (FakeTensor, FunctionalTensor)}
+
+    def __enter__(self) -> Operators:
+        """Keep lengths a tensor in `pack_padded_sequence(x, lengths.tolist())`: a list has a fixed number of rows."""
+        for kind, own in self.lists.items():
+            kind.tolist = lambda t, own=own: t if t.ndim == 1 and is_count(t) else own(t)  # type: ignore[attr-defined]
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        """Restore the conversion."""
+        for kind, own in self.lists.items():
+            kind.tolist = own  # type: ignore[attr-defined]
+        super().__exit__(*raised)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of PyTorch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -51,28 +51,39 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
         raise FormatError(NEEDS)
     module, inputs, tried = flattened(duplicate(ready.module), ready.inputs), tuple(tensors_in(ready.inputs)), []
     axes = axes_in_groups(on_the_op(module), inputs)  # PyTorch doesn't check sizes of packed rows
-    if packs(module, inputs):
-        ways = [
-            ("torch.export", _by_export, False),
-            ("torch.export of all steps", partial(_by_export, cut=False), True),
-        ]
-    else:
-        ways = [("torch.export", _by_export, False), ("torch.jit.trace", _by_trace, False)]
-    for how, save, padded in ways:
-        looks, ends = list[str](), GraphEnds(axes, padded)
-        try:
-            network = _saved(save, module, inputs, len(ready.answers), ends.axes, looks, reason)
-            why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES, ends)
-        except (FormatError, ValueError) as error:
-            network, why = None, str(error)
-        if network is not None and why is None:
-            network.path = ready.name
-            notes = [*ready.notes, *_notes(network, ends, reason)]
-            if padded:
-                notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
-            return network, [*notes, *caveats(module, inputs, looks, compared_sizes(ends, module, inputs))]
-        tried.append(f"{how}: {why}")
-    raise FormatError("; ".join(tried))
+    cut = "torch.export", _by_export, False
+    whole = "torch.export of all steps", partial(_by_export, cut=False), True
+    trace = "torch.jit.trace", _by_trace, False
+    for how, save, padded in (cut, whole) if packs(module, inputs) else (cut, trace):
+        for given in _examples(inputs, axes):
+            looks, ends = list[str](), GraphEnds(axes, padded)
+            try:
+                network = _saved(save, module, given, len(ready.answers), ends.axes, looks, reason)
+                why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES, ends)
+            except (FormatError, RuntimeError, ValueError) as error:
+                network, why = None, str(error)
+            if network is not None and why is None:
+                network.path = ready.name
+                notes = [*ready.notes, *_notes(network, ends, reason)]
+                if padded:
+                    notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
+                return network, [*notes, *caveats(module, inputs, looks, compared_sizes(ends, module, inputs))]
+            tried.append(f"{how}: {why}")
+    raise FormatError("; ".join(dict.fromkeys(tried)))
+
+
+def _examples(inputs: tuple[Any, ...], axes: Sequence[Axes]) -> Iterator[tuple[Any, ...]]:
+    """Yield the inputs with longer axes in the place of open ones of length 1, which torch.export fixes; and as given.
+
+    A module may accept another length than 1, but none that isn't a number in its code.
+    """
+    given = list(inputs)
+    for group in axes:
+        n, axis = min(group)
+        given = resized(given, group, 1) if given[n].shape[axis] == 1 else given
+    yield tuple(given)
+    if any(one is not other for one, other in zip(given, inputs, strict=True)):
+        yield inputs
 
 
 def _saved(
@@ -84,16 +95,12 @@ def _saved(
         FormatError: it can't be written, isn't valid, or has no recurrent operator for the kernel.
     """
     names = [f"input_{n}" for n in range(len(inputs))], [f"output_{n}" for n in range(outputs)]
-    given = list(inputs)
-    for group in axes:  # torch.export fixes axes of length 1
-        n, axis = min(group)
-        given = resized(given, group, 1) if given[n].shape[axis] == 1 else given
-    opened = [sorted(axis for m, axis in frozenset().union(*axes) if m == n) for n in range(len(given))]
+    opened = [sorted(axis for m, axis in frozenset().union(*axes) if m == n) for n in range(len(inputs))]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "module.onnx")
         try:
             with without_console():
-                looks += save(module, tuple(given), opened, path, *names)
+                looks += save(module, inputs, opened, path, *names)
                 network = RuntimeModel(path, reason).prepare()
         except Exception as error:  # exporters and ONNX Runtime fail in as many ways as there are modules
             raise FormatError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
@@ -120,5 +127,5 @@ def _notes(network: RuntimeModel, ends: GraphEnds, reason: str) -> list[str]:
     found = re.findall(r"ONNX Runtime: (.*)", str(network.plan()))
     notes = [f"isn't a Network: {reason}; ONNX Runtime runs {'; '.join(found)}: see plan()"]
     if ends.rejected:
-        notes.append(f"takes sizes that its graph rejects, such as {ends.rejected[0]}")
+        notes.append(f"takes sizes that its graph doesn't have, such as {ends.rejected[0]}")
     return notes
