@@ -201,6 +201,46 @@ def test_reads_of_values_that_change_nothing_are_warned_of():
     assert isinstance(net, RuntimeModel)
 
 
+def test_a_graph_that_fails_at_an_open_size_is_refused(monkeypatch):
+    own = RuntimeModel.compute
+
+    def fails(net, given, options=None):
+        if len(given["input_0"]) == 3:
+            raise RuntimeError("Reshape")
+        return own(net, given, options)
+
+    monkeypatch.setattr(RuntimeModel, "compute", fails)
+    with pytest.raises(cs.FormatError, match=r"torch\.export: its graph fails for \[3, 9, 4\]: Reshape"):
+        cs.compile(Model(attended), x_of(2, 9))
+
+
+def test_steps_of_cells_run_on_the_kernel_and_a_fixed_number_of_them_is_warned_of():
+    def loop(m, x):
+        h, hs = x.new_zeros(x.shape[0], 6), []
+        for t in range(x.shape[1]):
+            h = m.rnn(x[:, t], h)
+            hs.append(h)
+        y = torch.stack(hs, 1)
+        return m.attention(y, y, y)[0]
+
+    class Cells(Model):
+        def __init__(self):
+            super().__init__(loop)
+            self.rnn = nn.GRUCell(4, 6)
+
+    module = Cells().eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        net = cs.compile(module, x_of(2, 9))
+    assert any(
+        re.search(r"its graph doesn't have, such as \[2, \d+, 4\] for input_0 \[.*, 9, 4\]", str(one.message))
+        for one in caught
+    )
+    assert len(net.kernels) == 9
+    (x,) = x_of(3, 9)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=tolerances.NETWORK, rtol=0)
+
+
 def test_without_onnxruntime_the_message_names_the_extra(monkeypatch):
     monkeypatch.setattr("cellstack.capture.runtime.find_spec", lambda name: None)
     with pytest.raises(cs.FormatError, match=re.escape("pip install 'cellstack[onnxruntime]'; parts that can be comp")):
