@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from cellstack.capture.copied import duplicate
 from cellstack.layers.accelerated import run_stack
+from cellstack.layers.eligibility import KINDS
 
-MODES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
+MODES = {mode.lower(): mode for mode in KINDS}  # of PyTorch's modules, by the function that each calls
 
 
 def contiguous(x: Tensor) -> Tensor:
