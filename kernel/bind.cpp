@@ -12,6 +12,9 @@
 #include "bind_calls.h"
 #include "bind_mlstm.h"
 #include "bind_nodes.h"
+#ifndef __EMSCRIPTEN__
+#include "bind_onnxruntime.h"
+#endif
 #include "bind_sessions.h"
 #include "bind_streams.h"
 
@@ -75,6 +78,9 @@ NB_MODULE(_kernel, m) {
     bind_mlstm(m);
     bind_nodes(m);
     bind_sessions(m);
+#ifndef __EMSCRIPTEN__
+    bind_onnxruntime(m);
+#endif
 
     m.def(
         "isas",

@@ -88,10 +88,15 @@ struct Sequences {
     const int64_t* places = nullptr;
     // Whether y of every layer, its gradient and the gradient of x have time before batch: [T, B, P], [T, B, I].
     bool time_major = false;
+    // How many calls write their outputs to one array: y of the top layer is part of [B, T, ways, P], or [T, ways, B,
+    // P]. Forward only.
+    int64_t ways = 1;
 
     // The distances between rows and between steps in such an array with `width` numbers per step.
-    int64_t row_stride(int64_t width) const { return time_major ? width : steps * width; }
-    int64_t time_stride(int64_t width) const { return time_major ? batch * width : width; }
+    int64_t row_stride(int64_t width, int64_t of_ways = 1) const {
+        return time_major ? width : steps * of_ways * width;
+    }
+    int64_t time_stride(int64_t width, int64_t of_ways = 1) const { return (time_major ? batch : 1) * of_ways * width; }
 };
 
 // One thread is added per this many multiplications (some 20 µs of one thread); with less work, waking it takes longer

@@ -95,7 +95,8 @@ void Pass<T>::open_layer(Runner<T>& runner, int l, int group) const {
     f.x_row = l ? in.row_stride(below) : in.stride_batch, f.x_time = l ? in.time_stride(below) : in.stride_time;
     f.x = (l ? y[l - 1] : in.x) + first * f.x_row;
     f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
-    f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(y[l], f.y_row);
+    const int64_t ways = l + 1 == depth ? in.ways : 1;
+    f.y_row = in.row_stride(P, ways), f.y_time = in.time_stride(P, ways), f.y = at(y[l], f.y_row);
     f.gates = at(layer.gates, steps * d.planes() * H);
     for (int s = 0; s < d.inner_states(); ++s) f.states[s] = at(layer.states[s], steps * H);
     f.intermediate = at(layer.intermediate, steps * d.intermediate_size());

@@ -128,6 +128,20 @@ class SessionStepsDouble(SessionStepsSingle): ...
 
 SessionSteps = SessionStepsSingle | SessionStepsDouble  # for annotations
 
+class Recurrent:  # absent in Pyodide
+    def __init__(
+        self,
+        cells: list[tuple[Description, tuple[_Array, ...]]],
+        twice: bool,
+        reverse: bool,
+        batch_first: bool,
+        lengths: bool,
+        started: list[bool],
+        threads: int,
+    ) -> None: ...
+    @property
+    def handle(self) -> int: ...
+
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

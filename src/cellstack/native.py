@@ -15,7 +15,7 @@ here take any strides and any alignment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -80,6 +80,9 @@ __all__ = [
     "stream",
     "weights_at",
 ]
+
+LIBRARY: str = _kernel.__file__
+"""The path of the kernel, which is also a library of operators for ONNX Runtime."""
 
 ELEMENTS = ("float32", "float64", "bfloat16", "int8")
 """Number formats: a call computes in one of the first two; a float32 call may have its matrices in the last two."""
@@ -179,6 +182,32 @@ def dense(
     what = _kernel.Description("dense", width, units, units, [activation], {"use_bias": float(bias is not None)})
     arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
     return weights_at(what, element or kernel.dtype.name, in_order(arrays))
+
+
+def recurrent(
+    cells: Sequence[tuple[CellSpec, Mapping[str, NDArray[Any]]]],
+    reverse: bool,
+    batch_first: bool,
+    lengths: bool,
+    started: list[bool],
+    threads: int,
+) -> Any:
+    """Pack a recurrent operator for ONNX Runtime's sessions: see `kernel/onnxruntime.h`.
+
+    Args:
+        cells: each direction's cell and arrays, all float32 or all float64.
+        reverse: whether the only direction is backward.
+        batch_first: whether arrays are `[B, T, …]`, not `[T, B, …]`.
+        lengths: whether the rows' lengths are an input.
+        started: which initial states are inputs.
+        threads: the greatest number of threads.
+
+    Returns:
+        An object with its `handle`. Sessions that are created while it exists can use the operator until they end.
+    """
+    packed = [(description(spec), in_order({n: plain(array) for n, array in own.items()})) for spec, own in cells]
+    twice = next(iter(cells[0][1].values())).dtype == np.float64
+    return _kernel.Recurrent(packed, twice, reverse, batch_first, lengths, started, threads)
 
 
 def sequences(

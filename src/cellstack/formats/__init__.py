@@ -87,7 +87,7 @@ def load(source: Any, **options: Any) -> Network:
 
     Returns:
         The network, with its names and metadata. An ONNX file with operators that a Network doesn't have, and with
-        recurrent operators that the kernel runs, becomes a `cellstack.formats.onnx.segments.SegmentedNetwork`, with a
+        recurrent operators that the kernel runs, becomes a `cellstack.formats.onnx.runtime.RuntimeModel`, with a
         warning: ONNX Runtime runs all of its other operators.
 
     Raises:
@@ -106,11 +106,11 @@ def load(source: Any, **options: Any) -> Network:
         if given or not isinstance(source, (str, PathLike)) or os.path.isdir(source):
             raise
         adapter = adapter_of(path := existing_file(source))
-        parts = adapter.segmented(path, str(error)) if hasattr(adapter, "segmented") else None
-        if parts is None:
+        model = adapter.runtime_model(path, str(error)) if hasattr(adapter, "runtime_model") else None
+        if model is None:
             raise
         warnings.warn(f"load: {error}; ONNX Runtime runs all but the recurrent operators: see plan()", stacklevel=2)
-        return parts
+        return model
 
 
 def load_network(source: Any, **options: Any) -> Network:

@@ -13,7 +13,7 @@ import numpy as np
 from cellstack.cells.errors import ShapeError
 from cellstack.formats import runtimes
 from cellstack.formats.files import check_readable
-from cellstack.formats.onnx.segments import SegmentedNetwork
+from cellstack.formats.onnx.runtime import RuntimeModel
 from cellstack.formats.runtimes import onnxruntime
 from cellstack.formats.runtimes.answers import CannotRunError, Inputs, OtherSizesError, named, package
 from cellstack.formats.runtimes.differences import apart
@@ -177,13 +177,13 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def verify(
-    net: Network | SegmentedNetwork, path: str | PathLike[str] | Any, x: Any = None, seed: int = 0, streams: bool = True
+    net: Network | RuntimeModel, path: str | PathLike[str] | Any, x: Any = None, seed: int = 0, streams: bool = True
 ) -> Report:
     """Run the same input through a network and through a file's own runtime or a torch module, and compare the outputs.
 
     Args:
         net: the network, such as the one that `load` returned for the file, or that was saved to it; or a
-            `SegmentedNetwork`, which is compared with ONNX Runtime alone.
+            `RuntimeModel`, which is compared with ONNX Runtime alone.
         path: the file. `.onnx` is run by onnxruntime, `.keras` and `.h5` by keras, `.pt` and similar by torch (state
             dicts of one recurrent module), `.c` with the machine's C compiler, `.safetensors` by `load`. Or a
             `torch.nn.Module`, which is called in evaluation mode. A state dict doesn't contain the `forward` of its
@@ -217,8 +217,8 @@ def verify(
     >>> [(one.weights, one.relative < 0.02) for one in report.streams]
     [('bfloat16', True), ('int8', True)]
     """
-    if isinstance(net, SegmentedNetwork) and not is_module(path):
-        return _verify_parts(net, fspath(path), x, seed)
+    if isinstance(net, RuntimeModel) and not is_module(path):
+        return _verify_runtime_model(net, fspath(path), x, seed)
     if not isinstance(net, Network):
         raise TypeError(f"verify: expected net to be a Network, such as load(path) returns, got {type(net).__name__}")
     if net.needs_lengths:
@@ -257,22 +257,23 @@ def verify(
     return replace(report, drawn=x is None, streams=rounded, no_streams=why, weights=net.weights)
 
 
-def _verify_parts(net: SegmentedNetwork, path: str, x: Any, seed: int) -> Report:
+def _verify_runtime_model(net: RuntimeModel, path: str, x: Any, seed: int) -> Report:
     """Return the report for a graph that ONNX Runtime runs in part, and its file."""
-    rng, sizes, drawn = np.random.default_rng(seed), dict[Any, int](), dict[str, Array]()
-    for one in net.arguments(net.inputs):
+    rng, sizes, inputs = np.random.default_rng(seed), dict[Any, int](), dict[str, Array]()
+    try:
+        ort = package("onnxruntime", path)
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except CannotRunError as error:
+        return _not_verified(path, inputs, error)
+    for one in session.get_inputs() if x is None else ():
         for axis in one.shape:
             sizes.setdefault(axis, axis if isinstance(axis, int) else STEPS if sizes else BATCH)
         shape, dtype = [sizes[axis] for axis in one.shape], onnxruntime.ONNX_TYPES.get(one.type, "bool")
         floating = dtype.startswith("float")
-        drawn[one.name] = (rng.standard_normal(shape) if floating else rng.integers(0, 2, shape)).astype(dtype)
-    inputs = drawn if x is None else {name: np.asarray(value) for name, value in net.by_name(x).items()}
-    try:
-        ort = package("onnxruntime", path)
-        theirs = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, dict(inputs))
-    except CannotRunError as error:
-        return _not_verified(path, inputs, error)
-    pairs = zip(net.outputs, net.compute(inputs), theirs, strict=True)
+        inputs[one.name] = (rng.standard_normal(shape) if floating else rng.integers(0, 2, shape)).astype(dtype)
+    if x is not None:
+        inputs = {name: np.asarray(value) for name, value in net.by_name(x).items()}
+    pairs = zip(net.outputs, net.compute(inputs), session.run(None, dict(inputs)), strict=True)
     differences = tuple(_difference(name, array, other) for name, array, other in pairs)
     shapes = {name: array.shape for name, array in inputs.items()}
     return Report(path, "onnxruntime", ort.__version__, shapes, differences, drawn=x is None)

@@ -23,7 +23,7 @@ from cellstack.formats.onnx.frames import frames_of, makes_steps
 from cellstack.formats.onnx.inputs import data_inputs
 from cellstack.formats.onnx.networks import load_graph
 from cellstack.formats.onnx.passes import passes
-from cellstack.formats.onnx.segments import segmented as segmented
+from cellstack.formats.onnx.runtime import runtime_model as runtime_model
 from cellstack.formats.onnx.writer import write
 from cellstack.network import Network, layouts
 from cellstack.network.layouts import Layout

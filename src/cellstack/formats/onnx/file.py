@@ -374,9 +374,21 @@ def read(path: str) -> Model:
         OSError: the file can't be read.
         ModuleNotFoundError: the package onnx isn't installed.
     """
-    onnx = onnx_package()
     with open(path, "rb") as file:
-        data = file.read()
+        return parsed(path, file.read())[0]
+
+
+def parsed(path: str, data: bytes) -> tuple[Model, Any]:
+    """Return the content of an ONNX file, and its ModelProto, with which the first shares messages.
+
+    Args:
+        path: the path of the file; its folder has the external tensors.
+        data: the content.
+
+    Raises:
+        FormatError, ModuleNotFoundError: see `read`.
+    """
+    onnx = onnx_package()
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -394,7 +406,7 @@ def read(path: str) -> Model:
     producer = f"{proto.producer_name} {proto.producer_version}".strip()
     note = next((entry.value for entry in proto.metadata_props if entry.key == KEY), None)
     imports = tuple(proto.opset_import)
-    return Model(path, graph, versions[0], imports, producer, note, Tensors(path), Budget(size))
+    return Model(path, graph, versions[0], imports, producer, note, Tensors(path), Budget(size)), proto
 
 
 def _companions(path: str, graph: Graph) -> Iterator[os.DirEntry[str]]:

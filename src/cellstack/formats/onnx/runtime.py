@@ -1,0 +1,357 @@
+"""ONNX graphs that no Network can express: a session of ONNX Runtime, in which recurrent operators run on the kernel.
+
+LSTM, GRU and RNN with constant weights, also those inside If, Loop and Scan, are replaced by operators of the kernel,
+which is a library of custom operators for ONNX Runtime: see kernel/onnxruntime.cpp. ONNX Runtime runs the graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from os import PathLike, fspath
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import numpy as np
+
+from cellstack import native
+from cellstack.cells.errors import FormatError
+from cellstack.cells.plan import Plan
+from cellstack.cells.spec import CellSpec
+from cellstack.formats.files import replacing
+from cellstack.formats.onnx.cells import QUANTISED_OPERATOR, Operator, is_recurrent, read_operator
+from cellstack.formats.onnx.file import ODD, Scope, label, onnx_package, parsed
+from cellstack.formats.onnx.messages import graphs_of
+from cellstack.network.running import processors
+from cellstack.nodes.base import Array
+
+DOMAIN = "cellstack"
+FOLDER = "session.model_external_initializers_file_folder_path"  # ONNX Runtime's option: where external tensors are
+
+_registered: WeakSet[Any] = WeakSet()  # SessionOptions that have the kernel's operators: they take them only once
+
+
+class Kernel(NamedTuple):
+    """A recurrent operator that runs on the kernel.
+
+    Args:
+        name: its name.
+        spec: its cell, of both directions.
+        ways: the number of directions.
+    """
+
+    name: str
+    spec: CellSpec
+    ways: int
+
+    def __repr__(self) -> str:
+        text = f"{self.spec.of_kind.title} {self.spec.input_size} -> {self.spec.units}"
+        return f"{self.name}: {text}{' and back' if self.ways > 1 else ''}: fused cpu kernel ({native.isa()})"
+
+
+class Replacement:
+    """An ONNX file, in which the kernel's operators take the place of recurrent ones.
+
+    Attributes:
+        kernels: the operators that are replaced.
+        refused: why others aren't, by name.
+        others: all other operators, in words.
+        inputs, outputs: the names of the graph's inputs and outputs.
+
+    Args:
+        path: the path of the file.
+        data: its content.
+
+    Raises:
+        FormatError: not an ONNX file, or of an unsupported version.
+    """
+
+    def __init__(self, path: str, data: bytes) -> None:
+        self._model, self._proto = parsed(path, data)
+        scope = self._model.scope()
+        self.inputs = tuple(scope.given)
+        self.outputs = tuple(value.name for value in scope.graph.output)
+        self._found: list[tuple[Any, Operator]] = []
+        self.refused: dict[str, str] = {}
+        counts: Counter[str] = Counter()
+        for node, of in _nodes(scope):
+            if is_recurrent(node):
+                try:
+                    self._found.append((node, _operator(of, node)))
+                    continue
+                except ODD as error:
+                    self.refused[label(node)] = str(error).removeprefix(f"{path}: ")
+            counts[node.op_type] += 1
+        self.kernels = [Kernel(label(node), it.cells[0].spec, len(it.cells)) for node, it in self._found]
+        self.others = ", ".join(kind if count == 1 else f"{count} {kind}" for kind, count in counts.items())
+
+    @property
+    def plan(self) -> Plan:
+        """What runs each operator."""
+        rest = [f"other operators: ONNX Runtime: {self.others}"] if self.others else []
+        refused = [f"{name}: ONNX Runtime: {why}" for name, why in self.refused.items()]
+        return Plan([*map(repr, self.kernels), *rest, *refused])
+
+    def session(self, make: Any, options: Any) -> Any:
+        """Return `make(model, options)` of the changed model. The session has packed weights of its own.
+
+        Args:
+            make: creates a session.
+            options: ONNX Runtime's SessionOptions, which get the kernel's operators.
+        """
+        threads, graph = options.intra_op_num_threads or processors(), self._proto.graph
+        kept = [_replace(node, operator, threads) for node, operator in self._found]  # until the session has them
+        versions = {entry.domain: entry.version for entry in self._proto.opset_import} | {DOMAIN: 1}
+        if self._proto.functions:  # the parsed graph has the functions' operators in place of calls
+            for function in self._proto.functions:
+                versions = {entry.domain: entry.version for entry in function.opset_import} | versions
+            del graph.node[:], self._proto.functions[:]
+            graph.node.extend(self._model.graph.node)
+        _remove_unused(graph)
+        del self._proto.opset_import[:]
+        for domain, version in versions.items():
+            self._proto.opset_import.add(domain=domain, version=version)
+        if any(tensor.data_location for one in _graphs(graph) for tensor in one.initializer):
+            options.add_session_config_entry(FOLDER, os.path.dirname(os.path.abspath(self._model.path)))
+        if options not in _registered:
+            options.register_custom_ops_library(native.LIBRARY)
+            _registered.add(options)
+        data = self._proto.SerializeToString()
+        del self._model, self._proto, self._found, graph
+        made = make(data, options)
+        del kept
+        return made
+
+
+class RuntimeModel:
+    """A graph that ONNX Runtime runs, with its recurrent operators on the kernel.
+
+    It takes and returns what the file does, with its axes. Unlike a Network, it can't stream and can't be
+    written as C: these need every operator.
+
+    Args:
+        path: an ONNX file.
+        reason: why it isn't a Network.
+
+    Attributes:
+        kernels: the operators that run on the kernel.
+        refused: why other recurrent operators don't, by name.
+        inputs, outputs: the names of the graph's inputs and outputs.
+        session: ONNX Runtime's session; None before `prepare`.
+
+    Raises:
+        FormatError: not an ONNX file, or of an unsupported version.
+        OSError: the file can't be read.
+    """
+
+    def __init__(self, path: str, reason: str = "") -> None:
+        self.path, self.reason = path, reason.removeprefix(f"{path}: ")
+        with open(path, "rb") as file:
+            self._data = file.read()
+        self._made: Replacement | None = Replacement(path, self._data)
+        self.kernels, self.refused, self._plan = self._made.kernels, self._made.refused, self._made.plan
+        self.inputs, self.outputs, self._others = self._made.inputs, self._made.outputs, self._made.others
+        self.session: Any = None
+
+    def prepare(self, options: Any = None, providers: Sequence[Any] | None = None) -> RuntimeModel:
+        """Create the session.
+
+        Args:
+            options: ONNX Runtime's SessionOptions; None: the defaults, without warnings.
+            providers: ONNX Runtime's providers, for all other operators; None: the CPU's.
+
+        Raises:
+            ModuleNotFoundError: onnxruntime isn't installed; the message names the operators that need it.
+            Exception: whatever ONNX Runtime raises for an invalid graph.
+        """
+        try:
+            ort = import_module("onnxruntime")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{self.path}: its operators {self._others} need onnxruntime: pip install 'cellstack[onnxruntime]'",
+                name=error.name,
+            ) from None
+        if options is None:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+        chosen = providers or ["CPUExecutionProvider"]
+        made, self._made = self._made or Replacement(self.path, self._data), None
+        self.session = made.session(lambda data, o: ort.InferenceSession(data, o, providers=chosen), options)
+        return self
+
+    def arguments(self, names: Sequence[str]) -> list[Any]:
+        """Return inputs and outputs as ONNX Runtime describes them, each with `name`, `type` and `shape`."""
+        session = self._started()
+        every = {one.name: one for one in (*session.get_inputs(), *session.get_outputs())}
+        return [every[name] for name in names]
+
+    def compute(self, given: Mapping[str, Any], options: Any = None) -> list[Array]:
+        """Return the outputs in order.
+
+        Args:
+            given: the inputs by name.
+            options: ONNX Runtime's RunOptions.
+
+        Raises:
+            ValueError: missing or unknown inputs.
+            Exception: whatever ONNX Runtime raises. Of a recurrent operator whose inputs don't fit, the message has its
+                name, and what it expected and found.
+        """
+        if given.keys() != set(self.inputs):
+            raise ValueError(
+                f"{self.path}: expected the inputs {', '.join(self.inputs)}, got {', '.join(given) or 'none'}"
+            )
+        return self._started().run(None, {name: np.asarray(value) for name, value in given.items()}, options)
+
+    def _started(self) -> Any:
+        return self.session or self.prepare().session
+
+    def __call__(self, x: Any) -> Any:
+        """Run the graph.
+
+        Args:
+            x: the input, or the inputs by name or in order, with the axes and dtypes of the file.
+
+        Returns:
+            The output; a tuple of them if there are several.
+
+        Raises:
+            ValueError, Exception: see `compute`.
+            ModuleNotFoundError: onnxruntime isn't installed.
+        """
+        found = self.compute(self.by_name(x))
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def by_name(self, x: Any) -> Mapping[str, Any]:
+        """Return the inputs, given by name or in order, by name."""
+        if isinstance(x, Mapping):
+            return x
+        return dict(zip(self.inputs, [x] if len(self.inputs) == 1 else x, strict=True))
+
+    def plan(self) -> Plan:
+        """Return what runs each operator, and why the graph isn't a Network."""
+        return Plan([*([f"not a Network: {self.reason}"] if self.reason else []), *self._plan])
+
+    def __repr__(self) -> str:
+        shapes = (
+            {one.name: f" {one.shape}" for one in self.arguments((*self.inputs, *self.outputs))} if self.session else {}
+        )
+        ends = [", ".join(f"{name}{shapes.get(name, '')}" for name in names) for names in (self.inputs, self.outputs)]
+        return "\n".join([f"RuntimeModel: {' -> '.join(ends)}", *(f"  {line}" for line in self.plan())])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the graph as an ONNX file.
+
+        Raises:
+            ValueError: another suffix than .onnx.
+        """
+        if not fspath(path).lower().endswith(".onnx"):
+            raise self._lacks(f"save: {path}: only a .onnx file can hold")
+        onnx = onnx_package()
+        proto = onnx.ModelProto.FromString(self._data)
+        onnx.load_external_data_for_model(proto, os.path.dirname(self.path))
+        with replacing(fspath(path)) as file:
+            file.write(proto.SerializeToString())
+
+    def stream(self, *_: Any, **__: Any) -> Any:
+        """Refuse: ONNX Runtime's operators need whole sequences."""
+        raise self._lacks("stream: no step-by-step form of")
+
+    def export_c(self, *_: Any, **__: Any) -> Any:
+        """Refuse: ONNX Runtime's operators aren't written as C."""
+        raise self._lacks("export_c: no C code for")
+
+    def _lacks(self, what: str) -> ValueError:
+        return ValueError(f"{what} ONNX Runtime's operators, {self._others}; not a Network: {self.reason}")
+
+
+def runtime_model(path: str, reason: str) -> RuntimeModel | None:
+    """Return a file that no Network can express; None if it has no recurrent operator for the kernel.
+
+    If onnxruntime is installed, the session is created.
+
+    Raises:
+        FormatError: not a valid ONNX file: ONNX Runtime can't run it either.
+    """
+    try:
+        made = RuntimeModel(path, reason)
+        if made.kernels and find_spec("onnxruntime") is not None:
+            made.prepare()
+    except Exception as error:  # ONNX's and ONNX Runtime's errors have no common base class
+        raise FormatError(reason) from error
+    return made if made.kernels else None
+
+
+def _nodes(scope: Scope) -> Iterator[tuple[Any, Scope]]:
+    """Yield the nodes of a graph and of the graphs inside it, each with its graph."""
+    for node, inner in scope.inner():
+        if inner is None:
+            yield node, scope
+        else:
+            yield from _nodes(inner)
+
+
+def _operator(scope: Scope, node: Any) -> Operator:
+    """Return a recurrent operator for the kernel.
+
+    Raises:
+        FormatError: an operator that isn't supported, or that rounds to another dtype than float32 or float64.
+    """
+    if node.op_type == QUANTISED_OPERATOR:
+        raise FormatError("the kernel doesn't round x and h to 8 bits")
+    operator, weights = read_operator(scope, node), scope.constant(node.input[1])
+    if not isinstance(weights, np.ndarray) or weights.dtype != operator.cells[0].dtype:
+        raise FormatError(f"its weights are {getattr(weights, 'dtype', 'unknown')}, not float32 or float64")
+    return operator
+
+
+def _replace(node: Any, operator: Operator, threads: int) -> Any:
+    """Make a node the kernel's operator; return an object that must exist until a session has been created."""
+    cells, first = operator.cells, operator.cells[0]
+    names = [operator.started.get(f"initial_{part}", "") for part in first.spec.state_sizes]
+    made = native.recurrent(
+        [(cell.spec, cell.arrays) for cell in cells],
+        reverse=operator.direction == "reverse",
+        batch_first=operator.batch_first,
+        lengths=bool(operator.lengths),
+        started=[bool(name) for name in names],
+        threads=threads,
+    )
+    node.domain, node.op_type = DOMAIN, "Recurrent" if first.dtype == np.float32 else "RecurrentDouble"
+    node.input[:] = [node.input[0], *filter(None, (operator.lengths, *names))]
+    node.output.extend([""] * (1 + len(names) - len(node.output)))  # the kernel sets the shape of each
+    del node.attribute[:]
+    node.attribute.append(onnx_package().helper.make_attribute("handle", made.handle))
+    return made
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """Yield a GraphProto, and those inside it."""
+    yield graph
+    for node in graph.node:
+        for inner in graphs_of(node):
+            yield from _graphs(inner)
+
+
+def _remove_unused(graph: Any) -> set[str]:
+    """Remove what doesn't lead to an output from a GraphProto and those inside it; return the names that are used.
+
+    ONNX Runtime would warn about unused tensors.
+    """
+    used = {value.name for value in graph.output}
+    for place, node in reversed(list(enumerate(graph.node))):
+        if used.isdisjoint(node.output):
+            del graph.node[place]
+            continue
+        used.update(node.input)
+        for inner in graphs_of(node):
+            used |= _remove_unused(inner)
+    constants = {tensor.name for tensor in graph.initializer}
+    for entries in (graph.initializer, graph.input):
+        for place, one in reversed(list(enumerate(entries))):
+            if one.name not in used and one.name in constants:
+                del entries[place]
+    return used
