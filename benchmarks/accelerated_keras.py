@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import torch
 
-import cellstack.keras
+import cellstack as cs
 
 L = keras.layers
 
@@ -66,7 +66,7 @@ def rows(batch=32, steps=100, width=64, units=128, rounds=15, names=None):
     for name, make in models(width, units).items():
         if names is not None and name not in names:
             continue
-        theirs, ours = built(make, steps, width), cellstack.keras.accelerate(built(make, steps, width))
+        theirs, ours = built(make, steps, width), cs.keras.accelerate(built(make, steps, width))
         for _ in range(2):
             np.testing.assert_allclose(ours.predict_on_batch(x), theirs.predict_on_batch(x), atol=2e-5, rtol=1e-4)
             np.testing.assert_allclose(ours.train_on_batch(x, y), theirs.train_on_batch(x, y), rtol=1e-4)

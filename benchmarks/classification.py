@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
+import cellstack as cs
 from cellstack import train
 
 PROBLEMS = (
@@ -135,11 +136,9 @@ def torch_lstm(training, test, seeds):
 
 
 def cellstack(training, test, seeds):
-    from cellstack.sklearn import SequenceClassifier
-
     for seed in seeds:
         started = time.perf_counter()
-        model = SequenceClassifier(random_state=seed).fit(training.x, training.y)
+        model = cs.sklearn.SequenceClassifier(random_state=seed).fit(training.x, training.y)
         seconds = time.perf_counter() - started
         yield model.score(test.x, test.y), seconds
 

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from cellstack import inspect, layers
+import cellstack as cs
 
 SIZES = [(16, 20, 48, 2), (32, 100, 64, 1), (32, 100, 128, 2), (64, 400, 128, 1), (16, 2000, 128, 1)]  # B, T, H, layers
 WIDTH, ROUNDS = 16, 5
@@ -16,7 +16,9 @@ WIDTH, ROUNDS = 16, 5
 
 def model_of(units, count):
     torch.manual_seed(0)
-    stack = [layers.LSTM(units, return_sequences=n < count - 1, input_size=units if n else WIDTH) for n in range(count)]
+    stack = [
+        cs.layers.LSTM(units, return_sequences=n < count - 1, input_size=units if n else WIDTH) for n in range(count)
+    ]
     model = torch.nn.Sequential(*stack, torch.nn.Linear(units, 1))
     return model, torch.optim.Adam(model.parameters())
 
@@ -36,7 +38,7 @@ def main():
         x, y = torch.randn(batch, steps, WIDTH), torch.randn(batch, 1)
         (plain, adam), (looked, adam_too) = model_of(units, count), model_of(units, count)
         taken = {"plain": [], "looked": [], "epoch": []}
-        with inspect.TrainingMonitor(looked) as monitor:
+        with cs.inspect.TrainingMonitor(looked) as monitor:
             for _ in range(ROUNDS):
                 taken["plain"].append(step(plain, adam, x, y))
                 taken["looked"].append(step(looked, adam_too, x, y))

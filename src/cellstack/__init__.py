@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cellstack import nodes as nodes
     from cellstack import train as train
     from cellstack.adapters.frameworks import accelerate, packed_weights, plan, restore
-    from cellstack.formats.compiled import compile
+    from cellstack.capture import compile
     from cellstack.formats.verify import verify
     from cellstack.inspect.interventions import ablate, activation_patch
 
@@ -63,7 +63,7 @@ LATER = {
     "ablate": "inspect.interventions",
     "accelerate": "adapters.frameworks",
     "activation_patch": "inspect.interventions",
-    "compile": "formats.compiled",
+    "compile": "capture",
     "packed_weights": "adapters.frameworks",
     "plan": "adapters.frameworks",
     "restore": "adapters.frameworks",
@@ -72,7 +72,7 @@ LATER = {
 
 
 # Subpackages that are imported at their first use.
-PACKAGES = ("adapters", "inspect", "keras", "layers", "sklearn", "train")
+PACKAGES = ("adapters", "capture", "inspect", "keras", "layers", "sklearn", "train")
 
 
 def __getattr__(name: str) -> Any:

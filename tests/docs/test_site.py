@@ -20,6 +20,7 @@ REFERENCE = {
     "keras": "keras/__init__",
     "serve": "serve/__init__",
     "scale": "scale/__init__",
+    "capture": "capture/__init__",
     "adapters": "adapters/voice/__init__",
 }
 """The pages of the reference, and the modules whose public names they describe; `layers` collects its names."""

@@ -249,6 +249,13 @@ def test_threads_that_share_the_units_give_the_same_bits(isa, member):
         assert_equal(calls.forward(spec, arrays, **case, threads=threads), whole)
 
 
+def test_threads_share_a_step_whose_weights_exceed_the_cache():
+    """Reading 8 MB takes longer than the multiplications, which are too few to add a thread."""
+    for units, threads in ((350, 2), (100, 1)):
+        spec, arrays, _, _ = make(8, 1, 1, units, units, np.float64)
+        assert _kernel.cut([native.weights(spec, arrays)], 1, 1, False, 2) == (1, 1, threads)
+
+
 @over_isas_in_turn("element", ["float32", "bfloat16", "int8"], isas=ISAS)
 def test_threads_of_a_stream_share_the_units_of_its_layers(isa, element):
     spec, arrays, case, _ = make(6, 1, 90, 48, 500)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import cellstack as cs
-from cellstack.adapters import recognition
-from cellstack.adapters.recognition import comparison
+from cellstack.capture import recognition
+from cellstack.capture.recognition import comparison
 from cellstack.layers.handwritten import HandWritten
 from cellstack.layers.known import ADAPTERS
 

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 import cellstack as cs
-from cellstack.formats.compiled.copied import copied
-from cellstack.formats.compiled.equality import Ends
-from cellstack.formats.compiled.nested import array_of, flattened, tensors_in
-from cellstack.formats.compiled.packing import packs, padded, with_lengths
+from cellstack.capture.copied import copied
+from cellstack.capture.equality import Ends
+from cellstack.capture.nested import array_of, flattened, tensors_in
+from cellstack.capture.packing import packs, padded, with_lengths
 from cellstack.layers.accelerated import Accelerated
 from cellstack.layers.handwritten import HandWritten
 

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 from playwright.sync_api import sync_playwright
 
-from cellstack import CellSpec, Network
-from cellstack.nodes import Cell, Recurrent
+import cellstack as cs
 from cellstack_bench.engines import onnx_model, onnx_step
 
 WEB = Path(__file__).parents[1]
@@ -46,9 +45,9 @@ def models(folder: Path) -> None:
     """Write the same weights for both engines."""
     rng = np.random.default_rng(0)
     for units in sorted({*UNITS["step"], *UNITS["sequence"]}):
-        spec = CellSpec(units, units)
+        spec = cs.CellSpec(units, units)
         arrays = [(rng.uniform(-1, 1, shape) / np.sqrt(units)).astype("f4") for shape in spec.shapes.values()]
-        Network([Recurrent((Cell(spec, *arrays),))]).save(folder / f"{units}.safetensors")
+        cs.Network([cs.nodes.Recurrent((cs.nodes.Cell(spec, *arrays),))]).save(folder / f"{units}.safetensors")
         (folder / f"step-{units}.onnx").write_bytes(onnx_step(tuple(arrays)))
         (folder / f"sequence-{units}.onnx").write_bytes(onnx_model([tuple(arrays)], 1, STEPS, units))
 

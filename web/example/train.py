@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 import cellstack as cs
-from cellstack import layers
 
 RATE = 16_000
 FRAME = 320  # samples: 20 ms
@@ -63,7 +62,7 @@ def main(path: str) -> None:
     sounds, labels = (np.stack(part) for part in zip(*(example(rng) for _ in range(800)), strict=True))
     x, y = torch.from_numpy(sounds), torch.from_numpy(labels)[:, :, None]
     mean, scale = x.mean((0, 1)), x.std((0, 1))
-    lstm = layers.LSTM(24, return_sequences=True, input_size=24)
+    lstm = cs.layers.LSTM(24, return_sequences=True, input_size=24)
     model = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.ReLU(), lstm, torch.nn.Linear(24, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for epoch in range(12):

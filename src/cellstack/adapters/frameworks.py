@@ -52,7 +52,7 @@ def accelerate(model: Any, *, cells: bool = False, example: Any = None) -> Any:
             raise ValueError(f"{error}; cells=True also looks for hand-written ones") from None
     if integration.__name__ != "cellstack.layers.accelerate":
         raise TypeError("accelerate: cells=True isn't supported for Keras models, only for PyTorch modules")
-    return import_module("cellstack.adapters.recognition").accelerate(model, example)
+    return import_module("cellstack.capture.recognition").accelerate(model, example)
 
 
 def restore(model: Any) -> Any:

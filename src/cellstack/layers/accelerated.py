@@ -145,6 +145,8 @@ class _Sequence(Accelerated, nn.RNNBase):
             # graphs: both calls have to take the same path.
             return self._base_forward(input, hx)
         packed = input if isinstance(input, PackedSequence) else None
+        if packed is not None and torch.compiler.is_exporting():  # see capture.operators
+            return self._base_forward(input, hx)
         x: Any = input if packed is None else packed.data
         weights = self._weights()
         states = arrays_of(hx, self.mode)
@@ -249,15 +251,8 @@ class _Sequence(Accelerated, nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Run over `x [B, T, I]`; return y `[T, B, ·]`, the final states' arrays `[layers, B, ·]`, and the traces."""
         directions = (False, True) if self.bidirectional else (False,)
-        width = self.proj_size or self.hidden_size
-        count, runs = self.num_layers * len(directions), []
-        size = len(weights) // count
-        # squeeze takes a fifth of the time of unbind
-        parts = [(state.squeeze(0),) if count == 1 else state.unbind(0) for state in states]
-        for n in range(count):
-            inputs = self.input_size if n < len(directions) else width * len(directions)
-            cell = _cell(self.mode, inputs, self.hidden_size, self.proj_size, self.bias)
-            runs.append(CellRun(cell, weights[n * size : (n + 1) * size], [part[n] for part in parts]))
+        count, sizes = self.num_layers * len(directions), (self.input_size, self.hidden_size, self.proj_size)
+        runs = _cells(self.mode, sizes, self.bias, weights, states, count, len(directions))
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
 
         def between(y: Tensor) -> Tensor:  # as PyTorch draws it: with time before batch, or on packed data
@@ -280,8 +275,7 @@ class _Sequence(Accelerated, nn.RNNBase):
         writable = self.mode != "LSTM" or y.dtype is not torch.float32
         if (traced or y.requires_grad) and writable and len(directions) == 1 and packed is None:
             y = y.clone()
-        last = [torch.stack(part) if count > 1 else part[0].unsqueeze(0) for part in zip(*ends, strict=True)]
-        return y, last, traces
+        return y, _stacked(ends), traces
 
     def _with_axes_of_output(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
         """Give a trace of arrays `[B, T, H]` the axes of the output."""
@@ -290,6 +284,57 @@ class _Sequence(Accelerated, nn.RNNBase):
         if not batched:
             return type(trace)(*(part.squeeze(0) for part in trace))
         return trace if self.batch_first else type(trace)(*(part.transpose(0, 1) for part in trace))
+
+
+def run_stack(
+    mode: str,
+    x: Tensor,
+    weights: list[Any],
+    states: Sequence[Tensor],
+    used: Tensor | None,
+    bias: bool,
+    layers: int,
+    bidirectional: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run what PyTorch's functions lstm, gru, rnn_tanh and rnn_relu compute, in evaluation.
+
+    Args:
+        mode: as that of PyTorch's modules.
+        x: `[B, T, I]`.
+        weights, states: as for PyTorch's functions.
+        used: the mask, bool `[B, T]`; None: all steps count.
+        bias, layers, bidirectional: as for PyTorch's functions.
+
+    Returns:
+        y `[T, B, ·]`, and the final states' arrays `[layers, B, ·]`.
+    """
+    directions = (False, True) if bidirectional else (False,)
+    count = layers * len(directions)
+    size = len(weights) // count
+    projected = weights[size - 1].shape[0] if size % 2 else 0
+    hidden = weights[1].shape[0] // 4 if projected else weights[1].shape[1]  # only an LSTM has a projection
+    runs = _cells(mode, (x.shape[2], hidden, projected), bias, weights, states, count, len(directions))
+    y, _, ends, _ = forward.run_layers(runs, x, used, None, directions=directions, time_major=True)
+    return y, _stacked(ends)
+
+
+def _cells(
+    mode: str, sizes: tuple[int, int, int], bias: bool, weights: list[Any], states: Any, count: int, ways: int
+) -> list[CellRun]:
+    """Return the cells of a stack, from its input size, hidden size and projection."""
+    first, hidden, projected = sizes
+    size, runs = len(weights) // count, []
+    # squeeze takes a fifth of the time of unbind
+    parts = [(state.squeeze(0),) if count == 1 else state.unbind(0) for state in states]
+    for n in range(count):
+        cell = _cell(mode, first if n < ways else (projected or hidden) * ways, hidden, projected, bias)
+        runs.append(CellRun(cell, weights[n * size : (n + 1) * size], [part[n] for part in parts]))
+    return runs
+
+
+def _stacked(ends: list[Any]) -> list[Tensor]:
+    """Return the final states of a stack's cells as arrays `[layers, B, ·]`."""
+    return [torch.stack(part) if len(ends) > 1 else part[0].unsqueeze(0) for part in zip(*ends, strict=True)]
 
 
 def _padded(data: Tensor, packed: PackedSequence) -> tuple[Tensor, Tensor | None]:

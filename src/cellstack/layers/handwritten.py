@@ -1,6 +1,6 @@
 """Runs hand-written recurrent modules on the kernel: what one computes, as data, and the subclass that runs it.
 
-`adapters.recognition` finds out what a module computes. The module keeps its parameters: a `Weight` describes an array
+`capture.recognition` finds out what a module computes. The module keeps its parameters: a `Weight` describes an array
 of a cell as parts of them. The array is assembled in every call, by differentiable operations.
 """
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from cellstack.formats.compiled.copied import duplicate
-from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
+from cellstack.capture.axes import Axes, is_count, resized
+from cellstack.capture.copied import duplicate
+from cellstack.capture.nested import array_of, fresh, like, tensors_in, wider
+from cellstack.formats.onnx.runtime import RuntimeModel
 from cellstack.formats.runtimes.axes import parted
 from cellstack.formats.runtimes.differences import apart
 from cellstack.network import Network
@@ -23,23 +26,46 @@ FLAGS = "mask"  # name of the input with flags [B, T] of the used steps, where a
 NUDGE = 1 + 1e-6  # a factor for the weights, as close to 1 as rounding errors
 
 
+class Size(NamedTuple):
+    """Inputs of another size than the example's.
+
+    Attributes:
+        what: the beginning of the message for outputs that differ.
+        given: the inputs.
+        one: whether an axis has the length 1, which a module's squeeze() may remove.
+        long: whether an axis is so much longer that rounding errors may grow.
+    """
+
+    what: str
+    given: list[Any]
+    one: bool = False
+    long: bool = False
+
+
 def difference(
-    network: Network, module: Any, example: tuple[Any, ...], tolerance: float, scales: tuple[float, ...]
+    network: Any,
+    module: Any,
+    example: tuple[Any, ...],
+    tolerance: float,
+    scales: tuple[float, ...],
+    ends: Ends | GraphEnds | None = None,
 ) -> str | None:
-    """Return how the network's outputs differ from the module's; None if they don't.
+    """Return how the outputs of a Network or RuntimeModel differ from the module's; None if they don't.
 
     They are compared for the example, for random inputs of its shape at each scale, and for other shapes.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(0)
-    ends = Ends(network, len(tensors_in(example)))
+    ends = ends or Ends(network, len(tensors_in(example)))
 
     def draw(t: Any) -> Any:
         if t.is_floating_point() or t.is_complex():
             return torch.randn(t.shape, generator=generator, dtype=t.dtype)
         low, high = int(t.min()), int(t.max())
-        return torch.randint(low, min(high + 1, 2**63 - 1), t.shape, generator=generator).to(t.dtype)
+        made = torch.randint(low, min(high + 1, 2**63 - 1), t.shape, generator=generator).to(t.dtype)
+        if t.ndim == 1 and is_count(t):  # lengths, which may have to be sorted
+            falling = bool((t.diff() <= 0).all())
+            made = made.sort(descending=falling).values if falling or bool((t.diff() >= 0).all()) else made
+        return made
 
     def drawn(given: list[Any]) -> list[Any]:
         return [draw(t) for t in given]
@@ -49,9 +75,8 @@ def difference(
     def times(given: list[Any], factor: float) -> list[Any]:
         return [value * factor if value.is_floating_point() else value for value in given]
 
-    tries = [("", first), *(("", times(drawn(first), factor)) for factor in scales)]
-    for what, given in (*tries, *((words, drawn(more)) for words, more in ends.longer(first))):
-        alone = what in (ONE_ROW, ONE_STEP)  # then a module's squeeze() may remove an axis
+    tries = [Size("", first), *(Size("", times(drawn(first), factor)) for factor in scales)]
+    for what, given, one, long in (*tries, *(size._replace(given=drawn(size.given)) for size in ends.longer(first))):
         try:
             with torch.no_grad():
                 expected = ends.answers(module, example, given)
@@ -65,8 +90,8 @@ def difference(
             if not what:
                 return f"the network rejects the example: {error}"
             continue  # the network raises an error for this shape
-        why = ends.unlike(ours, states, expected, tolerance, alone)
-        if why is not None and given is not first and what in ("", MUCH_LONGER):
+        why = ends.unlike(ours, states, expected, tolerance, one)
+        if why is not None and given is not first and (long or not what):
             answers = functools.partial(ends.answers, example=example, given=given)
             if _unsteady(module, answers, expected, tolerance):
                 continue
@@ -81,8 +106,6 @@ def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> b
     Rounding errors may grow from step to step and from layer to layer: then float32 doesn't determine the output for a
     long sequence, or for very large inputs.
     """
-    import torch
-
     nudged = duplicate(module)
     with torch.no_grad():
         for weight in nudged.parameters():
@@ -126,8 +149,8 @@ class Ends:
         counts = [len(node.cells) for node in network.nodes if node.cells]
         self.firsts = [sum(counts[:number]) for number in range(len(counts))]
 
-    def longer(self, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-        """Yield inputs of other sizes, each with the beginning of the message for outputs that differ."""
+    def longer(self, given: list[Any]) -> Iterator[Size]:
+        """Yield inputs of other sizes."""
         places = [{n: self._axis(n, role, given[n]) for n in self.data} for role in "BT"]
         lengths = [[given[n].shape[at] for n, at in place.items() if at is not None] for place in places]
         rows, steps = (min(found, default=1) for found in lengths)
@@ -145,7 +168,8 @@ class Ends:
                 continue  # `answers` always computes several steps
             along = {n: at for n, at in places[which].items() if at is not None}
             along |= {n: at for n in self.starts if (at := self.axes[f"input_{n}"].find("BT"[which])) >= 0}
-            yield what, [wider(value, along[n], more) if n in along else value for n, value in enumerate(given)]
+            sized = [wider(value, along[n], more) if n in along else value for n, value in enumerate(given)]
+            yield Size(what, sized, what in (ONE_ROW, ONE_STEP), what == MUCH_LONGER)
 
     def _axis(self, n: int, role: str, value: Any) -> int | None:
         """Return which axis of an input is the batch or time; None if none is."""
@@ -156,8 +180,6 @@ class Ends:
         """Return the outputs of a module as a list; if a call is one step, those of several steps."""
         if not self.steps:
             return tensors_in(module(*fresh(like(example, given))))
-        import torch
-
         made: list[list[Any]] = []
         after = self._next_states()
         for t in range(STEPS):
@@ -254,6 +276,64 @@ class Ends:
                     return f"output {n} has the shape {left[0].shape}, the module's {theirs.shape}"
                 return f"output {n} differs from the module's by {_off(left[0], theirs):.1e}, more than {tolerance:.0e}"
         return f"the network has {len(left)} more outputs than the module" if left else None
+
+
+class GraphEnds:
+    """How the inputs and outputs of a module correspond to those of its ONNX graph: they are the same, in order.
+
+    Args:
+        axes: the axes of the inputs that may change, in groups that change together.
+        padded: whether an output may have more entries along an axis than the module's.
+    """
+
+    def __init__(self, axes: Sequence[Axes], padded: bool = False) -> None:
+        self.axes, self.padded = axes, padded
+        self.rejected: list[str] = []  # sizes of inputs that ONNX Runtime rejects, with its reason
+
+    def longer(self, given: list[Any]) -> Iterator[Size]:
+        """Yield inputs of other sizes."""
+        for group in self.axes:
+            n, axis = min(group)
+            size = min(given[m].shape[at] for m, at in group)
+            changes = dict.fromkeys((1, 4, -1, MORE_ROWS, 1 - size, LONGER))
+            for more in changes:
+                if more and size + more > 0:
+                    what = f"with {abs(more)} {'more' if more > 0 else 'fewer'} along axis {axis} of input {n} "
+                    yield Size(what, resized(given, group, more), size + more == 1, more == LONGER)
+
+    def answers(self, module: Any, example: tuple[Any, ...], given: list[Any]) -> list[Any]:
+        """Return the outputs of a module as a list."""
+        return tensors_in(module(*fresh(like(example, given))))
+
+    def run(self, network: RuntimeModel, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the outputs of a graph, and no states.
+
+        Raises:
+            ValueError: ONNX Runtime rejects the inputs.
+        """
+        try:
+            return tuple(network.compute(dict(zip(network.inputs, map(array_of, given), strict=True)))), ()
+        except Exception as error:  # ONNX Runtime's errors have no common base class
+            sizes = ", ".join(str(list(value.shape)) for value in given)
+            self.rejected.append(f"{sizes}: {str(error).splitlines()[0]}")
+            raise ValueError(self.rejected[-1]) from error
+
+    def unlike(
+        self, ours: tuple[Any, ...], _: Any, expected: list[Any], tolerance: float, squeezed: bool = False
+    ) -> str | None:
+        """Return how the outputs of a graph differ from the module's; None if they are the same."""
+        if len(ours) != len(expected):
+            return f"the graph has {len(ours)} outputs, the module {len(expected)}"
+        for n, (own, wanted) in enumerate(zip(ours, map(array_of, expected), strict=True)):
+            if squeezed:
+                own, wanted = own.squeeze(), wanted.squeeze()
+            if self.padded and own.ndim == wanted.ndim:
+                own = own[tuple(map(slice, wanted.shape))]
+            if (own.dtype, own.shape) != (wanted.dtype, wanted.shape):
+                return f"output {n} is {own.dtype} {list(own.shape)}, the module's {wanted.dtype} {list(wanted.shape)}"
+            if not agree(own, wanted, tolerance):
+                return f"output {n} differs from the module's by {_off(own, wanted):.1e}, more than {tolerance:.0e}"
+        return None
 
 
 def agree(ours: Any, theirs: Any, tolerance: float, squeezed: bool = False) -> bool:

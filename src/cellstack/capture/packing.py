@@ -11,9 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from cellstack.formats.compiled.copied import duplicate
-from cellstack.formats.compiled.equality import FLAGS, Ends
-from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
+import torch
+from torch.overrides import TorchFunctionMode
+
+from cellstack.capture.copied import duplicate
+from cellstack.capture.equality import FLAGS, Ends
+from cellstack.capture.nested import array_of, fresh, like, tensors_in, wider
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
 
@@ -64,9 +67,6 @@ class Padded(NamedTuple):
 
 def packs(module: Any, inputs: tuple[Any, ...]) -> list[Packed]:
     """Run a module, and return its calls of `pack_padded_sequence`."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
     calls: list[Packed] = []
     unsorted: list[Any] = []
 
@@ -88,8 +88,6 @@ def packs(module: Any, inputs: tuple[Any, ...]) -> list[Packed]:
 
 def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded | str:
     """Return a module that packs sequences as one of padded sequences, or why that is impossible."""
-    import torch
-
     flat, (lengths, rows, steps) = tensors_in(inputs), calls[0]
     if any(call.rows != rows or not torch.equal(call.lengths, lengths) for call in calls):
         return "it packs the same rows by several lengths, but a Network takes one length per row"
@@ -164,8 +162,6 @@ def _source(flat: list[Any], lengths: Any) -> tuple[int | None, str]:
 
 def _given(kind: str, example: Any, lengths: Any, steps: Any) -> Any:
     """Return lengths as an input of this kind: lengths, a mask or a padding mask, in the dtype of the example."""
-    import torch
-
     if kind == "lengths":
         return lengths.to(example.dtype)
     used = torch.arange(steps) < lengths[:, None]
@@ -185,8 +181,6 @@ def _padded_forward(
         keep: the indices of the outputs that are returned.
         *given: its inputs except the lengths.
     """
-    import torch
-
     tensors = list(given)
     data, row, step = at
     rows, steps = given[data].shape[row], given[data].shape[step]
@@ -209,9 +203,6 @@ def unpacked(lengths: Any = None) -> Any:
     Args:
         lengths: the tensor of the rows' lengths, if the module takes one.
     """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
     sizes: dict[int, tuple[Any, Any, bool, Any]] = {}  # by id of batch_sizes: rows, steps, batch first, the tensor
     orders: dict[int, Any] = {}  # orders of the rows, by id
     moved = {id(lengths): (lengths, 0)}  # by id: a tensor of lengths, or of lengths - 1, and 0 or -1
@@ -329,8 +320,6 @@ def ragged_difference(
     network: Network, module: Any, inputs: tuple[Any, ...], call: Packed, how: Padded, tolerance: float
 ) -> str | None:
     """Return how the outputs of a network and a module differ for rows of different lengths; None if they agree."""
-    import torch
-
     flat = tensors_in(inputs)
     generator = torch.Generator().manual_seed(0)
     tall = [_with_rows(value, call.rows, ROWS) for value in flat]
@@ -372,8 +361,6 @@ def _with_rows(value: Any, rows: int, least: int) -> Any:
 
 def _cut(value: Any, counts: Any, steps: int) -> Any:
     """Return a tensor `[B, T, ...]` with zeros after each row's length."""
-    import torch
-
     if value.ndim < 2 or value.shape[:2] != (len(counts), steps):
         return value
     used = torch.arange(steps) < counts[:, None]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cellstack.formats.compiled.copied import duplicate
+from cellstack.capture.copied import duplicate
 from cellstack.formats.onnx.cell_writer import operator_of_specs
 from cellstack.formats.onnx.cells import ORDER, orders_of_peepholes
 from cellstack.layers import accelerate, op
@@ -62,13 +62,35 @@ def export_onnx(
     >>> time = torch.export.Dim("time")
     >>> export_onnx(nn.LSTM(3, 4), (torch.zeros(5, 1, 3),), "lstm.onnx", dynamic_shapes=({0: time},))  # doctest: +SKIP
     """
+    write(recorded(module, args, kwargs, dynamic_shapes, strict), fspath(path), input_names, output_names)
+
+
+def recorded(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+) -> Any:
+    """Return what `torch.export.export` records of a module in evaluation mode, with the kernel's op in its layers.
+
+    Raises:
+        ValueError, Exception: see `export_onnx`.
+    """
     ready = duplicate(module).eval()
     if any(base_of(type(part)) is not None for part in ready.modules()):
         accelerate.accelerate(ready)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporters, about themselves
+        warnings.simplefilter("ignore")  # of the exporter, about itself
         program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
-        _check(program.graph)
+    _check(program.graph)
+    return program
+
+
+def write(program: Any, path: str, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
+    """Write what `recorded` returns as an ONNX file."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
         made: Any = torch.onnx.export(
             program,
             dynamo=True,
@@ -80,7 +102,7 @@ def export_onnx(
     # The exporter itself only computes small constants; weights are stored in ONNX's order too.
     most = 1 + max((value.nbytes for value in program.state_dict.values()), default=0)
     importlib.import_module("onnxscript").optimizer.optimize(made.model, input_size_limit=most, output_size_limit=most)
-    made.save(fspath(path))
+    made.save(path)
 
 
 def _check(graph: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import cellstack as cs
+from cellstack.capture import compile_network
 
 
 class Fn(nn.Module):
@@ -114,7 +115,7 @@ def test_a_module_that_mixes_rows_isn_t_taken_for_one_with_time_first():
     """An LSTM with batch_first=False on a batch-first input runs over the rows: its first axis is the time."""
     module = Fn(lambda m, x: m.r(x)[0].mean(1), r=lstm(6, batch_first=False)).eval()
     with pytest.raises(cs.FormatError, match="compile: Fn can't be a Network"):
-        cs.compile(module, torch.randn(3, 9, 6))
+        compile_network(module, torch.randn(3, 9, 6))
 
 
 def test_rows_and_steps_that_a_module_merges_are_warned_of():

@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from cellstack.formats.compiled.copied import duplicate
-from cellstack.formats.compiled.equality import Ends
-from cellstack.formats.compiled.nested import fresh, like, tensors_in
-from cellstack.formats.compiled.sizes import OURS, Places, compared, line_of, outside, pytorch
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cellstack.capture.copied import duplicate
+from cellstack.capture.equality import Ends, GraphEnds
+from cellstack.capture.nested import fresh, like, tensors_in
+from cellstack.capture.sizes import OURS, Places, compared, line_of, outside, pytorch
 from cellstack.formats.runtimes.in_memory import watched
-from cellstack.network import Network
 
 
 def value_reads() -> Any:
     """Return a context whose `found` says whether code in it reads values of tensors, as `if` and `float()` do."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Look(TorchDispatchMode):
         found = False
@@ -30,8 +31,6 @@ def value_reads() -> Any:
 
 def reads_values(module: Any, inputs: tuple[Any, ...]) -> bool:
     """Return whether a module reads values from its tensors; sizes don't count."""
-    import torch
-
     with torch.no_grad(), value_reads() as reads:
         module(*fresh(inputs))
     return reads.found
@@ -39,8 +38,6 @@ def reads_values(module: Any, inputs: tuple[Any, ...]) -> bool:
 
 def calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
     """Return how often a call of a module calls one of `parts`, for the part that is called most often."""
-    import torch
-
     counts = dict.fromkeys(map(id, parts), 0)
 
     def count(part: Any, _: Any) -> None:
@@ -53,15 +50,13 @@ def calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
 
 def calls_cells_repeatedly(module: Any, inputs: tuple[Any, ...]) -> bool:
     """Return whether a call of a module calls a cell several times."""
-    import torch
-
     return calls(module, [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)], inputs) > 1
 
 
-def compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> Places:
+def compared_sizes(ends: Ends | GraphEnds, module: Any, example: tuple[Any, ...]) -> Places:
     """Return where a module's code depends on sizes of its input."""
     first, module = tensors_in(example), duplicate(module)  # whose attributes may keep sizes
-    others = [given for _, given in Ends(network, len(first)).longer(first)]
+    others = [size.given for size in ends.longer(first)]
     try:
         return compared(lambda given: module(*fresh(like(example, given))), first, others)
     except Exception as error:  # code may reject sizes that aren't plain integers
@@ -70,9 +65,6 @@ def compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> P
 
 def line_of_call(module: Any, inputs: tuple[Any, ...], name: str) -> str:
     """Return the line in which a module first calls a function of PyTorch, as `file.py:12`; "" if it doesn't."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
     found: list[str] = []
 
     class Look(TorchFunctionMode):

@@ -11,7 +11,7 @@ from torch import nn
 
 import cellstack as cs
 from cellstack import layers
-from cellstack.adapters.export import export_onnx
+from cellstack.capture import export_onnx
 
 B, T = torch.export.Dim("batch"), torch.export.Dim("time")
 SIZES = ((2, 9), (3, 31), (1, 7), (5, 1))  # the first is that of the example

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import cellstack as cs
+from cellstack.capture import compile_network
 
 
 class Of(nn.Module):
@@ -238,7 +239,7 @@ def test_a_cell_after_an_operator_of_unknown_shape_is_exported(kind):
 
     module = Of(forward, cell=getattr(nn, kind)(3, 4)).eval()
     with pytest.raises(ValueError, match="Scatter"):
-        cs.compile(module, (torch.randn(2, 3), torch.randn(2, 4)))
+        compile_network(module, (torch.randn(2, 3), torch.randn(2, 4)))
 
 
 def fed_back(m, x):
@@ -315,7 +316,7 @@ REFUSED = {
 def test_refusals_name_a_remedy_and_nothing_is_printed(name, capfd, caplog):
     forward, why = REFUSED[name]
     with pytest.raises(cs.FormatError, match=why) as raised:
-        cs.compile(Of(forward, **layers(head=nn.Linear(4, 3))), torch.randn(2, 5, 3))
+        compile_network(Of(forward, **layers(head=nn.Linear(4, 3))), torch.randn(2, 5, 3))
     assert len(str(raised.value)) < 700
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
@@ -325,6 +326,6 @@ def test_errors_for_invalid_examples_say_what_to_pass():
     module, x = Of(loop, **layers()), torch.randn(2, 5, 3)
     for example in ({}, ({"x": x.numpy()},)):
         with pytest.raises(TypeError, match="expected example to be a tensor, such as"):
-            cs.compile(module, example)
+            compile_network(module, example)
     with pytest.raises(cs.FormatError, match="is on the device 'meta', which stores no values: load its weights"):
-        cs.compile(module.to("meta"), x)
+        compile_network(module.to("meta"), x)

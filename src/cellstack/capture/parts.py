@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
+from cellstack.capture.attempts import attempt
+from cellstack.capture.nested import fresh, tensors_in
+from cellstack.capture.prepared import Prepared, copied_for
 from cellstack.cells.errors import FormatError
-from cellstack.formats.compiled.attempts import attempt
-from cellstack.formats.compiled.nested import fresh, tensors_in
-from cellstack.formats.compiled.prepared import Prepared, copied_for
 from cellstack.network import Network
 
 MOST_TRIED = 12  # parts, the outermost first
@@ -17,8 +19,6 @@ MOST_NAMED = 3
 
 def compilable(ready: Prepared, tolerance: float) -> str:
     """Return the end of an error message, with the largest parts of a module that can be compiled; "" if none can."""
-    import torch
-
     kinds = (torch.nn.RNNBase, torch.nn.RNNCellBase)
     layers = [f"{path}." if path else "" for path, part in ready.module.named_modules() if _is_layer(part)]
     parts = {
@@ -68,8 +68,6 @@ def _calls(
     ready: Prepared, parts: dict[str, Any], recurrent: set[str]
 ) -> tuple[dict[str, tuple[Any, ...]], dict[int, tuple[Any, str]]]:
     """Run a module; return the inputs of each recurrent part's first call, and tensors with their origin, by id."""
-    import torch
-
     calls: dict[str, tuple[Any, ...]] = {}
     inputs = fresh(ready.inputs)
     flat = tensors_in(inputs)

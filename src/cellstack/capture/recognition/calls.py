@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cellstack.adapters.recognition.values import NotReplaced, same
+from cellstack.capture.recognition.values import NotReplaced, same
 from cellstack.layers.handwritten import (
     Known,
     Place,

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from cellstack.cells.errors import FormatError
-from cellstack.formats.compiled.copied import copied, duplicate, fold
-from cellstack.formats.compiled.equality import agree
-from cellstack.formats.compiled.nested import (
+from cellstack.capture.copied import copied, duplicate, fold
+from cellstack.capture.equality import agree
+from cellstack.capture.nested import (
     array_of,
     flattened,
     fresh,
@@ -22,6 +22,7 @@ from cellstack.formats.compiled.nested import (
     like,
     tensors_in,
 )
+from cellstack.cells.errors import FormatError
 
 SETTINGS = (type(None), bool, int, float, str)  # types of arguments that keep their values in the example
 
@@ -57,8 +58,6 @@ def checked(module: Any, example: Any, tolerance: Any) -> tuple[Any, ...]:
     Raises:
         TypeError, ValueError: see `compile`.
     """
-    import torch
-
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"compile: expected a module of PyTorch, got {type(module).__name__}")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
@@ -83,8 +82,6 @@ def checked(module: Any, example: Any, tolerance: Any) -> tuple[Any, ...]:
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
     """Restore, at the end, the states of the random number generators from which a module may draw."""
-    import torch
-
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
         try:
@@ -101,8 +98,6 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
         FormatError: the module can't be copied, or stores no values.
         ValueError: the module itself rejects the inputs, or returns NaN or no tensors for them.
     """
-    import torch
-
     name, still, notes = named(module), copied(module), list[str]()
     if has_packed(inputs):
         notes.append(
@@ -159,8 +154,6 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
 
 def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[Any], bool]:
     """Call a module twice; return its outputs, and whether the second call returns the same."""
-    import torch
-
     try:
         with torch.no_grad():
             answers, second = (leaves_in(module(*fresh(inputs))) for _ in range(2))
@@ -178,8 +171,6 @@ def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[
 
 def _accepts_in_training(module: Any, inputs: tuple[Any, ...]) -> bool:
     """Return whether a module accepts the inputs in training mode."""
-    import torch
-
     try:
         with torch.no_grad():
             made = duplicate(module)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from cellstack.adapters.recognition.calls import ModuleCall, call_of, outputs_of
-from cellstack.adapters.recognition.values import TOLERANCE, NotReplaced, difference, flat, mapped, same
-from cellstack.formats.compiled.probes import value_reads
+from cellstack.capture.probes import value_reads
+from cellstack.capture.recognition.calls import ModuleCall, call_of, outputs_of
+from cellstack.capture.recognition.values import TOLERANCE, NotReplaced, difference, flat, mapped, same
 from cellstack.layers.handwritten import Known, Protocol, result_of
 
 SCALES = (0.1, 1.0, 4.0)  # of inputs, in the comparison

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import cellstack as cs
+from cellstack.capture import compile_network
 
 
 class Packs(nn.Module):
@@ -146,7 +147,7 @@ def test_a_convolution_before_the_packing_makes_the_lengths_an_input_of_flags():
 def test_what_depends_on_padding_or_lengths_otherwise_is_refused(ends, why):
     module = Packs(lambda x, lengths: (x, lengths, None), ends)
     with pytest.raises(cs.FormatError, match=f"it packs sequences, for which a Network uses a mask, but {why}"):
-        cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
+        compile_network(module, (torch.randn(3, 5, 3), LENGTHS))
 
 
 def test_two_inputs_with_lengths_of_their_own_are_refused():
@@ -160,7 +161,7 @@ def test_two_inputs_with_lengths_of_their_own_are_refused():
 
     x = torch.randn(3, 5, 3)
     with pytest.raises(cs.FormatError, match="it packs the same rows by several lengths"):
-        cs.compile(Pair(), (x, LENGTHS, x, torch.tensor([5, 1, 1])))
+        compile_network(Pair(), (x, LENGTHS, x, torch.tensor([5, 1, 1])))
 
 
 class LastStep(nn.Module):
@@ -205,7 +206,7 @@ def test_a_module_that_selects_the_last_step_by_lengths_becomes_a_network_that_t
 )
 def test_other_uses_of_lengths_are_refused(how, options):
     with pytest.raises(cs.FormatError, match=r"LastStep can't be a Network: .*input_1"):
-        cs.compile(LastStep(how, **options), (torch.randn(3, 5, 3), LENGTHS))
+        compile_network(LastStep(how, **options), (torch.randn(3, 5, 3), LENGTHS))
 
 
 @pytest.mark.filterwarnings("ignore:compile. LSTM packs sequences")
@@ -222,7 +223,7 @@ def test_packed_sequences_count_as_padded_ones_with_their_lengths():
 def test_a_part_that_takes_packed_sequences_is_named():
     module = Packs(lambda x, lengths: (x, lengths, None), lambda m, y, lengths, h: y.argmax(-1))
     with pytest.raises(cs.FormatError, match=r"parts that can be compiled: module\.rnn, \[B, T, 3\]"):
-        cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
+        compile_network(module, (torch.randn(3, 5, 3), LENGTHS))
 
 
 @pytest.mark.filterwarnings("ignore:compile. Nested")
@@ -246,4 +247,4 @@ def test_packed_sequences_may_be_nested_and_keep_other_inputs():
 def test_other_values_of_integers_are_compared_too():
     module = LastStep(lambda y, lengths: y[:, : int(lengths.max())]).eval()
     with pytest.raises(cs.FormatError, match=r"reads values of tensors .*has the shape"):
-        cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
+        compile_network(module, (torch.randn(3, 5, 3), LENGTHS))

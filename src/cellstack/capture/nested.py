@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 
 def tensors_in(value: Any) -> list[Any]:
     """Return the tensors in a module's inputs or outputs as a flat list."""
-    import torch
-
     return [leaf for leaf in leaves_in(value) if isinstance(leaf, torch.Tensor)]
 
 
@@ -23,8 +23,6 @@ def leaves_in(value: Any) -> list[Any]:
 
     A packed sequence is two: the padded one `[B, T, I]`, and its lengths.
     """
-    from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-
     if isinstance(value, PackedSequence):
         return list(pad_packed_sequence(value, batch_first=True))
     if isinstance(value, Mapping):
@@ -36,8 +34,6 @@ def leaves_in(value: Any) -> list[Any]:
 
 def like(structure: Any, values: Iterable[Any]) -> Any:
     """Return values in the nested containers of `structure`, in the order of `leaves_in`."""
-    from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-
     queue = iter(values)
 
     def put(part: Any) -> Any:
@@ -66,8 +62,6 @@ def like(structure: Any, values: Iterable[Any]) -> Any:
 
 def has_packed(value: Any) -> bool:
     """Return whether there is a packed sequence in a module's inputs."""
-    from torch.nn.utils.rnn import PackedSequence
-
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, PackedSequence) or not isinstance(value, (tuple, list)):
@@ -77,8 +71,6 @@ def has_packed(value: Any) -> bool:
 
 def is_plain(value: Any) -> bool:
     """Return whether a value is a tensor, or a nested tuple or list of tensors."""
-    import torch
-
     if type(value) in (tuple, list):
         return all(map(is_plain, value))
     return isinstance(value, torch.Tensor)
@@ -91,8 +83,6 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
         module: a copy, which is changed.
         inputs: the example; what isn't a tensor in it is passed at every call.
     """
-    import torch
-
     known = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves_in(inputs)]
     if type(module).__call__ is torch.nn.Module.__call__ and not isinstance(module, torch.jit.ScriptModule):
         module.forward = partial(_flat_forward, module.forward, inputs, known)  # keeps the names of its parameters
@@ -130,7 +120,5 @@ def wider(value: Any, axis: int, more: int) -> Any:
 
 def array_of(value: Any) -> Any:
     """Return a tensor as a NumPy array; bfloat16 as float32."""
-    import torch
-
     value = value.detach().cpu()
     return np.asarray(value.float() if value.dtype is torch.bfloat16 else value)

@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from cellstack.capture.sizes import OURS, line_of, outside
 from cellstack.cells.errors import FormatError
-from cellstack.formats.compiled.sizes import OURS, line_of, outside
 
 LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
 IN_PLACE = ("add_", "sub_", "mul_", "floor_divide_", "remainder_")
@@ -60,8 +64,6 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
         FormatError: PyTorch can't export the module; the message gives the reason in one line.
         ModuleNotFoundError: the export needs a package that isn't installed.
     """
-    import torch
-
     logs = torch._C._jit_is_onnx_log_enabled()  # some versions turn it on during an export, and leave it on
 
     def hush(*_: Any) -> None:
@@ -87,12 +89,12 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             warnings.showwarning = look
             try:
                 # The console output of a scripted module, which takes no hook, can't be suppressed otherwise.
-                with _without_console() if handle is None else nullcontext():
+                with without_console() if handle is None else nullcontext():
                     run(False)
             except Exception as error:  # the exporter fails in as many ways as there are modules
                 if "Python operator" not in str(error) and "PythonOp" not in str(error):
                     raise
-                with _without_console():  # C++ code of PyTorch prints warnings about functions that it can't inline
+                with without_console():  # C++ code of PyTorch prints warnings about functions that it can't inline
                     run(True)
     except ModuleNotFoundError:
         raise
@@ -109,8 +111,6 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 @contextmanager
 def _positional(module: Any) -> Iterator[None]:
     """Hide the arguments of a module's forward with defaults: the exporter passes these by position, as tensors."""
-    import torch
-
     forward = module.forward
     scripted = isinstance(module, torch.jit.ScriptModule)
     if scripted or all(each.default is each.empty for each in inspect.signature(forward).parameters.values()):
@@ -133,8 +133,6 @@ def _traceable() -> Any:
     - Adaptive pooling to one entry along some axes becomes a mean or maximum over these.
     - RMS norms, which ONNX lacks, and single steps of PyTorch's cells are computed by their equations.
     """
-    import torch
-    from torch.overrides import TorchFunctionMode
 
     def rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
         axes = tuple(range(-len(shape), 0))
@@ -167,8 +165,6 @@ def _rounding() -> Iterator[None]:
     Both look for a method of the tensor's class, and otherwise convert the tensor to a float. A torch function mode
     can't intercept the first, and can only return a float for the second, after which the trace has a constant.
     """
-    import torch
-
     own = [name for name in ("__ceil__", "__floor__") if not hasattr(torch.Tensor, name)]
     for name in own:
         function = getattr(torch, name.strip("_"))
@@ -182,8 +178,6 @@ def _rounding() -> Iterator[None]:
 
 def _step(name: str, x: Any, state: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
     """Return the new state of `lstm_cell` or `gru_cell`; the exporter can't split their gates if sizes are unknown."""
-    from torch.nn.functional import linear
-
     h, units = state[0] if name == "lstm_cell" else state, w_hh.shape[1]
     of_x, of_h = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)
 
@@ -201,7 +195,7 @@ def _step(name: str, x: Any, state: Any, w_ih: Any, w_hh: Any, b_ih: Any = None,
 
 
 @contextmanager
-def _without_console() -> Iterator[None]:
+def without_console() -> Iterator[None]:
     """Redirect console output that bypasses Python to a temporary file."""
     with tempfile.TemporaryFile() as elsewhere:
         kept = {}

@@ -7,6 +7,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.overrides import TorchFunctionMode
+
 from cellstack.cells.errors import FormatError
 
 MOST_SEARCHED = 100_000  # objects in which locks are looked for
@@ -37,8 +42,6 @@ def copied(module: Any) -> Any:
 
 def duplicate(value: Any) -> Any:
     """Return a deep copy, with computed tensors detached and new locks."""
-    import torch
-    from torch.overrides import TorchFunctionMode
 
     class Detaching(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,9 +106,6 @@ def fold(module: Any) -> list[str]:
     These are parametrizations, such as `torch.nn.utils.parametrizations.weight_norm` and `spectral_norm`, their
     older form, `torch.nn.utils.weight_norm` and `spectral_norm`, and pruned weights.
     """
-    from torch.nn.utils import parametrize
-    from torch.nn.utils.prune import BasePruningMethod
-
     folded = []
     for path, part in module.named_modules():
         if parametrize.is_parametrized(part):

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cellstack.adapters.recognition.calls import ModuleCall, accepted, guesses, protocol_of, shortened
-from cellstack.adapters.recognition.comparison import compare, effect_of, is_steady, verify
-from cellstack.adapters.recognition.origins import Origins, layer_of
-from cellstack.adapters.recognition.values import NotReplaced, as_float64, copy_of, experiments, fill, put
+from cellstack.capture.exported import export
+from cellstack.capture.recognition.calls import ModuleCall, accepted, guesses, protocol_of, shortened
+from cellstack.capture.recognition.comparison import compare, effect_of, is_steady, verify
+from cellstack.capture.recognition.origins import Origins, layer_of
+from cellstack.capture.recognition.values import NotReplaced, as_float64, copy_of, experiments, fill, put
 from cellstack.cells.errors import FormatError
-from cellstack.formats.compiled.exported import export
 from cellstack.formats.onnx.decomposed.found import cells_of_module
 from cellstack.layers import accelerate as integration
 from cellstack.layers.accelerated import subclass_of

@@ -15,12 +15,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
+from torch.overrides import TorchFunctionMode
+
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 ARITHMETIC = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
 ALONE = {"neg": operator.neg, "abs": abs, "ceil": math.ceil, "floor": math.floor, "round": round, "trunc": math.trunc}
 MEASURES = ("__get__", "size", "stride", "numel")  # functions of tensors that return sizes; shape and nbytes are got
 BUILTINS = {"len", "range"}
-OURS = str(Path(__file__).absolute().parents[2])
+OURS = str(Path(__file__).absolute().parents[1])
 
 
 class Places(NamedTuple):
@@ -78,8 +81,6 @@ def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> 
 
 def pytorch() -> str:
     """Return the folder of PyTorch's code."""
-    import torch
-
     return os.path.dirname(torch.__file__)
 
 
@@ -105,9 +106,6 @@ def _follow(names: list[dict[str, Any]]) -> Callable[[Callable[[Any], Any], Any]
     Args:
         names: to which the global names of these files are added; the caller removes both functions.
     """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
     seen: Uses = defaultdict(set)
     thread = threading.get_ident()  # others may call the module's code meanwhile
 

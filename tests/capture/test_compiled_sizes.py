@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import cellstack as cs
+from cellstack.capture import compile_network
 
 X = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +49,7 @@ def twice_where(condition):
 def test_a_branch_on_a_size_that_was_tried_is_refused_and_located(condition):
     module, place = twice_where(condition)
     with pytest.raises(cs.FormatError, match=rf"Network: it compares sizes of its input \({place}\)"):
-        cs.compile(module, X)
+        compile_network(module, X)
 
 
 @pytest.mark.parametrize("condition", [lambda x: list(range(99))[x.shape[0]] > 4, lambda x: math.sqrt(x.size(0)) > 2])
@@ -57,7 +58,7 @@ def test_a_size_that_becomes_a_plain_number_is_refused_and_located(condition):
     with pytest.raises(
         cs.FormatError, match=rf"Network: its outputs differ for other sizes, .*int\(n\), .*\({place}\)"
     ):
-        cs.compile(module, X)
+        compile_network(module, X)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_a_branch_on_the_number_of_a_step_is_refused():
     with pytest.raises(
         cs.FormatError, match=r"Network: its loop .* treats some of them differently, .* with 250 more steps"
     ):
-        cs.compile(Loop(), X)
+        compile_network(Loop(), X)
 
 
 def checked(m, x, y):
@@ -264,15 +265,15 @@ def test_pads_that_no_window_needs_are_refused():
     with pytest.raises(
         cs.FormatError, match="depends on the number of steps, only a convolution over time is supported"
     ):
-        cs.compile(Layer(lambda m, x, y: torch.relu(more(m, x, y))).eval(), X)
+        compile_network(Layer(lambda m, x, y: torch.relu(more(m, x, y))).eval(), X)
     module = Layer(lambda m, x, y: m.conv(more(m, x, y))).eval()
     module.conv = nn.Conv1d(4, 4, 3, 2)
     with pytest.raises(cs.FormatError, match="don't fit windows of 3 every 2 steps"):
-        cs.compile(module, X)
+        compile_network(module, X)
 
 
 def test_an_end_of_another_value_is_refused():
     module = Layer(lambda m, x, y: m.conv(y.transpose(1, 2))[..., : y.shape[1] - 1]).eval()
     module.conv = nn.Conv1d(4, 4, 3, 1, 2)
     with pytest.raises(cs.FormatError, match="the end of a slice computed from another value's number of steps"):
-        cs.compile(module, X)
+        compile_network(module, X)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from cellstack.capture.axes import free_axes
+from cellstack.capture.copied import duplicate
+from cellstack.capture.exported import export
+from cellstack.capture.nested import fresh, tensors_in
+from cellstack.capture.probes import calls
 from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
-from cellstack.formats.compiled.copied import duplicate
-from cellstack.formats.compiled.exported import export
-from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
-from cellstack.formats.compiled.probes import calls
 from cellstack.formats.pytorch import network_of_module
 from cellstack.formats.pytorch.torch_modules import KNOWN
 from cellstack.network import Network
 from cellstack.network.layouts import KEY, Layout, noted
-
-MOST_WAYS = 30  # combinations of axes of several inputs that are tried
 
 
 def directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
@@ -79,7 +79,7 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
     outs = [f"output_{n}" for n in range(len(answers))]
     shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
     stepped, reasons = _as_one_step(module, inputs), list[FormatError]()
-    for way in _ways(_free(module, inputs)):
+    for way in _ways(free_axes(module, inputs)):
         axes = {name: {axis: f"{name}_{axis}" for axis in free} for name, free in zip(names, way, strict=True) if free}
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "module.onnx")
@@ -106,59 +106,11 @@ def _ways(free: list[list[int]]) -> Iterator[list[list[int]]]:
             yield [[axes[0], axis] if m == n else other[:2] for m, other in enumerate(free)]
 
 
-def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
-    """Return, for each input tensor of a module, which of its axes may have another length.
-
-    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors.
-    """
-    import torch
-
-    flat = tensors_in(inputs)
-
-    def takes(grown: dict[int, int]) -> bool:
-        given = [wider(value, grown[n], 1) if n in grown else value for n, value in enumerate(flat)]
-        try:
-            with torch.no_grad():
-                module(*fresh(like(inputs, given)))
-        except Exception:  # the module rejects these lengths
-            return False
-        return True
-
-    def may_change(n: int, axis: int) -> bool:
-        if takes({n: axis}):
-            return True
-        others: dict[tuple[int, ...], list[int]] = {}  # tensors of one shape change together
-        for m, value in enumerate(flat):
-            if m != n:
-                others.setdefault(tuple(value.shape), []).append(m)
-        ways = [
-            [None, *(other for other in range(len(shape)) if shape[other] == flat[n].shape[axis])] for shape in others
-        ]
-        for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
-            more = {m: at for group, at in zip(others.values(), way, strict=True) if at is not None for m in group}
-            if more and takes({**more, n: axis}):
-                return True
-        return False
-
-    found = []
-    for n, value in enumerate(flat):
-        if value.ndim > 2:
-            free = [axis for axis in range(value.ndim) if may_change(n, axis)]
-            found.append(free or [0, 1])
-        elif len(flat) > 1 and all(one.ndim == 2 and not one.is_floating_point() for one in flat):  # ids
-            found.append([axis for axis in range(2) if may_change(n, axis)])
-        else:
-            found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
-    return found
-
-
 def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
     """Return a module whose call is one step, changed so that its cells are exported as operators with known states.
 
     PyTorch exports an nn.GRUCell and an nn.RNNCell as sums and products, in which states can't be recognised.
     """
-    import torch
-
     flat = tensors_in(inputs)
     cells = [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)]
     if flat[0].ndim != 2 or calls(module, cells, inputs) != 1:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cellstack.cells.errors import FormatError
-from cellstack.formats.compiled.equality import FLAGS, MUCH_LONGER, difference
-from cellstack.formats.compiled.exported import remedy, shortened
-from cellstack.formats.compiled.nested import fresh, tensors_in
-from cellstack.formats.compiled.packing import (
+from cellstack.capture.equality import FLAGS, MUCH_LONGER, Ends, difference
+from cellstack.capture.exported import remedy, shortened
+from cellstack.capture.nested import fresh, tensors_in
+from cellstack.capture.packing import (
     is_count,
     packs,
     padded,
@@ -18,12 +17,13 @@ from cellstack.formats.compiled.packing import (
     with_lengths,
     with_zeros,
 )
-from cellstack.formats.compiled.prepared import Prepared
-from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
-from cellstack.formats.compiled.routes import by_onnx, directly
+from cellstack.capture.prepared import Prepared
+from cellstack.capture.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
+from cellstack.capture.routes import by_onnx, directly
+from cellstack.capture.sizes import Places
+from cellstack.cells.errors import FormatError
 from cellstack.network import Network, layouts
 
-TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
 SCALES = (1.0, 0.01, 10.0)  # of the random inputs for the comparison
 MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # if a module's code depends on values
 DRAWS = (
@@ -133,29 +133,35 @@ def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
 def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[str], exported: bool) -> list[str]:
     """Return warnings on code of the module that the network doesn't contain, although the compared outputs agree."""
     notes = [axes] if (axes := layouts.warning(network)) else []
+    if not exported:
+        return notes
+    onnx = network.metadata.setdefault("onnx", {})
+    places = compared_sizes(Ends(network, len(tensors_in(inputs))), module, inputs)
+    places.compared.extend(onnx.get("branches", ()))
+    if found := [*places.compared, *places.converted, *([places.failed] if places.failed else [])]:
+        onnx["sizes"] = found
+    return [*notes, *caveats(module, inputs, looks, places)]
+
+
+def caveats(module: Any, inputs: tuple[Any, ...], looks: list[str], places: Places) -> list[str]:
+    """Return warnings on code of a module whose graph only contains what it did for the example."""
+    notes, (compared, converted, failed) = list[str](), places
     if looks and reads_values(module, inputs):
         notes.append(
             f"reads values of tensors ({_some(looks)}), and the network does what it did for the example: the outputs "
             "for other values that were tried agree, but not all values can be tried"
         )
-    if not exported:
-        return notes
-    onnx = network.metadata.setdefault("onnx", {})
-    compared, converted, failed = compared_sizes(network, module, inputs)
-    compared = [*compared, *onnx.get("branches", ())]
     if failed:
         notes.append(f"may compare sizes of its input, which can't be checked: {failed}")
-    for does, places in (
+    for does, lines in (
         ("compares sizes of its input", compared),
         ("turns sizes of its input into plain numbers, as int(n), range(0, n, 2) or items[n] do", converted),
     ):
-        if places:
+        if lines:
             notes.append(
-                f"{does} ({_some(places)}), and the network does what it did for the example's sizes: it agrees for "
+                f"{does} ({_some(lines)}), and the network does what it did for the example's sizes: it agrees for "
                 "the other sizes that were tried, but may differ for sizes that weren't"
             )
-    if places := [*compared, *converted, *([failed] if failed else [])]:
-        onnx["sizes"] = places
     return notes
 
 
@@ -190,7 +196,7 @@ def _differs(
     places: list[str] = []
     converted: list[str] = []
     if exported and why.startswith("with "):
-        places, converted, _ = compared_sizes(network, module, inputs)
+        places, converted, _ = compared_sizes(Ends(network, len(tensors_in(inputs))), module, inputs)
         places = [*places, *onnx.get("branches", ())]
         if places:
             reasons.append(

@@ -12,6 +12,7 @@ from torch import nn
 
 import cellstack as cs
 from cellstack import layers
+from cellstack.capture import compile_network
 
 
 class Net(nn.Module):
@@ -51,7 +52,7 @@ def test_a_part_that_cannot_be_copied_is_named():
     module = Net()
     module.lstm.steps = (n for n in range(3))
     with pytest.raises(cs.FormatError, match=r"Net can't be copied: set its attribute lstm\.steps to None"):
-        cs.compile(module, X)
+        compile_network(module, X)
 
 
 def old(norm, part, name):
@@ -101,7 +102,7 @@ def test_weights_computed_before_each_call_are_folded_and_the_module_is_not_chan
     same(state_of(module), expected)
     agrees(net, module.eval())
     with pytest.raises(ValueError, match="itself rejects the example"):
-        cs.compile(module, torch.randn(2, 5, 4))
+        compile_network(module, torch.randn(2, 5, 4))
 
 
 def same(found, expected):
@@ -121,7 +122,7 @@ def test_a_refused_module_is_not_changed_and_no_random_number_is_taken():
     weight_norms(module)
     expected = state_of(module)
     with pytest.raises(cs.FormatError, match="a second call with the same input gives another output"):
-        cs.compile(module, X)
+        compile_network(module, X)
     same(state_of(module), expected)
 
 
@@ -180,11 +181,11 @@ def test_what_a_module_itself_rejects_is_said():
     with pytest.raises(
         ValueError, match=r"rejects the example, in evaluation mode, but accepts it in training mode: R"
     ):
-        cs.compile(module, X)
+        compile_network(module, X)
     with pytest.raises(ValueError, match=r"rejects the example: RuntimeError: .*Float"):
-        cs.compile(Net(), X.long())
+        compile_network(Net(), X.long())
     with pytest.raises(ValueError, match=r"Net itself returns no tensor for the example, but str, NoneType"):
-        cs.compile(Net(lambda y, state: ("y", None)), X)
+        compile_network(Net(lambda y, state: ("y", None)), X)
 
 
 class Ends(nn.Module):
@@ -206,7 +207,7 @@ def test_the_parts_that_can_be_compiled_are_named_with_their_connections():
             return torch.erfinv(self.decoder(torch.erfinv(self.encoder(self.first(x))))[0])
 
     with pytest.raises(cs.FormatError) as raised:
-        cs.compile(Whole(), X)
+        compile_network(Whole(), X)
     assert str(raised.value).endswith(
         "; parts that can be compiled: module.encoder, [B, T, 3] -> [B, T, 2], applied to the output of module.first; "
         "module.decoder, [B, T, 2] -> [B, T, 4], applied to a tensor computed in forward"
@@ -225,7 +226,7 @@ def test_layers_that_cannot_be_exported_are_named_and_can_be_compiled_alone(name
             return self.layer(self.first(x).flip(1))
 
     with pytest.raises(cs.FormatError, match=f"PyTorch can't export it: {named}: torch.jit.trace") as raised:
-        cs.compile(Whole(), X)
+        compile_network(Whole(), X)
     assert "; parts that can be compiled: module.layer, [B, T, 8] -> [B, T, 8]" in str(raised.value)
 
 
@@ -271,11 +272,11 @@ def test_branches_on_ranks_and_sizes_are_resolved_and_those_on_values_refused(ca
         net = cs.compile(Scripted(torch.jit.script(long)), X)
     agrees(net, Scripted(long))
     with pytest.raises(cs.FormatError, match=r"compares sizes of its input .*: with one step output 0 differs"):
-        cs.compile(Scripted(torch.jit.script(short)), X)
+        compile_network(Scripted(torch.jit.script(short)), X)
     with pytest.raises(
         cs.FormatError, match=r"branches on values, as in if .*: If '.*': a branch depends on the values of"
     ):
-        cs.compile(Scripted(torch.jit.script(value)), X)
+        compile_network(Scripted(torch.jit.script(value)), X)
     assert capfd.readouterr() == ("", "")
 
 
@@ -295,7 +296,7 @@ def test_refusals_name_the_line_of_an_operator():
     with pytest.raises(
         cs.FormatError, match=rf"TopK '/TopK': the operator isn't supported \(test_compiled_modules.py:{line}\)"
     ):
-        cs.compile(Net(ends), X)
+        compile_network(Net(ends), X)
 
 
 def test_a_size_that_is_changed_in_place_is_a_number():
@@ -389,7 +390,7 @@ def test_a_table_sliced_to_the_number_of_steps_is_refused_by_what_it_is():
     with pytest.raises(
         cs.FormatError, match="Slice '/Slice': expected constant integers, found some that are computed"
     ):
-        cs.compile(module, X)
+        compile_network(module, X)
 
 
 class Answers(nn.Module):
@@ -421,7 +422,7 @@ def test_ids_are_computed_from_ids_of_any_number_of_steps(joined):
 def test_a_division_of_ids_is_refused_with_its_line():
     line = (joined := lambda q, r: q // 2 + r).__code__.co_firstlineno
     with pytest.raises(cs.FormatError, match=rf"ids outside the module.* division of ids.*_modules.py:{line}"):
-        cs.compile(Answers(joined), (torch.randint(7, (2, 5)), torch.randint(2, (2, 5))))
+        compile_network(Answers(joined), (torch.randint(7, (2, 5)), torch.randint(2, (2, 5))))
 
 
 def test_samples_without_an_axis_of_features_are_refused_with_the_way_out():
@@ -434,6 +435,6 @@ def test_samples_without_an_axis_of_features_are_refused_with_the_way_out():
             return self.lstm((x - x.mean(1, keepdim=True))[:, :, None])[0]
 
     with pytest.raises(cs.FormatError, match=r"let forward take \[B, T, 1\], without x\[:, :, None\]") as error:
-        cs.compile(Centred(), torch.randn(2, 9))
+        compile_network(Centred(), torch.randn(2, 9))
     assert "test_compiled_modules.py" in str(error.value)
     assert "cs.load" not in str(error.value)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cellstack.formats.compiled.copied import duplicate
+from cellstack.capture.copied import duplicate
 from cellstack.formats.runtimes.differences import apart
 
 TOLERANCE = 1e-9  # largest difference in float64, relative to the largest value

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import cellstack as cs
+from cellstack.capture import compile_network
 
 
 class Tagger(nn.Module):
@@ -68,7 +69,7 @@ def test_known_modules_are_read_directly(monkeypatch):
 
 def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_first():
     with pytest.raises(cs.FormatError) as raised:
-        cs.compile(Sine(), torch.randn(2, 7, 4))
+        compile_network(Sine(), torch.randn(2, 7, 4))
     assert str(raised.value) == (
         "compile: Sine can't be a Network: ONNX has no such operator: compute that part outside the module; "
         "exported to ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 "
@@ -92,17 +93,17 @@ class Loud(nn.Module):
 
 def test_a_network_with_other_outputs_is_refused():
     with pytest.raises(cs.FormatError, match=r"exported to ONNX: output 0 differs from the module's by "):
-        cs.compile(Loud(), torch.zeros(2, 7, 4))
+        compile_network(Loud(), torch.zeros(2, 7, 4))
 
 
 def test_invalid_modules_and_examples_are_refused():
     with pytest.raises(TypeError, match="expected a module of PyTorch, got int"):
-        cs.compile(3, torch.zeros(1))
+        compile_network(3, torch.zeros(1))
     for example in (None, (), ([1.0],)):
         with pytest.raises(TypeError, match="expected example to be a tensor"):
-            cs.compile(nn.LSTM(3, 4), example)
+            compile_network(nn.LSTM(3, 4), example)
     with pytest.raises(TypeError, match=r"expected example to be a tensor.* such as torch.zeros\(1, 10, 3\)"):
-        cs.compile(nn.LSTM(3, 4))
+        compile_network(nn.LSTM(3, 4))
 
 
 class Parts(nn.Module):
@@ -158,18 +159,18 @@ def flat(value):
 @pytest.mark.filterwarnings("ignore")  # of tracing
 def test_missing_outputs_and_outputs_fixed_by_the_example_are_refused(parts, why):
     with pytest.raises(cs.FormatError, match=why):
-        cs.compile(Parts(parts), torch.randn(2, 7, 3))
+        compile_network(Parts(parts), torch.randn(2, 7, 3))
 
 
 def test_invalid_nested_and_additional_inputs_are_refused_with_a_remedy():
     lstm, x, state = nn.LSTM(3, 4, batch_first=True), torch.randn(2, 5, 3), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
     with pytest.raises(TypeError, match=r"got a tuple of Tensor, ndarray"):
-        cs.compile(lstm, (x, x.numpy()))
+        compile_network(lstm, (x, x.numpy()))
     for second in (state, x, True):
         with pytest.raises(TypeError, match=r"expected tolerance to be a number, .* into example as one tuple"):
-            cs.compile(lstm, x, second)
+            compile_network(lstm, x, second)
     with pytest.raises(TypeError, match=r"got ndarray$"):
-        cs.compile(lstm, x.numpy())
+        compile_network(lstm, x.numpy())
 
 
 def test_time_before_batch_is_reported():
@@ -328,7 +329,7 @@ def test_a_branch_that_changes_a_state_is_detected(change):
         return change(y, h, c) if bool(x.abs().max() > 1e-3) else (y, h, c)  # the trace of zeros takes the other branch
 
     with pytest.raises(cs.FormatError, match=r"output [12]|more than"):
-        cs.compile(Stateful(forward), (torch.zeros(2, 5, 3), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)))
+        compile_network(Stateful(forward), (torch.zeros(2, 5, 3), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)))
 
 
 def test_several_inputs():
@@ -371,15 +372,15 @@ def test_the_example_is_not_modified():
 def test_what_the_module_refuses_and_what_cannot_be_compared_is_said():
     rejected = "compile: LSTM itself rejects the example: RuntimeError: .* Expected 3, got 5"
     with pytest.raises(ValueError, match=rejected):
-        cs.compile(nn.LSTM(3, 4, batch_first=True), torch.randn(2, 7, 5))
+        compile_network(nn.LSTM(3, 4, batch_first=True), torch.randn(2, 7, 5))
     with pytest.raises(ValueError, match=r"at least one row and one step, got \[0, 7, 3\]"):
-        cs.compile(nn.LSTM(3, 4, batch_first=True), torch.zeros(0, 7, 3))
+        compile_network(nn.LSTM(3, 4, batch_first=True), torch.zeros(0, 7, 3))
 
 
 def test_an_index_error_of_the_module_is_reported_as_its_own():
     module = Parts(lambda m, x, y, state: y[:, 9])
     with pytest.raises(ValueError, match=r"^compile: Parts itself rejects the example: IndexError: .*out of bounds"):
-        cs.compile(module, torch.randn(2, 7, 3))
+        compile_network(module, torch.randn(2, 7, 3))
 
 
 def test_nan_of_the_module_is_reported_as_its_own():
@@ -387,7 +388,7 @@ def test_nan_of_the_module_is_reported_as_its_own():
     with torch.no_grad():
         module.weight_ih_l0[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"^compile: LSTM itself returns NaN for the example"):
-        cs.compile(module, torch.randn(2, 7, 3))
+        compile_network(module, torch.randn(2, 7, 3))
 
 
 def test_nan_for_other_numbers_than_those_of_the_example_has_to_be_the_networks_too():
@@ -422,7 +423,7 @@ def turn(x):
 @pytest.mark.parametrize("shape", [(2, 5, 3), (4, 4, 3), (1, 1, 3)])
 def test_batch_first_is_not_advised_where_forward_permutes(shape):
     with pytest.raises(cs.FormatError) as raised:
-        cs.compile(TimeFirst(turn, lambda y: torch.erfinv(turn(y))), torch.randn(shape))
+        compile_network(TimeFirst(turn, lambda y: torch.erfinv(turn(y))), torch.randn(shape))
     assert "batch" not in str(raised.value)
     assert "Network: ONNX has no such operator" in str(raised.value)
 
@@ -445,5 +446,5 @@ def test_batch_first_is_not_advised_where_forward_permutes_and_takes_a_state(ste
             return torch.erfinv(turn(self.lstm(turn(x), (h, c))[0]))
 
     with pytest.raises(cs.FormatError) as raised:
-        cs.compile(Steps(None, None), (torch.randn(4, steps, 3), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)))
+        compile_network(Steps(None, None), (torch.randn(4, steps, 3), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)))
     assert "batch" not in str(raised.value)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.adapters.recognition.values import NotReplaced
+from cellstack.capture.recognition.values import NotReplaced
 from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.layers import op
 from cellstack.layers.handwritten import Layer, ParameterPart, weight

@@ -1,15 +1,27 @@
-"""Converts a PyTorch module to a network for inference, directly or by exporting it to ONNX, and compares the two."""
+"""PyTorch modules as networks for inference and as ONNX files, compared with the module."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from cellstack.cells.errors import FormatError
-from cellstack.formats.compiled.attempts import TOLERANCE, attempt
-from cellstack.formats.compiled.parts import compilable
-from cellstack.formats.compiled.prepared import checked, copied_for, named, same_random_numbers
+from cellstack.cells.errors import FormatError, check_installed
 from cellstack.network import Network
+
+if TYPE_CHECKING:
+    from cellstack.capture.export import export_onnx
+
+__all__ = ["compile", "compile_network", "export_onnx"]
+
+TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch at its first use."""
+    if name != "export_onnx":
+        raise AttributeError(f"module 'cellstack.capture' has no attribute {name!r}")
+    return import_module("cellstack.capture.export").export_onnx
 
 
 def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:
@@ -19,6 +31,9 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     compared with those of the module: for the example, for other values of the same shape, and for other sizes that
     both accept: one row, more rows, one step, one step fewer, and up to 250 more steps. The comparison uses a copy of
     the module in evaluation mode, converted to float32 if it has weights in float16 or bfloat16.
+
+    Of a module with operators that a Network doesn't have, the recurrent layers run on the kernel and all else runs in
+    ONNX Runtime, with a warning: see Returns. `compile_network` refuses such a module.
 
     Args:
         module: the module; it may be accelerated.
@@ -33,6 +48,8 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
         The network, with inputs and outputs in the module's order. Final states that the module returns are among those
         that `Network.run` returns; a state is an output `[B, H]` if the module uses nothing else of its layer. A module
         that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
+        For a module that ONNX Runtime runs in part, a `cellstack.formats.onnx.runtime.RuntimeModel`, which takes
+        and returns the tensors that the module does, with the same axes, and can't stream.
 
     Outputs of the module that aren't tensors are left out. If the module's code reads values of tensors, as in
     `if x.sum() > 0`, compares sizes of its input, as in `if x.shape[1] > 4`, or turns them into plain numbers, as in
@@ -43,8 +60,8 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     Raises:
         TypeError: `module` isn't a module, the example holds no tensor, or the tolerance isn't a number.
         ValueError: the example is empty, the module itself rejects it, or returns NaN or no tensor for it.
-        FormatError: neither way leads to a network with the module's outputs; the message gives the reason for each,
-            and names parts of the module that can be compiled. Or the module can't be copied.
+        FormatError: no way leads to a network with the module's outputs; the message gives the reason for each, and
+            names parts of the module that can be compiled. Or the module can't be copied.
         ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
 
     >>> import numpy as np
@@ -53,6 +70,29 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     >>> compile(module, torch.zeros(2, 5, 3)).run(np.ones((1, 6, 3), np.float32))[0].shape
     (1, 6, 4)
     """
+    return _compiled(module, example, tolerance, insist=False)
+
+
+def compile_network(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:
+    """Return what `compile` returns, but refuse modules of which ONNX Runtime would run a part.
+
+    Args:
+        module, example, tolerance: as for `compile`.
+
+    Raises:
+        FormatError and others: as `compile` does.
+    """
+    return _compiled(module, example, tolerance, insist=True)
+
+
+def _compiled(module: Any, example: Any, tolerance: float, insist: bool) -> Any:
+    """Return a Network or, unless `insist`, possibly a RuntimeModel."""
+    check_installed("cellstack.capture", "torch", "torch")
+    from cellstack.capture.attempts import attempt
+    from cellstack.capture.parts import compilable
+    from cellstack.capture.prepared import checked, copied_for, named, same_random_numbers
+    from cellstack.capture.runtime import runtime_model
+
     inputs = checked(module, example, tolerance)
     name = named(module)
     with same_random_numbers():
@@ -60,8 +100,15 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
         try:
             network, notes = attempt(ready, tolerance)
         except FormatError as error:
-            parts = compilable(ready, tolerance)
-            raise FormatError(f"compile: {name} can't be a Network: {error}{parts}") from error
+            why = str(error)
+            try:
+                if insist:
+                    raise
+                network, notes = runtime_model(ready, tolerance, why)
+            except FormatError as also:
+                why += "" if also is error else f"; with ONNX Runtime: {also}"
+                parts = compilable(ready, tolerance)
+                raise FormatError(f"compile: {name} can't be a Network: {why}{parts}") from error
     for note in notes:
-        warnings.warn(f"compile: {name} {note}", stacklevel=2)
+        warnings.warn(f"compile: {name} {note}", stacklevel=3)
     return network

@@ -1,0 +1,98 @@
+"""Which axes of a module's input tensors may have other lengths, found by calling the module.
+
+To test an axis, it is made longer by one, alone or together with axes of the same length. For `x [2, 7, 3]` and
+`h [1, 2, 4]`, the first axis of x can only change together with the second of h, the second of x can change alone, and
+no other axis can change.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from cellstack.capture.nested import fresh, like, tensors_in, wider
+
+MOST_WAYS = 30  # combinations of axes of several inputs that are tried
+Axes = frozenset[tuple[int, int]]  # the indices of tensors, and an axis of each
+
+
+def free_axes(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
+    """Return, for each input tensor, the axes that a graph for a Network leaves open."""
+    flat, group = tensors_in(inputs), _finder(module, inputs)
+    found = []
+    for n, value in enumerate(flat):
+        if value.ndim > 2:
+            found.append([axis for axis in range(value.ndim) if group(n, axis)] or [0, 1])
+        elif len(flat) > 1 and all(one.ndim == 2 and not one.is_floating_point() for one in flat):  # ids
+            found.append([axis for axis in range(2) if group(n, axis)])
+        else:
+            found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and group(0, 1) == {(0, 1)} else [])
+    return found
+
+
+def axes_in_groups(module: Any, inputs: tuple[Any, ...]) -> list[Axes]:
+    """Return the axes of the input tensors that may change, in groups that change together."""
+    group, found = _finder(module, inputs), list[Axes]()
+    for n, value in enumerate(tensors_in(inputs)):
+        for axis in range(value.ndim):
+            if not any((n, axis) in one for one in found) and (made := group(n, axis)):
+                found.append(made)
+    return found
+
+
+def resized(given: list[Any], axes: Iterable[tuple[int, int]], more: int) -> list[Any]:
+    """Return tensors with longer or shorter axes. Lengths, which count the steps of one of them, change with it."""
+    made = list(given)
+    sizes = {given[n].shape[axis] for n, axis in axes}
+    for n, axis in axes:
+        made[n] = wider(made[n], axis, more)
+    for n, value in enumerate(given):
+        if value.ndim == 1 and is_count(value) and int(value.max()) in sizes:
+            made[n] = (made[n] + more).clamp(min=1)
+    return made
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a tensor holds integers."""
+    return not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
+
+
+def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[[int, int], Axes | None]:
+    """Return a function that returns the smallest group of axes with a given one that may change; None: it may not."""
+    flat = tensors_in(inputs)
+
+    def takes(axes: Axes) -> bool:
+        try:
+            with torch.no_grad():
+                module(*fresh(like(inputs, resized(flat, axes, 1))))
+        except Exception:  # the module rejects these lengths
+            return False
+        return True
+
+    def group(n: int, axis: int) -> Axes | None:
+        alone = frozenset({(n, axis)})
+        if takes(alone):
+            return alone
+        alike: dict[tuple[int, ...], list[int]] = {}  # tensors of one shape change together
+        for m, value in enumerate(flat):
+            alike.setdefault((-1,) if m == n else tuple(value.shape), []).append(m)
+        ways = []
+        for members in alike.values():
+            shape = flat[members[0]].shape
+            same = [other for other in range(len(shape)) if shape[other] == flat[n].shape[axis]]
+            choices = [same, *([one] for one in same)] if len(same) > 1 else [same]
+            ways.append([frozenset(itertools.product(members, chosen)) for chosen in [*choices, []]])
+        for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
+            if not takes(frozenset().union(alone, *way)):
+                continue
+            kept = [part for part in way if part]
+            for part in tuple(kept):  # one that isn't needed changes on its own
+                rest = [one for one in kept if one is not part]
+                kept = rest if takes(frozenset().union(alone, *rest)) else kept
+            return frozenset().union(alone, *kept)
+        return None
+
+    return group

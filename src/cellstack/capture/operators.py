@@ -1,0 +1,122 @@
+"""PyTorch's recurrent functions on the kernel's op while `torch.export` records a module, and packed rows padded.
+
+`torch.export` can't record packed sequences, whose sizes depend on values, and fixes the number of steps of PyTorch's
+own recurrent functions. Here a packed sequence `[B, T, ...]` stays padded: its data are `[B · T, ...]`, its layers
+get the mask `arange(T) < lengths`, and unpacking writes the padding value after each row's length. So operations on
+each packed step remain the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from cellstack.capture.copied import duplicate
+from cellstack.layers.accelerated import run_stack
+from cellstack.layers.eligibility import KINDS
+
+MODES = {mode.lower(): mode for mode in KINDS}  # of PyTorch's modules, by the function that each calls
+
+
+class Padded(NamedTuple):
+    """Padded rows that stand for packed ones: their lengths, and the sizes of the padded tensor."""
+
+    lengths: Tensor
+    rows: Any
+    steps: Any
+    sizes: Tensor  # in the place of batch_sizes; kept so that no other tensor gets its id
+
+    @property
+    def used(self) -> Tensor:
+        """The mask, bool `[B, T]`."""
+        return torch.arange(self.steps) < self.lengths[:, None]
+
+
+def on_the_op(module: Any, cut: bool = True) -> Any:
+    """Return a copy of a module whose recurrent functions call the kernel's op, and whose packed rows are padded.
+
+    Args:
+        module: the module.
+        cut: whether unpacking returns the steps of the longest row, as in PyTorch, and not all steps. Other tensors
+            may have all steps, and `torch.export` doesn't know whether the longest row has all.
+    """
+    made = duplicate(module)
+    made.forward = partial(_within, made.forward, cut)
+    return made
+
+
+def _within(forward: Any, cut: bool, *args: Any) -> Any:
+    with Operators(cut):
+        return forward(*args)
+
+
+class Operators(TorchFunctionMode):
+    """A context in which recurrent functions call the kernel's op, and packed rows are padded ones."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.cut = cut
+        self.packed: dict[int, Padded] = {}  # by id of batch_sizes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of PyTorch."""
+        name = getattr(func, "__name__", "")
+        first = self.packed.get(id(args[0])) if args else None
+        if name in MODES and not kwargs:
+            return self._recurrent(MODES[name], *args)
+        if name.removesuffix("_cell") in MODES and not kwargs:
+            return _step(MODES[name.removesuffix("_cell")], *args)
+        if name == "_pack_padded_sequence":
+            return self._pack(*args)
+        if name == "_pad_packed_sequence":
+            return self._pad(*args)
+        if name == "__getitem__" and first is not None and args[1] == 0:  # the number of rows
+            return first.rows
+        return func(*args, **(kwargs or {}))
+
+    def _pack(self, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+        x = x if batch_first else x.transpose(0, 1)
+        rows, steps = x.shape[:2]
+        longest: Any = lengths.max().item() if self.cut else steps
+        torch._check(longest > 0)
+        sizes = torch.full((longest,), rows)
+        self.packed[id(sizes)] = Padded(lengths, rows, steps, sizes)
+        return x.reshape(rows * steps, *x.shape[2:]), sizes
+
+    def _pad(self, data: Tensor, sizes: Tensor, batch_first: bool, value: float, total: int) -> tuple[Tensor, Tensor]:
+        padded = self.packed[id(sizes)]
+        y = data.reshape(padded.rows, padded.steps, *data.shape[1:])
+        y = torch.where(padded.used.reshape(padded.rows, padded.steps, *[1] * (y.ndim - 2)), y, value)
+        torch._check(total <= y.shape[1])
+        y = y[:, :total] if self.cut else y
+        return y if batch_first else y.transpose(0, 1), padded.lengths
+
+    def _recurrent(self, mode: str, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Run `torch.lstm` and its like: on `(input, hx, …, batch_first)` or `(data, batch_sizes, hx, …)`."""
+        padded = self.packed.get(id(args[0]))
+        if padded is None:
+            hx, weights, biases, layers, _, _, both, first = args
+            x = x if first else x.transpose(0, 1)
+        else:
+            (hx, weights, biases, layers, _, _, both), first = args[1:], True
+            x = x.reshape(padded.rows, padded.steps, x.shape[-1])
+        states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+        used = None if padded is None else padded.used
+        if x.shape[2] != weights[0].shape[1] or any(state.shape[1] != x.shape[0] for state in states):
+            raise ValueError(f"{mode}: x or a state has another size than the weights or the number of rows")
+        y, ends = run_stack(mode, x, weights, states, used, biases, layers, both)  # y [T, B, ·]
+        y = y.transpose(0, 1) if first else y
+        return y if padded is None else y.reshape(padded.rows * padded.steps, y.shape[-1]), *ends
+
+
+def _step(mode: str, x: Tensor, hx: Any, *weights: Any) -> Any:
+    """Run `torch.lstm_cell` and its like: one step on `x [B, I]`."""
+    states = [state[None] for state in (hx if isinstance(hx, (tuple, list)) else (hx,))]
+    arrays = [one for one in weights if one is not None]
+    _, ends = run_stack(mode, x[:, None], arrays, states, None, len(arrays) > 2, 1, False)
+    ends = [end[0] for end in ends]
+    return tuple(ends) if len(ends) > 1 else ends[0]

@@ -1,0 +1,124 @@
+"""Modules that no Network can express: an ONNX graph with open sizes, whose recurrent operators run on the kernel.
+
+The graph comes from `torch.export`, or from PyTorch's older exporter where that fails, as with scripted modules. It is
+compared with the module like a Network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from torch.export import Dim
+
+from cellstack.capture.attempts import DRAWS, MORE_SCALES, SCALES, caveats
+from cellstack.capture.axes import Axes, axes_in_groups, resized
+from cellstack.capture.copied import duplicate
+from cellstack.capture.equality import GraphEnds, difference
+from cellstack.capture.export import recorded, write
+from cellstack.capture.exported import export, without_console
+from cellstack.capture.nested import flattened, fresh, tensors_in
+from cellstack.capture.operators import on_the_op
+from cellstack.capture.packing import packs
+from cellstack.capture.prepared import Prepared
+from cellstack.capture.probes import compared_sizes
+from cellstack.cells.errors import FormatError
+from cellstack.formats.onnx.runtime import RuntimeModel
+
+NEEDS = "the rest of it would run in ONNX Runtime, which isn't installed: pip install 'cellstack[onnxruntime]'"
+
+
+def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[RuntimeModel, list[str]]:
+    """Return a module as a graph of which the kernel runs a part, and notes for warnings.
+
+    Args:
+        ready: the module.
+        tolerance: see `compile`.
+        reason: why it isn't a Network.
+
+    Raises:
+        FormatError: it can't be exported, has no recurrent operator for the kernel, or its graph has other outputs; or
+            onnxruntime isn't installed.
+    """
+    if not ready.again:
+        raise FormatError(DRAWS)
+    if find_spec("onnxruntime") is None:
+        raise FormatError(NEEDS)
+    module, inputs, tried = flattened(duplicate(ready.module), ready.inputs), tuple(tensors_in(ready.inputs)), []
+    axes = axes_in_groups(on_the_op(module), inputs)  # PyTorch doesn't check sizes of packed rows
+    if packs(module, inputs):
+        ways = [
+            ("torch.export", _by_export, False),
+            ("torch.export of all steps", partial(_by_export, cut=False), True),
+        ]
+    else:
+        ways = [("torch.export", _by_export, False), ("torch.jit.trace", _by_trace, False)]
+    for how, save, padded in ways:
+        looks, ends = list[str](), GraphEnds(axes, padded)
+        try:
+            network = _saved(save, module, inputs, len(ready.answers), ends.axes, looks, reason)
+            why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES, ends)
+        except (FormatError, ValueError) as error:
+            network, why = None, str(error)
+        if network is not None and why is None:
+            network.path = ready.name
+            notes = [*ready.notes, *_notes(network, ends, reason)]
+            if padded:
+                notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
+            return network, [*notes, *caveats(module, inputs, looks, compared_sizes(ends, module, inputs))]
+        tried.append(f"{how}: {why}")
+    raise FormatError("; ".join(tried))
+
+
+def _saved(
+    save: Any, module: Any, inputs: tuple[Any, ...], outputs: int, axes: Sequence[Axes], looks: list[str], reason: str
+) -> RuntimeModel:
+    """Return the graph that a function writes; the places where the module's code reads values are added to `looks`.
+
+    Raises:
+        FormatError: it can't be written, isn't valid, or has no recurrent operator for the kernel.
+    """
+    names = [f"input_{n}" for n in range(len(inputs))], [f"output_{n}" for n in range(outputs)]
+    given = list(inputs)
+    for group in axes:  # torch.export fixes axes of length 1
+        n, axis = min(group)
+        given = resized(given, group, 1) if given[n].shape[axis] == 1 else given
+    opened = [sorted(axis for m, axis in frozenset().union(*axes) if m == n) for n in range(len(given))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "module.onnx")
+        try:
+            with without_console():
+                looks += save(module, tuple(given), opened, path, *names)
+                network = RuntimeModel(path, reason).prepare()
+        except Exception as error:  # exporters and ONNX Runtime fail in as many ways as there are modules
+            raise FormatError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+    if not network.kernels:
+        raise FormatError("it has no recurrent layer that the kernel runs")
+    return network
+
+
+def _by_export(module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True) -> list[str]:
+    """Write what `torch.export` records of a module."""
+    shapes = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),)
+    write(recorded(on_the_op(module, cut), given, dynamic_shapes=shapes), path, *names)
+    return []
+
+
+def _by_trace(module: Any, given: Any, opened: list[list[int]], path: str, names: Any, outs: Any) -> list[str]:
+    """Write what PyTorch's older exporter traces of a module; return where its code reads values."""
+    axes = {name: {axis: f"{name}_{axis}" for axis in own} for name, own in zip(names, opened, strict=True)}
+    return export(module, fresh(given), path, {"input_names": names, "output_names": outs, "dynamic_axes": axes})
+
+
+def _notes(network: RuntimeModel, ends: GraphEnds, reason: str) -> list[str]:
+    """Return warnings: which operators ONNX Runtime runs and why, and which sizes it rejects."""
+    found = re.findall(r"ONNX Runtime: (.*)", str(network.plan()))
+    notes = [f"isn't a Network: {reason}; ONNX Runtime runs {'; '.join(found)}: see plan()"]
+    if ends.rejected:
+        notes.append(f"takes sizes that its graph rejects, such as {ends.rejected[0]}")
+    return notes

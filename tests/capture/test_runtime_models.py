@@ -1,0 +1,205 @@
+"""Modules that no Network expresses: recurrent layers on the kernel, all else in ONNX Runtime, equal to the module."""
+
+import re
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import cellstack as cs
+from cellstack.capture import compile_network
+from cellstack.formats.onnx.runtime import RuntimeModel
+
+SIZES = ((2, 9), (3, 31), (1, 7), (5, 1))  # the first is that of the example
+
+
+class Model(nn.Module):
+    """A recurrent layer, and what a function computes from it."""
+
+    def __init__(self, run, kind=nn.LSTM, batch_first=True, **flags):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = kind(4, 6, batch_first=batch_first, **flags), nn.Linear(6, 3)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.run = run
+
+    def forward(self, *inputs):
+        return self.run(self, *inputs)
+
+
+def attended(m, x):
+    y, _ = m.rnn(x)
+    return m.attention(y, y, y)[0]
+
+
+def best(m, x):
+    y, (h, _) = m.rnn(x)
+    values, places = m.head(y).topk(2, dim=-1)
+    return {"places": places, "h": h, "values": values}
+
+
+def attended_from_a_state(m, x, state):
+    y, state = m.rnn(x, state)
+    return m.attention(y, y, y)[0], state
+
+
+def mean_of_used_steps(m, x, lengths):
+    y, _ = m.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+    y, counts = pad_packed_sequence(y, batch_first=True)
+    return y.sum(1) / counts[:, None], y
+
+
+def two_lengths(m, x, lengths, more):
+    first = m.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
+    second = m.rnn(pack_padded_sequence(x.flip(1), more, batch_first=True, enforce_sorted=False))[1][1][-1]
+    return first - second
+
+
+def called_as_a_function(m, x):
+    y, h = torch.gru(x, x.new_zeros(1, x.shape[0], 6), m.rnn._flat_weights, True, 1, 0.0, False, False, True)
+    return y.cumsum(1), h
+
+
+def turned(m, x):
+    y, _ = m.rnn(x.transpose(0, 1))
+    return y.cumsum(0)
+
+
+def x_of(rows, steps):
+    return (torch.randn(rows, steps, 4),)
+
+
+def with_state(rows, steps):
+    return *x_of(rows, steps), (torch.randn(1, rows, 6), torch.randn(1, rows, 6))
+
+
+def with_lengths(rows, steps):
+    return *x_of(rows, steps), torch.tensor([max(1, steps - 2 * n) for n in range(rows)]).flip(0)
+
+
+def with_two_lengths(rows, steps):
+    x, lengths = with_lengths(rows, steps)
+    return x, lengths, lengths.flip(0)
+
+
+MODELS = {
+    "attention": (attended, x_of, {}),
+    "integers, a state and numbers": (best, x_of, {}),
+    "a state as an input": (attended_from_a_state, with_state, {}),
+    "GRU, both directions, two layers": (
+        lambda m, x: m.rnn(x)[0].cumsum(1),
+        x_of,
+        {"kind": nn.GRU, "num_layers": 2, "bidirectional": True},
+    ),
+    "time before batch": (turned, x_of, {"batch_first": False}),
+    "a function": (called_as_a_function, x_of, {"kind": nn.GRU}),
+    "a mean over packed rows": (mean_of_used_steps, with_lengths, {}),
+    "packed by two lengths": (two_lengths, with_two_lengths, {}),
+}
+
+
+def flat(value):
+    value = list(value.values()) if isinstance(value, dict) else value
+    return [part for one in value for part in flat(one)] if isinstance(value, (tuple, list)) else [value]
+
+
+def ran_in_part(module, example):
+    """Compile a module, and check its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        net = cs.compile(module, example)
+    (why,) = (str(one.message) for one in caught)
+    assert re.search(r"isn't a Network: .*; ONNX Runtime runs .*: see plan", why)
+    assert {one.filename for one in caught} == {__file__}
+    assert isinstance(net, RuntimeModel)
+    return net
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_size_has_the_outputs_of_the_module(name):
+    run, inputs, flags = MODELS[name]
+    module = Model(run, **flags)
+    net = ran_in_part(module, inputs(*SIZES[0]))
+    assert any("kernel" in line for line in net.plan())
+    for size in SIZES:
+        given = inputs(*size)
+        with torch.no_grad():
+            expected = flat(module.eval()(*given))
+        found = net.compute(dict(zip(net.inputs, (one.numpy() for one in flat(given)), strict=True)))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == theirs.numpy().dtype
+            np.testing.assert_allclose(ours, theirs.numpy(), atol=tolerances.NETWORK, rtol=0)
+
+
+def test_a_network_can_be_insisted_on():
+    for make in (cs.compile, compile_network):
+        assert isinstance(make(Model(lambda m, x: m.rnn(x)[0]), x_of(2, 9)), cs.Network)
+    with pytest.raises(cs.FormatError, match=r"compile: Model can't be a Network: .*; parts that can be compiled: mod"):
+        compile_network(Model(attended), x_of(2, 9))
+
+
+def test_an_example_of_one_row_and_one_step_has_open_sizes_too():
+    module = Model(attended).eval()
+    net, (x,) = ran_in_part(module, x_of(1, 1)), x_of(3, 8)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=tolerances.NETWORK, rtol=0)
+
+
+class Branch(nn.Module):
+    """A branch on values, which torch.export refuses, and of which a trace contains one side."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.rnn, self.limit = nn.LSTM(4, 6, batch_first=True), limit
+
+    def forward(self, x):
+        y = self.rnn(x)[0].cumsum(1)
+        return y * 2 if bool(x.abs().max() > self.limit) else y
+
+
+REFUSED = {
+    "random numbers": (Model(lambda m, x: m.rnn(x)[0] + torch.rand(6)), "it draws random numbers"),
+    "nothing for the kernel": (Model(lambda m, x: m.head(x.repeat(1, 1, 2)[..., :6]).cumsum(1)), "no recurrent layer"),
+    "a branch on values": (Branch(1e-3), r"torch\.jit\.trace: output 0 differs from the module's by"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_graph_does_not_contain_is_refused(name):
+    module, why = REFUSED[name]
+    with pytest.raises(cs.FormatError, match=rf"can't be a Network: .*; with ONNX Runtime: .*{why}"):
+        cs.compile(module, torch.zeros(2, 9, 4))
+
+
+def test_reads_of_values_that_change_nothing_are_warned_of():
+    with pytest.warns(UserWarning, match=r"reads values of tensors \(test_runtime_models\.py:\d+\)"):
+        net = cs.compile(Branch(1e9).eval(), torch.zeros(2, 9, 4))
+    assert isinstance(net, RuntimeModel)
+
+
+def test_without_onnxruntime_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setattr("cellstack.capture.runtime.find_spec", lambda name: None)
+    with pytest.raises(cs.FormatError, match=re.escape("pip install 'cellstack[onnxruntime]'; parts that can be comp")):
+        cs.compile(Model(attended), x_of(2, 9))
+
+
+def test_a_runtime_model_saves_and_does_not_stream(tmp_path):
+    module, (x,) = Model(attended).eval(), x_of(3, 8)
+    net = ran_in_part(module, x_of(2, 9))
+    net.save(tmp_path / "net.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = cs.load(tmp_path / "net.onnx")
+    assert np.array_equal(again(x.numpy()), net(x.numpy()))
+    with pytest.raises(ValueError, match="not a Network"):
+        net.stream()
+
+
+def test_nothing_is_printed(capfd):
+    ran_in_part(Model(attended), x_of(2, 9))
+    sys.stdout.flush()
+    assert capfd.readouterr() == ("", "")
