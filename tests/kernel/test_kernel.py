@@ -485,9 +485,14 @@ def test_linear_mode_is_exact(isa, kind):
     arrays = {name: sparse(*shape) for name, shape in spec.shapes.items()}
     x = rng.integers(-1, 2, (3, 3, 4)).astype(np.float32)
     state = tuple(rng.integers(-1, 2, (3, 19)).astype(np.float32) for _ in spec.state_sizes)
-    expected = flat(reference.forward(spec, cast(arrays, np.float64), x.astype(np.float64), cast(state, np.float64)))
+    for steps in (3, 2, 1):  # where gates are multiplied with each other, numbers soon need more digits
+        x, wide = x[:, :steps], [cast(one, np.float64) for one in (arrays, state)]
+        expected = flat(reference.forward(spec, wide[0], x.astype(np.float64), wide[1]))
+        if max(np.abs(a).max() for a in expected.values()) < 2**24:
+            break
+    else:
+        pytest.fail("the numbers of one step aren't exact in float32")
     assert np.abs(expected["gates"]).max() >= 2
-    assert max(np.abs(a).max() for a in expected.values()) < 2**24
     for name, array in flat(calls.forward(spec, arrays, x, state)).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
