@@ -44,10 +44,24 @@ std::vector<const Weights<T>*> weights_of(const std::vector<Layer<T>>& layers) {
     return weights;
 }
 
+// Bytes per number of the matrices.
+template <class T>
+double bytes_of(const Weights<T>& weights) {
+    const Element element = weights.impl().panels.element;
+    return element == Element::kBfloat16 ? 2 : element == Element::kInt8 ? 1 : sizeof(T);
+}
+
+// Reading weights that exceed the second-level cache takes as long as the sums of about so many rows.
+constexpr int64_t kFarRows = 7;
+
 template <class T>
 int64_t work_of(const std::vector<const Weights<T>*>& weights, int64_t batch, int64_t steps) {
     int64_t work = 0;
-    for (const Weights<T>* w : weights) work += batch * steps * multiplications(w->description());
+    for (const Weights<T>* w : weights) {
+        const int64_t row = multiplications(w->description());
+        const bool far = double(row) * bytes_of(*w) > resident_bytes();
+        work += (far ? std::max(batch, kFarRows) : batch) * steps * row;
+    }
     return work;
 }
 
@@ -63,8 +77,8 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
     const auto cost = [&](int l, int64_t rows, int shares) {
         const Panels<T>& w = layers[l]->impl().panels;
         const int width = layers[l]->impl().leaf->width;
-        const double bytes = w.element == Element::kBfloat16 ? 2 : w.element == Element::kInt8 ? 1 : sizeof(T);
-        return steps * step_cost(*w.d, rows, ceil_div(w.blocks, shares), width, bytes, w.tiles->pairs());
+        const int64_t blocks = ceil_div(w.blocks, shares);
+        return steps * step_cost(*w.d, rows, blocks, width, bytes_of(*layers[l]), w.tiles->pairs());
     };
     const auto cost_of = [&](int first, int last, int64_t rows, int shares) {
         double sum = 0;

@@ -17,8 +17,6 @@
 #include <string>
 #include <unordered_map>
 
-#include "threads.h"
-
 #if defined(_WIN32)
 #define EXPORTED __declspec(dllexport)
 #else
@@ -83,10 +81,8 @@ struct Api {
     Status* (*set_output_info)(const ShapeContext*, size_t index, const TensorInfo*);
     Status* (*set_names)(TensorInfo*, const char** names, size_t count);
     Status* (*read_attribute)(const Attribute*, int type, void* data, size_t size, size_t* written);
-    void* others273[1];
-    Status* (*parallel_for)(const KernelContext*, void (*)(void*, size_t), size_t total, size_t most, void*);
 };
-static_assert(offsetof(Api, parallel_for) == 274 * sizeof(void*));
+static_assert(offsetof(Api, read_attribute) == 272 * sizeof(void*));
 
 struct ApiBase {
     const Api* (*api)(uint32_t version);
@@ -213,16 +209,6 @@ void* output(KernelContext* context, size_t index, const int64_t (&dims)[N]) {
     return at;
 }
 
-void run_on_session(void* context, int count, void (*body)(void*), void* with) {
-    struct Body {
-        void (*body)(void*);
-        void* with;
-    } all{body, with};
-    const auto each = [](void* all, size_t) { static_cast<Body*>(all)->body(static_cast<Body*>(all)->with); };
-    need(api->parallel_for(static_cast<KernelContext*>(context), each, size_t(count), 0, &all),
-         "KernelContext_ParallelFor");
-}
-
 // Copies [first, second, width] to [second, first, width].
 template <class T>
 void swap_ends(T* to, const T* from, int64_t first, int64_t second, int64_t width) {
@@ -306,10 +292,7 @@ void compute(const Node& node, KernelContext* context) {
     auto* y = static_cast<T*>(output(context, 0, of_y));
     for (int64_t way = 0; y && way < ways; ++way)
         runs[size_t(way)].layers[0].y = y + way * (r.batch_first ? P : batch * P);
-    {
-        const OtherThreads threads(run_on_session, context);
-        forward<T>(runs, r.threads);
-    }
+    forward<T>(runs, r.threads);
 
     for (int s = 0; s < states; ++s)
         if (!after[s].empty()) swap_ends(ends[s], after[s].data(), ways, batch, d.width(s));
@@ -466,20 +449,19 @@ void withdraw(int64_t handle) {
 
 }  // namespace cellstack
 
-// Adds the operators to a session's options, in the domain "cellstack".
-extern "C" EXPORTED cellstack::Status* RegisterCustomOps(cellstack::SessionOptions* options,
-                                                         const cellstack::ApiBase* base) {
+// Adds the operators to an OrtSessionOptions, in the domain "cellstack"; returns null or a status.
+extern "C" EXPORTED void* RegisterCustomOps(void* options, const void* base) {
     using namespace cellstack;
     static std::mutex lock;
     static Domain* domain = nullptr;  // sessions use it until the process ends
     const std::lock_guard<std::mutex> locked(lock);
     if (!domain) {
-        api = base->api(kApiVersion);
+        api = static_cast<const ApiBase*>(base)->api(kApiVersion);
         Domain* made = nullptr;
         if (Status* status = api->create_domain("cellstack", &made)) return status;
         for (const CustomOp* op : {&kSingle, &kTwice})
             if (Status* status = api->add_to_domain(made, op)) return status;
         domain = made;
     }
-    return api->add_domain(options, domain);
+    return api->add_domain(static_cast<SessionOptions*>(options), domain);
 }

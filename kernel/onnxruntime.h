@@ -15,7 +15,7 @@ struct Recurrent {
     bool batch_first;       // ONNX's layout 1
     bool lengths;           // whether the rows' lengths are an input
     bool started[kStates];  // whether an initial state is an input; otherwise it is the cell's
-    int threads;            // of ONNX Runtime, at most
+    int threads;            // at most
     std::vector<std::unique_ptr<const Weights<float>>> single;  // of each direction; one of the two lists is empty
     std::vector<std::unique_ptr<const Weights<double>>> twice;
 

@@ -58,16 +58,20 @@ int64_t time_of(clockid_t thread) {
     return clock_gettime(thread, &time) ? -1 : int64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
 }
 
+// Threads claim tasks dynamically, in ascending order, so a team of fewer threads than tasks does all of them too.
 struct Team {
-    Tasks tasks;
+    void (*task)(void*, int);
+    void* context;
+    int count;
     pthread_t caller;
+    std::atomic<int> next{0};
     std::atomic<clockid_t> other{kNone};
 
     static void work(void* team) {
         Team& t = *static_cast<Team*>(team);
         clockid_t own;
         if (!pthread_equal(pthread_self(), t.caller) && !pthread_getcpuclockid(pthread_self(), &own)) t.other = own;
-        t.tasks.run();
+        for (int k; (k = t.next.fetch_add(1, std::memory_order_relaxed)) < t.count;) t.task(t.context, k);
     }
 };
 
@@ -87,7 +91,7 @@ bool run_on_open_mp(int count, void (*task)(void*, int), void* context) {
         const int64_t before = time_of(other);
         if (before >= 0 && time_of(other) == before) return false;  // it sleeps, or waits for a processor
     }
-    Team team{{task, context, count}, pthread_self()};
+    Team team{task, context, count, pthread_self()};
     with.parallel(Team::work, &team, 0, 0);
     other = team.other;
     return true;

@@ -110,23 +110,13 @@ Pool& the_pool() {
     return *pool;
 }
 
-thread_local OtherThreads::Run run_on_others = nullptr;
-thread_local void* others = nullptr;
-
 }  // namespace
 
-OtherThreads::OtherThreads(Run run, void* library) { run_on_others = run, others = library; }
-OtherThreads::~OtherThreads() { run_on_others = nullptr; }
-
 void parallel(int count, void (*task)(void*, int), void* context) {
-    if (count < 2) {
-        if (count == 1) task(context, 0);
-    } else if (run_on_others) {
-        Tasks tasks{task, context, count};
-        run_on_others(others, count, [](void* all) { static_cast<Tasks*>(all)->run(); }, &tasks);
-    } else if (!run_on_open_mp(count, task, context)) {
+    if (count == 1)
+        task(context, 0);
+    else if (count > 1 && !run_on_open_mp(count, task, context))
         the_pool().run(count, task, context);
-    }
 }
 
 void wait_a_moment(int spin) {

@@ -15,29 +15,6 @@ void parallel(int count, F&& body) {
     parallel(count, [](void* context, int k) { (*static_cast<F*>(context))(k); }, &body);
 }
 
-// Tasks that threads claim in ascending order: fewer threads than tasks do all of them too.
-struct Tasks {
-    void (*task)(void* context, int k);
-    void* context;
-    int count;
-    std::atomic<int> next{0};
-
-    void run() {
-        for (int k; (k = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, k);
-    }
-};
-
-// Within its scope, `parallel` of this thread uses the threads of another library instead of the pool's.
-class OtherThreads {
-  public:
-    // run(library, count, body, context) calls body(context) on up to `count` threads, including the caller's, and
-    // returns when they have returned.
-    using Run = void (*)(void* library, int count, void (*body)(void* context), void* context);
-    OtherThreads(Run run, void* library);
-    ~OtherThreads();
-    OtherThreads(const OtherThreads&) = delete;
-};
-
 // Runs the tasks in the same way on PyTorch's threads, and returns true; or returns false if PyTorch isn't in this
 // process, or its threads are too few or asleep. For some milliseconds after an operation of PyTorch they spin, and
 // would compete with the pool's threads for processors. Once they sleep, using them would be slow: an OpenMP call only

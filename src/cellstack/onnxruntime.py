@@ -29,7 +29,8 @@ class InferenceSession(onnxruntime.InferenceSession):
 
     Args:
         path_or_bytes: the file, or its content.
-        sess_options: ONNX Runtime's SessionOptions. The kernel runs on the session's threads.
+        sess_options: ONNX Runtime's SessionOptions. Its `intra_op_num_threads` also limits the kernel's threads. Unless
+            it sets `session.intra_op.allow_spinning`, this becomes 0: else both kinds of threads would compete.
         providers: ONNX Runtime's execution providers, for all other operators; None: the CPU's.
         provider_options: their options.
         **kwargs: further arguments of ONNX Runtime's session.

@@ -8,6 +8,7 @@ import tolerances
 import torch
 from tools import need
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import cellstack as cs
 from cellstack import layers
@@ -258,6 +259,45 @@ class Mixed(nn.Module):
         return self.second(self.first(x)[0])
 
 
-def test_a_module_that_stays_with_pytorch_is_refused(tmp_path):
+def test_a_class_of_the_users_own(tmp_path):
+    module, path = drawn(Mixed()), tmp_path / "net.onnx"
+    export_onnx(module, (torch.randn(2, 9, 4),), path, dynamic_shapes=({0: B, 1: T},))
+    compared(module, lambda batch, steps: (torch.randn(batch, steps, 4),), path)
     with pytest.raises(ValueError, match=r"aten\.lstm\.input, which fixes the number of steps"):
-        export_onnx(Mixed(), (torch.randn(2, 9, 4),), tmp_path / "net.onnx")
+        export_onnx(module, (torch.randn(2, 9, 4),), path, strict=True)
+
+
+class Packed(nn.Module):
+    """An LSTM over packed rows; lengths are an argument, or are computed from a mask or from ids."""
+
+    def __init__(self, lengths, total=False, ordered=False):
+        super().__init__()
+        self.words, self.rnn = nn.Embedding(20, 6), nn.LSTM(6, 5, bidirectional=True, batch_first=True)
+        self.head, self.lengths, self.total, self.ordered = nn.Linear(10, 3), lengths, total, ordered
+
+    def forward(self, ids, given=None):
+        lengths = {"argument": lambda: given, "mask": lambda: given.sum(1), "ids": lambda: (ids != 0).sum(1)}
+        x = pack_padded_sequence(self.words(ids), lengths[self.lengths]().cpu(), True, self.ordered)
+        x = PackedSequence(torch.relu(x.data), *x[1:])
+        y, (h, _) = self.rnn(x)
+        y, count = pad_packed_sequence(y, True, -1.0, ids.shape[1] if self.total else None)
+        return self.head(y), torch.cat([h[-2], h[-1]], -1), count
+
+    def inputs(self, batch, steps):
+        lengths = torch.randint(1, steps + 1, (batch,))
+        lengths[-1] = steps if self.total else max(steps - 1, 1)
+        lengths = lengths.sort(descending=True).values if self.ordered else lengths
+        mask = torch.arange(steps) < lengths[:, None]
+        ids = torch.randint(1, 20, (batch, steps)) * mask
+        return {"argument": (ids, lengths), "mask": (ids, mask), "ids": (ids,)}[self.lengths]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "total", "ordered"), [("argument", True, True), ("mask", False, False), ("ids", True, False)]
+)
+def test_packed_rows(lengths, total, ordered, tmp_path):
+    module, path = drawn(Packed(lengths, total, ordered)), tmp_path / "net.onnx"
+    shapes = ({0: B, 1: T}, *{"argument": [{0: B}], "mask": [{0: B, 1: T}], "ids": []}[lengths])
+    export_onnx(module, module.inputs(*SIZES[0]), path, dynamic_shapes=shapes)
+    assert operators(path).count("LSTM") == 2
+    compared(module, module.inputs, path)

@@ -1,5 +1,7 @@
 """A kind of cell that only its declaration describes: formats that don't have it refuse it by name, C has it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tools import need
@@ -12,10 +14,10 @@ from cellstack.formats.runtimes import c
 
 
 def step(ops, spec, a, h):
-    """A leaky average of a candidate that depends on x only."""
+    """A leaky average of a candidate that depends on x only, and a constant."""
     a_z, a_g = ops.split(a, 2)
     z, g = ops.gate("z", a_z), ops.gate("g", a_g)
-    h = ops.add(ops.mul(ops.one_minus(z), h), ops.mul(z, g))
+    h = ops.add(ops.mul(ops.one_minus(z), h), ops.affine(ops.mul(z, ops.affine(g, -1.0)), 0.5, 0.25))
     return (z, g), (h,)
 
 
@@ -57,8 +59,18 @@ def test_c_is_derived_from_the_step(network, tmp_path):
     a_z, a_g = np.split(x @ cell.kernel + cell.bias, 2, axis=-1)
     z, g, h = 1 / (1 + np.exp(-a_z)), np.tanh(a_g), np.zeros((2, 4))
     for t in range(5):
-        h = (1 - z[:, t]) * h + z[:, t] * g[:, t]
+        h = (1 - z[:, t]) * h - 0.5 * z[:, t] * g[:, t] + 0.25
         np.testing.assert_allclose(y[:, t], h, rtol=1e-5, atol=1e-6)
+
+
+def test_an_operation_that_c_lacks_is_refused(network, monkeypatch, tmp_path):
+    def dotted(ops, spec, a, h):
+        gates, (h,) = step(ops, spec, a, h)
+        return gates, (ops.mul(h, ops.dot(h, h)),)
+
+    monkeypatch.setitem(KINDS, "toy", replace(KINDS["toy"], step=dotted))
+    with pytest.raises(ValueError, match="export_c: ToyCell: the operation contract isn't supported"):
+        network.export_c(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.names], ids=lambda kind: kind.name)

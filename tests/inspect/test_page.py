@@ -1360,7 +1360,7 @@ def test_a_part_of_the_run_of_an_mlstm_and_one_from_a_file(open_page, rng, x, tm
     assert "covers only part of the run" in screen.text("#panel-memory .readout")
     t.save(tmp_path / "trace.safetensors")
     screen = open_page(load(tmp_path / "trace.safetensors"))
-    assert not screen.text(".warning")
+    assert not screen.page.locator(".warning").count()
     screen.looked_at(field="h", step=6, unit=4)
     screen.tab("memory")
     assert close(numbers_in(screen.text("#panel-memory .readout"))[-1], t["memory"].h[0, 6, 1, 1], 5)

@@ -40,6 +40,8 @@ def test_a_function_is_like_one_written_by_hand(data):
 def test_each_name_is_declared_once_and_has_a_text():
     assert sum(len(declared(record)) for record in RECORDS) == len(declared())
     assert all(one.text and one.defaults for one in declared().values())
+    unused = [name for name, one in declared().items() if any(one.unset.values()) and None not in one.defaults.values()]
+    assert unused == [], "these say what None means, but it isn't their default"
     assert applying("sequences").keys() >= {*SEQUENCES}
     assert applying("forecasts").keys() >= {*READING}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from os import PathLike, fspath
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from cellstack.capture.copied import duplicate
+from cellstack.capture.operators import Operators
 from cellstack.formats.onnx.cell_writer import operator_of_specs
 from cellstack.formats.onnx.cells import ORDER, orders_of_peepholes
 from cellstack.layers import accelerate, op
@@ -71,6 +73,7 @@ def recorded(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     strict: bool = False,
+    cut: bool = True,
 ) -> Any:
     """Return what `torch.export.export` records of a module in evaluation mode, with the kernel's op in its layers.
 
@@ -82,7 +85,8 @@ def recorded(
         accelerate.accelerate(ready)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself
-        program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
+        with nullcontext() if strict else Operators(cut):
+            program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
     _check(program.graph)
     _keep_axes(program.graph)
     return program

@@ -25,6 +25,11 @@ from cellstack.layers.eligibility import KINDS
 MODES = {mode.lower(): mode for mode in KINDS}  # of PyTorch's modules, by the function that each calls
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """Return a contiguous copy: whether a tensor is contiguous already, `torch.export` would ask for its sizes."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 class Padded(NamedTuple):
     """Padded rows that stand for packed ones: their lengths, and the sizes of the padded tensor."""
 
@@ -39,28 +44,27 @@ class Padded(NamedTuple):
         return torch.arange(self.steps) < self.lengths[:, None]
 
 
-def on_the_op(module: Any, cut: bool = True) -> Any:
-    """Return a copy of a module whose recurrent functions call the kernel's op, and whose packed rows are padded.
-
-    Args:
-        module: the module.
-        cut: whether unpacking returns the steps of the longest row, as in PyTorch, and not all steps. Other tensors
-            may have all steps, and `torch.export` doesn't know whether the longest row has all.
-    """
+def on_the_op(module: Any) -> Any:
+    """Return a copy of a module whose recurrent functions call the kernel's op, and whose packed rows are padded."""
     made = duplicate(module)
-    made.forward = partial(_within, made.forward, cut)
+    made.forward = partial(_within, made.forward)
     return made
 
 
-def _within(forward: Any, cut: bool, *args: Any) -> Any:
-    with Operators(cut):
+def _within(forward: Any, *args: Any) -> Any:
+    with Operators():
         return forward(*args)
 
 
 class Operators(TorchFunctionMode):
-    """A context in which recurrent functions call the kernel's op, and packed rows are padded ones."""
+    """A context in which recurrent functions call the kernel's op, and packed rows are padded ones.
 
-    def __init__(self, cut: bool) -> None:
+    Args:
+        cut: whether unpacking returns the steps of the longest row, as in PyTorch, and not all steps. Other tensors
+            may have all steps, and `torch.export` doesn't know whether the longest row has all.
+    """
+
+    def __init__(self, cut: bool = True) -> None:
         super().__init__()
         self.cut = cut
         self.packed: dict[int, Padded] = {}  # by id of batch_sizes
@@ -99,13 +103,14 @@ class Operators(TorchFunctionMode):
         rows, steps = x.shape[:2]
         longest: Any = lengths.max().item() if self.cut else steps
         torch._check(longest > 0)
+        torch._check(longest <= steps)
         sizes = torch.full((longest,), rows)
         self.packed[id(sizes)] = Padded(lengths, rows, steps, sizes)
-        return x.reshape(rows * steps, *x.shape[2:]), sizes
+        return contiguous(x).view(rows * steps, *x.shape[2:]), sizes
 
     def _pad(self, data: Tensor, sizes: Tensor, batch_first: bool, value: float, total: int) -> tuple[Tensor, Tensor]:
         padded = self.packed[id(sizes)]
-        y = data.reshape(padded.rows, padded.steps, *data.shape[1:])
+        y = contiguous(data).view(padded.rows, padded.steps, *data.shape[1:])
         y = torch.where(padded.used.reshape(padded.rows, padded.steps, *[1] * (y.ndim - 2)), y, value)
         torch._check(total <= y.shape[1])
         y = y[:, :total] if self.cut else y
@@ -119,14 +124,14 @@ class Operators(TorchFunctionMode):
             x = x if first else x.transpose(0, 1)
         else:
             (hx, weights, biases, layers, _, _, both), first = args[1:], True
-            x = x.reshape(padded.rows, padded.steps, x.shape[-1])
+            x = contiguous(x).view(padded.rows, padded.steps, x.shape[-1])
         states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
         used = None if padded is None else padded.used
         if x.shape[2] != weights[0].shape[1] or any(state.shape[1] != x.shape[0] for state in states):
             raise ValueError(f"{mode}: x or a state has another size than the weights or the number of rows")
         y, ends = run_stack(mode, x, weights, states, used, biases, layers, both)  # y [T, B, ·]
         y = y.transpose(0, 1) if first else y
-        return y if padded is None else y.reshape(padded.rows * padded.steps, y.shape[-1]), *ends
+        return y if padded is None else contiguous(y).view(padded.rows * padded.steps, y.shape[-1]), *ends
 
 
 def _step(mode: str, x: Tensor, hx: Any, *weights: Any) -> Any:

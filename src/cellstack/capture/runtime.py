@@ -112,7 +112,7 @@ def _saved(
 def _by_export(module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True) -> list[str]:
     """Write what `torch.export` records of a module."""
     shapes = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),)
-    write(recorded(on_the_op(module, cut), given, dynamic_shapes=shapes), path, *names)
+    write(recorded(module, given, dynamic_shapes=shapes, cut=cut), path, *names)
     return []
 
 

@@ -382,7 +382,7 @@ def _streamed(net: Network, inputs: Inputs, batch: int, weights: str) -> tuple[A
 
 
 def usual_steps(net: Network, preferred: int = STEPS) -> int:
-    """Return a number of steps that a network accepts: `wanted` if possible; a Dense after a Flatten fixes it."""
+    """Return a number of steps that a network accepts: `preferred` if possible; a Dense after a Flatten fixes it."""
     for steps in (preferred, *range(1, MOST_STEPS + 1)):
         try:
             net.run(drawn(net, 0, 1, steps))

@@ -26,10 +26,10 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """Return the torch dtype of that name; torch's default for None."""
     if dtype is None:
         return torch.get_default_dtype()
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    as_torch = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(as_torch, torch.dtype) or not as_torch.is_floating_point:
         raise TypeError(f"expected dtype to be a floating dtype such as 'float32', got {dtype!r}")
-    return found
+    return as_torch
 
 
 def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
     if value.is_complex():
         raise TypeError(f"{owner}: expected {name} to hold real numbers, got {value.dtype}")
     if value.is_floating_point() and value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
-        wanted, came = (str(t.dtype).removeprefix("torch.") for t in (like, value))
+        expected, came = (str(t.dtype).removeprefix("torch.") for t in (like, value))
         raise TypeError(
-            f"{owner}: expected {name} of {wanted}, the dtype of the weights, got {came}: "
-            f"convert it with {name}.to(torch.{wanted}), or the layer with layer.to(torch.{came})"
+            f"{owner}: expected {name} of {expected}, the dtype of the weights, got {came}: "
+            f"convert it with {name}.to(torch.{expected}), or the layer with layer.to(torch.{came})"
         )
     return value if value.dtype == like.dtype else value.to(like.dtype)
 

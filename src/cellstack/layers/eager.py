@@ -119,7 +119,7 @@ def known(name: str | None) -> bool:
     return name is not None and name.partition("(")[0] in activations.ACTIVATIONS
 
 
-def activation_name(given: str | Function | None) -> str | None:
+def activation_name(chosen: str | Function | None) -> str | None:
     """Return the name of an activation, with its parameters; None for a callable that has none.
 
     Raises:
@@ -129,24 +129,24 @@ def activation_name(given: str | Function | None) -> str | None:
     >>> activation_name("leaky_relu( 0.20 )"), activation_name(torch.tanh), activation_name(None)
     ('leaky_relu', 'tanh', 'linear')
     """
-    if given is None:
+    if chosen is None:
         return "linear"
-    if isinstance(given, str):
-        if known(given.strip()):
-            return str(activations.activation(given))
-        if given not in ACTIVATIONS:
-            raise ValueError(f"expected one of {', '.join(ACTIVATIONS)} or a callable, got {given!r}")
-        return given
-    if not callable(given):
-        raise TypeError(f"expected an activation's name or a callable, got {type(given).__name__}")
-    return _NAMES.get(given)
+    if isinstance(chosen, str):
+        if known(chosen.strip()):
+            return str(activations.activation(chosen))
+        if chosen not in ACTIVATIONS:
+            raise ValueError(f"expected one of {', '.join(ACTIVATIONS)} or a callable, got {chosen!r}")
+        return chosen
+    if not callable(chosen):
+        raise TypeError(f"expected an activation's name or a callable, got {type(chosen).__name__}")
+    return _NAMES.get(chosen)
 
 
-def as_function(given: str | Function | None) -> Function:
+def as_function(chosen: str | Function | None) -> Function:
     """Return the function of an activation in any form that `activation_name` takes."""
-    name = activation_name(given)
+    name = activation_name(chosen)
     if name is None:
-        return given  # type: ignore[return-value]
+        return chosen  # type: ignore[return-value]
     return function_of(activations.activation(name)) if known(name) else ACTIVATIONS[name]
 
 
@@ -180,10 +180,10 @@ def run_eagerly(
         states = list(islice(begin, len(spec.state_shapes))) if starts else _initial(spec, arrays, x)
         masks = {name: mask for name, mask in zip(spec.of_kind.masks, drawn, strict=False) if mask.numel()}
         rest = mask, reset, spec, functions[n], reverse, save, steps
-        ends, x, kept, inner = _layer(x, states, arrays, masks, *rest)
+        ends, x, planes, inner = _layer(x, states, arrays, masks, *rest)
         finals += ends
         ys.append(x)
-        gates.append(kept)
+        gates.append(planes)
         cells += inner
     if save:
         return [*finals, *ys, *gates, *cells, *(x.new_zeros(0) for _ in specs)]
@@ -239,8 +239,8 @@ def _layer(
         used = None if mask is None else mask[:, t]
         old = states if used is None else [torch.where(_wide(used, state), state, 0.0) for state in states]
         now = tuple(part[:, t] for part in a) if isinstance(a, tuple) else a[:, t]
-        gate, found = kind.step(ops, spec, now, *old)
-        apart, new = found[: len(found) - len(states)], list(found[-len(states) :])  # h, where it isn't a state
+        gate, values = kind.step(ops, spec, now, *old)
+        apart, new = values[: len(values) - len(states)], list(values[-len(states) :])  # h, where it isn't a state
         if every is not None:
             every.append(list(new))
         for k, rate, keeps in zoneouts:
@@ -259,8 +259,8 @@ def _layer(
             gates[t] = stacked if used is None else torch.where(_wide(used, stacked), stacked, 0.0)
     y, *inner = (_joined(parts, x, *shape) for parts, shape in zip(seen, shapes, strict=True))
     states = [state.view_as(state) for state in states]  # so that h and the last y get separate gradients
-    kept = _joined(gates, x, spec.planes, spec.units) if save else x.new_zeros(0)
-    return states, y, kept, inner
+    planes = _joined(gates, x, spec.planes, spec.units) if save else x.new_zeros(0)
+    return states, y, planes, inner
 
 
 def _joined(parts: list[Tensor], x: Tensor, *sizes: int) -> Tensor:

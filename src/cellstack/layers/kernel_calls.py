@@ -84,8 +84,8 @@ def _checked(cell: CellCall, weights: Sequence[Tensor], dtype: torch.dtype) -> l
     """
     for (name, shape), weight in zip(cell.shapes.items(), weights, strict=True):
         if weight.dtype is not dtype:
-            wanted, came = (str(d).removeprefix("torch.") for d in (dtype, weight.dtype))
-            raise TypeError(f"{cell.spec.kind}: expected {name} of {wanted}, the dtype of the input, got {came}")
+            expected, came = (str(d).removeprefix("torch.") for d in (dtype, weight.dtype))
+            raise TypeError(f"{cell.spec.kind}: expected {name} of {expected}, the dtype of the input, got {came}")
         if weight.shape != shape:
             raise ShapeError(f"{cell.spec.kind}: expected {name} {list(shape)}, got {tuple(weight.shape)}")
     return [_contiguous(weight) for weight in _with_one_bias(cell, weights)]
@@ -134,14 +134,14 @@ def kept_weights(kept: Kept, layer: int, cell: CellCall, weights: Sequence[Tenso
         tensors = [(int(cell.bf16_matmul), 0), *((weight.data_ptr(), weight._version) for weight in weights)]
     except RuntimeError:  # tensors created in inference mode have no version
         return _packed(cell, weights, dtype)
-    found = kept.get(layer)
-    if found is None or found[0] != tensors:
+    last = kept.get(layer)
+    if last is None or last[0] != tensors:
         packed = _packed(cell, weights, dtype)
         storages = [weight.untyped_storage() for weight in weights]
         if any(_uses(storage) > _ONE_TENSOR or storage.is_shared() for storage in storages):
             return packed
-        found = kept[layer] = tensors, packed, storages
-    return found[1]
+        last = kept[layer] = tensors, packed, storages
+    return last[1]
 
 
 def _sequences(call: OpCall) -> tuple[native.Sequences, list[Any]]:
@@ -170,9 +170,9 @@ def _layer(
     if saved is _NOTHING and drops is None:  # the usual step
         return native.Layer(weights, first, last)
     y, gates, states, intermediate = saved
-    kept = address(y), address(gates), [*map(Tensor.data_ptr, states)], address(intermediate)
+    results = address(y), address(gates), [*map(Tensor.data_ptr, states)], address(intermediate)
     masks = {} if drops is None else {name: address(mask) for name, mask in zip(cell.masks, drops, strict=False)}
-    return native.Layer(weights, first, last, *kept, **masks)
+    return native.Layer(weights, first, last, *results, **masks)
 
 
 _NOTHING = Saved(None, None, (), None)
@@ -203,27 +203,29 @@ def _prepared(call: OpCall, keep: Kept | None) -> tuple[native.Sequences, list[n
     ends: list[Tensor] = []
     saved, layers = [], []
     for n, cell in enumerate(cells):
-        own = list(islice(arrays, len(cell.shapes)))
+        of_cell = list(islice(arrays, len(cell.shapes)))
         if keep is not None:
-            packed = kept_weights(keep, n, cell, own, x.dtype)
+            packed = kept_weights(keep, n, cell, of_cell, x.dtype)
         else:
-            packed, flat = weights_of(cell, own, x, steps)
+            packed, flat = weights_of(cell, of_cell, x, steps)
             held.append(flat)
         end = [x.new_empty(batch, size) for size in cell.sizes]
         start = begin[len(ends) : len(ends) + len(end)]
         ends += end
-        made = _NOTHING
+        saved_here = _NOTHING
         if call.save or (call.sequences and n == len(cells) - 1):
             y, gates, states, intermediate = _saved(cell, batch, steps, call.time_major)
             if call.save:
-                made = Saved(_new(x, y), _new(x, gates), [_new(x, shape) for shape in states], _new(x, intermediate))
+                saved_here = Saved(
+                    _new(x, y), _new(x, gates), [_new(x, shape) for shape in states], _new(x, intermediate)
+                )
             else:
-                made = Saved(_new(x, y), None, (), None)
-            saved.append(made)
-        layers.append(_layer(cell, packed, start, end, made, masks))
+                saved_here = Saved(_new(x, y), None, (), None)
+            saved.append(saved_here)
+        layers.append(_layer(cell, packed, start, end, saved_here, masks))
     held += begin, drops
     if not call.save:
-        return sequences, layers, [*ends, *(made.y for made in saved)], held
+        return sequences, layers, [*ends, *(saved_here.y for saved_here in saved)], held
     ys, gates, states, intermediate = zip(*saved, strict=True)
     return sequences, layers, [*ends, *ys, *gates, *(state for of in states for state in of), *intermediate], held
 
@@ -277,8 +279,8 @@ def backward(
             held.append(bias)
         held.append(flat)
         count = len(cell.sizes) if call.starts else 0
-        own = list(islice(before, count))
-        layers.append(_layer(cell, _weights(cell, flat, x.dtype, False), own, (), kept[n], masks))
+        starts = list(islice(before, count))
+        layers.append(_layer(cell, _weights(cell, flat, x.dtype, False), starts, (), kept[n], masks))
         gradients.append(
             native.Gradients(
                 address(of_saved.y),

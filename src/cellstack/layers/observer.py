@@ -131,8 +131,8 @@ class Observer:
             if gradient is None:  # the loss doesn't depend on this result
                 return
             if place not in self._given:
-                own = gradient.detach()[rows]
-                self._given[place] = (own if part is None else own[:, part]).clone()
+                of_rows = gradient.detach()[rows]
+                self._given[place] = (of_rows if part is None else of_rows[:, part]).clone()
             self._leave()  # one call is enough
 
         return hook
@@ -150,11 +150,11 @@ class Observer:
     def looked(self) -> list[CellObservation] | None:
         """Stop observing, and return the observations of each cell; None if no gradient has reached a call."""
         self.stop()
-        call, given, self._call, self._given = self._call, self._given, None, {}
-        if call is None or not given:
+        call, gradients, self._call, self._given = self._call, self._given, None, {}
+        if call is None or not gradients:
             return None
         with torch.inference_mode(False), torch.enable_grad():
-            return _run_again(call, self._first, given, self._norms)
+            return _run_again(call, self._first, gradients, self._norms)
 
 
 def _results(finals: Sequence[Any], y: Tensor) -> list[Tensor]:
@@ -169,8 +169,8 @@ def _copied(call: StackCall, rows: Tensor) -> StackCall:
         return None if tensor is None else tensor.detach()[rows].clone()
 
     def of_mask(mask: Tensor | None) -> Tensor | None:
-        own = of(mask)
-        return None if own is None else own.to(wide)
+        copied = of(mask)
+        return None if copied is None else copied.to(wide)
 
     wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32  # float16, bfloat16 are too coarse
     x = call.x.detach()[rows].to(wide, copy=True)
@@ -188,14 +188,14 @@ def _copied(call: StackCall, rows: Tensor) -> StackCall:
 
 
 def _run_again(
-    call: StackCall, first: int, given: dict[int, Tensor], norms: dict[tuple[int, str], Tensor]
+    call: StackCall, first: int, of_results: dict[int, Tensor], norms: dict[tuple[int, str], Tensor]
 ) -> list[CellObservation]:
     """Run a call's last steps again, cell by cell, and compute the gradients of its states at each step.
 
     Args:
         call: the result of `_copied`.
         first: the first step to run again, in the order processed.
-        given: the gradients of the call's results, for these rows and steps, by their position in `_results`.
+        of_results: the gradients of the call's results, for these rows and steps, by their position in `_results`.
         norms: the norms of the arrays' gradients, by cell and name.
     """
 
@@ -220,8 +220,8 @@ def _run_again(
         # Without an array that requires a gradient, autograd would build no graph.
         arrays = [array.requires_grad_() for array in run.arrays]
         specs, functions = [cell._spec], [cell._functions]
-        own = y[:, first:], state, arrays, dropped, late, begun
-        (ends,), (saved,) = op.by_layer(specs, eager.run_eagerly(*own, specs, functions, False, True, True, seen))
+        arguments = y[:, first:], state, arrays, dropped, late, begun
+        (ends,), (saved,) = op.by_layer(specs, eager.run_eagerly(*arguments, specs, functions, False, True, True, seen))
         output = saved.y
         finals.append(cell.State(*ends))
         traces.append(trace_of(cell.kind, saved))
@@ -230,11 +230,11 @@ def _run_again(
         if run.residual:
             y = y + (below if used is None else at_last_used(below, used, reset, False))
     results = _results(finals, y[:, first:])
-    places = sorted(given)
+    places = sorted(of_results)
     outputs = [results[place] for place in places]
     timed = len(results) - 1
     gradients = [
-        (given[place].flip(1) if call.reverse and place == timed else given[place]).to(results[place])
+        (of_results[place].flip(1) if call.reverse and place == timed else of_results[place]).to(results[place])
         for place in places
     ]
     states = [part for seen in every for state in seen for part in state]
@@ -270,9 +270,10 @@ def _early(
 
 
 def _gradients(outputs: list[Tensor], states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(outputs, states, gradients, retain_graph=True, allow_unused=True)
+    computed = torch.autograd.grad(outputs, states, gradients, retain_graph=True, allow_unused=True)
     return [
-        torch.zeros_like(state) if gradient is None else gradient for state, gradient in zip(states, found, strict=True)
+        torch.zeros_like(state) if gradient is None else gradient
+        for state, gradient in zip(states, computed, strict=True)
     ]
 
 
@@ -280,12 +281,12 @@ def _by_cell(
     gradients: list[Tensor], every: list[list[list[Tensor]]], cells: Sequence[Cell]
 ) -> list[dict[str, Tensor]]:
     """Return the gradients of each cell's states by name, `[R, S, H]` each."""
-    queue, found = iter(gradients), []
+    queue, of_cells = iter(gradients), []
     for cell, seen in zip(cells, every, strict=True):
         steps = [list(islice(queue, len(state))) for state in seen]
         columns = zip(cell._sizes, zip(*steps, strict=True), strict=True)
-        found.append({name: torch.stack(column, dim=1) for name, column in columns})
-    return found
+        of_cells.append({name: torch.stack(column, dim=1) for name, column in columns})
+    return of_cells
 
 
 def _last(steps: list[dict[str, Tensor]], used: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -328,14 +328,14 @@ class Merge(Along):
         elif self.mode == "sub":
             gradients = [dy, -dy]
         elif self.mode == "mul":
-            products = [[v for k, v in enumerate(values) if k != own] for own in range(len(values))]
+            products = [[*values[:n], *values[n + 1 :]] for n in range(len(values))]
             gradients = [dy * np.prod(np.broadcast_arrays(*others), axis=0) for others in products]
         else:
             taken, gradients = np.zeros(run.y.shape, bool), []
             for value in values:
-                own = (value == run.y) & ~taken
-                taken |= own
-                gradients.append(np.where(own, dy, 0))
+                chosen = (value == run.y) & ~taken  # of several that are equal, the first
+                taken |= chosen
+                gradients.append(np.where(chosen, dy, 0))
         return [_summed_to(one, value.shape) for one, value in zip(gradients, values, strict=True)]
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:

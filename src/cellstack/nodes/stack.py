@@ -263,7 +263,7 @@ class Recurrent(RecurrentNode):
     def _call(
         self, cells: tuple[Cell, ...], run: CellsRun, needs_y: bool
     ) -> Generator[Call, None, tuple[Array | None, list[CellState]]]:
-        """Run some of the cells in one call of the kernel; y, the h of the top one, may be None unless `wanted`."""
+        """Run some of the cells in one call of the kernel; y, the h of the top one, may be None unless `needs_y`."""
         x, mask, reset, record = run.flow.x, run.flow.mask, run.flow.reset, run.record
         batch, steps, _ = x.shape
         after: list[CellState] = []

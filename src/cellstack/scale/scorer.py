@@ -75,8 +75,8 @@ class Scorer:
         self.network, self.missing = network, missing
         self.threads = check_integer("Scorer", "threads", threads)
         if (len(network.inputs), len(network.outputs)) != (1, 1):
-            found = f"the inputs {', '.join(network.inputs)} and the outputs {', '.join(network.outputs)}"
-            raise UsageError(f"expected a network with one input and one output, found {found}")
+            named = f"the inputs {', '.join(network.inputs)} and the outputs {', '.join(network.outputs)}"
+            raise UsageError(f"expected a network with one input and one output, found {named}")
         if network.patches:
             raise UsageError("networks with patches aren't supported: use network.unedited")
         task = network.metadata.get("task")
@@ -157,8 +157,8 @@ class Scorer:
         """
         missing = [name for name in self.columns if table.column_names.count(name) != 1]
         if missing:
-            found = ", ".join(table.column_names)
-            raise UsageError(f"expected the column {missing[0]!r} once, found the columns {found}")
+            there = ", ".join(table.column_names)
+            raise UsageError(f"expected the column {missing[0]!r} once, found the columns {there}")
         ids, codes = as_ids(table, self.id, first)
         state = known(ids)
         ticks, times = as_times(table, self.time, state, first)
@@ -305,14 +305,14 @@ class Scorer:
 
     def _as_entries(self, numbers: NDArray[Any]) -> list[Any]:
         """Return states `[n, S]` as the entries that an engine takes."""
-        found, at = [], 0
+        entries, at = [], 0
         for entry in self._entries:
             arrays = []
             for array in entry:
                 arrays.append(numbers[:, at : at + array.size].reshape(len(numbers), *array.shape[1:]))
                 at += array.size
-            found.append(type(entry)(*arrays))
-        return found
+            entries.append(type(entry)(*arrays))
+        return entries
 
     def _predictions(self, y: NDArray[Any], used: NDArray[np.bool_]) -> list[tuple[str, pa.Array]]:
         """Return the columns of predictions, null in rows that weren't used."""

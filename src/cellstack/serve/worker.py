@@ -265,8 +265,8 @@ class Worker:
         now, at, done = time.monotonic(), 0, []
         for item in items:
             end = at + len(item.rows)
-            own = {n - at: why for n, why in refused.items() if at <= n < end} if refused else {}
-            done.append((item.done, Answers(answers[at:end], own)))
+            reasons = {n - at: why for n, why in refused.items() if at <= n < end} if refused else {}
+            done.append((item.done, Answers(answers[at:end], reasons)))
             seconds = now - item.arrived
             self.latencies[bisect.bisect_left(SECONDS, seconds)] += len(item.rows)
             self.seconds += seconds * len(item.rows)
@@ -278,8 +278,8 @@ class Worker:
         self.refused += len(refused)
         share = min(1.0, (now - self._before) / 0.05)  # of the newest rate in the smoothed one
         # As `_is_short` expects it; one batch that the system held up changes little.
-        own = min((now - begun) / (FIXED + len(rows)), 2 * self._frame_seconds)
-        self._frame_seconds += 0.2 * (own - self._frame_seconds)
+        each = min((now - begun) / (FIXED + len(rows)), 2 * self._frame_seconds)
+        self._frame_seconds += 0.2 * (each - self._frame_seconds)
         self._size += 0.1 * (len(rows) - self._size)
         self._rate += share * (len(rows) / max(now - self._before, 1e-6) - self._rate)
         self._before = now

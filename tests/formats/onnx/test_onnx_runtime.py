@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import cellstack as cs
 from cellstack.formats import load_network
-from cellstack.formats.onnx.runtime import RuntimeModel
+from cellstack.formats.onnx.runtime import SPINNING, RuntimeModel
 from cellstack.onnxruntime import InferenceSession
 
 RNG = np.random.default_rng(7)
@@ -433,6 +433,11 @@ def test_options_serve_several_sessions(tmp_path):
         np.testing.assert_allclose(ours.run(None, fed)[0], theirs(path).run(None, fed)[0], atol=tolerances.NETWORK)
     plain: Any = onnxruntime.InferenceSession(paths[0], options)
     assert len(plain.run(None, fed)) == 3
+    assert options.get_session_config_entry(SPINNING) == "0"
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(SPINNING, "1")
+    InferenceSession(paths[0], options)
+    assert options.get_session_config_entry(SPINNING) == "1"
 
 
 def test_a_session_outlives_what_made_it(tmp_path):

@@ -389,4 +389,10 @@ class Step:
         if operation == "activation":
             function = self.spec.activations[self.spec.slots.index(value.name)]
             return activate(function, text), binds if function.name == "linear" else ATOM
-        return text, binds  # record
+        if operation == "affine":
+            factor, offset = value.numbers
+            text = f"{literal(factor)} * {text if binds >= FACTOR else f'({text})'}"
+            return (f"{text} + {literal(offset)}", SUM) if offset else (text, FACTOR)
+        if operation != "record":
+            raise ValueError(f"export_c: {self.spec.of_kind.title}: the operation {operation} isn't supported")
+        return text, binds

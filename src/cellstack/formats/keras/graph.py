@@ -101,25 +101,25 @@ class Reader:
         return [self._tensor(values, ref, f"the outputs of {short(model.name)}") for ref in model.outputs]
 
     def _tensor(self, values: Values, ref: Ref, where: str) -> Value | None:
-        found = values.get(ref[:2])
-        if found is None:
+        returned_values = values.get(ref[:2])
+        if returned_values is None:
             raise FormatError(f"{where}: expected a tensor that a layer returns, found {list(ref)}")
-        if ref.tensor >= len(found):
-            count = len(found)
+        if ref.tensor >= len(returned_values):
+            count = len(returned_values)
             self._problem(f"{where}: takes value {ref.tensor} of layer {short(ref.layer)}, which returns only {count}")
             return None
-        value = found[ref.tensor]
+        value = returned_values[ref.tensor]
         if value is None or isinstance(value, Value):
             return value
         try:
-            made = value()
+            computed = value()
         except TooMuchError:
             raise
         except FormatError as error:
             self._problem(str(error))
-            made = None
-        found[ref.tensor] = made
-        return made
+            computed = None
+        returned_values[ref.tensor] = computed
+        return computed
 
     def _call(
         self, layer: Layer, call: LayerCall, values: Values, scope: str, framed: bool
@@ -218,9 +218,9 @@ class Reader:
         return build.add(StepMask(), build.bare(value), flags)._replace(mask=("given", flags.wire))
 
     def _apply(
-        self, layer: Layer, inputs: list[Value], starts: list[Value], name: str, given: set[str]
+        self, layer: Layer, inputs: list[Value], starts: list[Value], name: str, keywords: set[str]
     ) -> list[Value | Pending | None]:
-        """Apply a layer to `inputs`; `starts` are its initial states, `given` the names of its keyword arguments."""
+        """Apply a layer to `inputs`; `starts` are its initial states, `keywords` the names of its keyword arguments."""
         value = inputs[0]
         if layer.inner is not None:
             inner = layer.inner
@@ -232,7 +232,7 @@ class Reader:
             return self._frames(inner, inputs, name)
         nodes, build = self.built.nodes[id(layer)], self._of(layer, name)
         passed = None
-        if starts and self.major >= 3 and value.mask is not None and "mask" not in given and not flagged(layer):
+        if starts and self.major >= 3 and value.mask is not None and "mask" not in keywords and not flagged(layer):
             # Keras 3 ignores the mask of a sequence if states are given, but passes it on to the next layer.
             passed = ("passed", _own(value.mask))
             value = build.bare(value)

@@ -166,7 +166,7 @@ class CellWriter(Pieces):
         """Add the initial states, and return the values of each part.
 
         They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. Where `ways`, "" stands for zeros, the
-        operators' default. Cells whose initial states are values of the graph, `given`, in order of the cells, have
+        operators' default. Cells whose initial states are values of the graph, `sources`, in order of the cells, have
         no inputs for them.
         """
         if sources:
@@ -242,8 +242,8 @@ class CellWriter(Pieces):
             direction: ONNX's direction.
             x: a value `[B, …]` with the batch size.
             steps: X, `[T, B, I]`.
-            wanted: whether Y is used.
-            given: the initial states as values; empty = inputs of the graph.
+            needs_y: whether Y is used.
+            sources: the initial states as values; empty = inputs of the graph.
 
         Returns:
             Y `[T, D, B, H]`, "" where unused, and Y_h `[D, B, H]`.

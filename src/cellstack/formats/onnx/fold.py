@@ -305,7 +305,7 @@ def fold(
         operator: its name.
         attributes: by name.
         values: constants, a `Broadcast` where the shape is unknown; None for missing or non-constant inputs.
-        given: which inputs are present.
+        present: which inputs are present.
         outputs: the number of outputs.
         model: its budget counts the results.
 

@@ -188,7 +188,7 @@ class Reader:
 
         Args:
             node: the operator it comes from, or a name.
-            made: the node.
+            new: the node.
             x: its first input.
             others: its other inputs.
             axes: those of its output; None = the axes of `x`.

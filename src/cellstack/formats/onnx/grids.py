@@ -114,7 +114,7 @@ def _matched(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool) -
     Args:
         x: the value.
         items: the value's axes that aren't matched yet, without those of length 1.
-        wanted: the lengths of the shape that aren't matched yet.
+        shape: the lengths of the shape that aren't matched yet.
         strict: whether a number can't match an unknown length; in files written for one size it can.
     """
     sizes = dict(x.parts)

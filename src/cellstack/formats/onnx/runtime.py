@@ -29,6 +29,7 @@ from cellstack.network.running import processors
 from cellstack.nodes.base import Array
 
 DOMAIN = "cellstack"
+SPINNING = "session.intra_op.allow_spinning"  # whether its threads wait actively, and compete with the kernel's
 FOLDER = "session.model_external_initializers_file_folder_path"  # ONNX Runtime's option: where external tensors are
 
 _registered: WeakSet[Any] = WeakSet()  # SessionOptions that have the kernel's operators: they take them only once
@@ -119,6 +120,10 @@ class Replacement:
         if options not in _registered:
             options.register_custom_ops_library(native.LIBRARY)
             _registered.add(options)
+            try:
+                options.get_session_config_entry(SPINNING)
+            except RuntimeError:  # it isn't set
+                options.add_session_config_entry(SPINNING, "0")
         data = self._proto.SerializeToString()
         del self._model, self._proto, self._found, graph
         made = make(data, options)

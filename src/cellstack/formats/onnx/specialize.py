@@ -42,7 +42,7 @@ def fix_inputs(model: Model, constants: Mapping[str, Any]) -> Model:
     """
     if not constants:
         return model
-    graph, given = model.graph, dict[str, Any]()
+    graph, listed = model.graph, dict[str, Any]()
     inputs = {value.name: value for value in graph.input}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     fixed = dict[str, Any]()
@@ -57,17 +57,17 @@ def fix_inputs(model: Model, constants: Mapping[str, Any]) -> Model:
             array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
         )
         if not fits:
-            wanted = [("any" if axis is None else axis) for axis in shape or ()]
-            raise FormatError(f"{model.path}: input {short(name)}: expected a value {wanted}, got {list(array.shape)}")
+            lengths = [("any" if axis is None else axis) for axis in shape or ()]
+            raise FormatError(f"{model.path}: input {short(name)}: expected a value {lengths}, got {list(array.shape)}")
         model.budget.take(array.size)
         fixed[name] = onnx_package().numpy_helper.from_array(np.asarray(array, order="C"), name)
-        given[name] = array.tolist() if array.size <= MOST_LISTED and np.isfinite(array).all() else None
-    kept = [fixed.get(tensor.name, tensor) for tensor in graph.initializer]
+        listed[name] = array.tolist() if array.size <= MOST_LISTED and np.isfinite(array).all() else None
+    initializers = [fixed.get(tensor.name, tensor) for tensor in graph.initializer]
     graph = graph._replace(
-        initializer=(*kept, *(made for name, made in fixed.items() if name not in tensors)),
+        initializer=(*initializers, *(one for name, one in fixed.items() if name not in tensors)),
         input=tuple(value for value in graph.input if value.name not in fixed),
     )
-    return replace(model, graph=graph, given=given)
+    return replace(model, graph=graph, given=listed)
 
 
 def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
@@ -76,11 +76,11 @@ def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
         array = np.asarray(value)
     except (ValueError, TypeError):
         raise FormatError(f"{where}: expected a number or an array, got {type(value).__name__}") from None
-    wanted = np.dtype(KINDS.get(kind, "float32"))
+    dtype = np.dtype(KINDS.get(kind, "float32"))
     whole = array.dtype.kind in "iub" or (array.dtype.kind == "f" and bool((array == np.round(array)).all()))
-    if array.dtype.kind not in "iufb" or (wanted.kind in "iub" and not whole):
-        raise FormatError(f"{where}: expected a value of type {wanted}, got {array.dtype} {value!r:.60}")
-    return array.astype(wanted)
+    if array.dtype.kind not in "iufb" or (dtype.kind in "iub" and not whole):
+        raise FormatError(f"{where}: expected a value of type {dtype}, got {array.dtype} {value!r:.60}")
+    return array.astype(dtype)
 
 
 class KnownLengths:
@@ -90,12 +90,12 @@ class KnownLengths:
         onnx, self.scope = onnx_package(), model.scope()
         proto = self._described(sizes)
         try:
-            found = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
         except Exception:  # inference failed: nothing is known, and operators that need it are reported
-            found = proto
+            inferred = proto
         self.shapes = {
             value.name: declared(value)
-            for value in (*found.graph.input, *found.graph.value_info, *found.graph.output)
+            for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
             if value.type.HasField("tensor_type")
         }
         self.values: dict[str, Array | None] = {}
@@ -120,8 +120,8 @@ class KnownLengths:
             constants = [self.scope.constant(name) if name else None for name in node.output]
             if all(isinstance(each, np.ndarray) and each.size <= MOST_LISTED for each in constants):
                 for name, each in zip(node.output, constants, strict=True):
-                    made = onnx.numpy_helper.from_array(np.asarray(each, order="C"), name)
-                    proto.graph.initializer.append(made)
+                    listed_tensor = onnx.numpy_helper.from_array(np.asarray(each, order="C"), name)
+                    proto.graph.initializer.append(listed_tensor)
             else:
                 proto.graph.node.append(node)
         return proto
@@ -132,13 +132,13 @@ class KnownLengths:
             return self.values.get(name)
         constant = self.scope.constant(name) if name else None
         node = self.scope.producers.get(name)
-        found: Array | None = None
+        result: Array | None = None
         if isinstance(constant, np.ndarray):
-            found = constant
+            result = constant
         elif constant is None and node is not None and node.op_type in OF_LENGTHS and node.domain in DOMAINS:
-            found = self._made(node, depth)
-        self.values[name] = found
-        return found
+            result = self._made(node, depth)
+        self.values[name] = result
+        return result
 
     def lengths_of(self, name: str) -> Array | None:
         """Return the lengths of a value's axes, as objects: an unknown one is a `Dim`; None if its rank is unknown."""
@@ -164,12 +164,12 @@ class KnownLengths:
             values = arrays
         if node.op_type == "Size":
             return np.array(np.asarray(values[0]).size, np.int64)
-        given = [bool(name) for name in node.input]
+        present = [bool(name) for name in node.input]
         try:
-            made = fold(node.op_type, self.scope.model.attributes(node), values, given, 1, self.scope.model)
+            outputs = fold(node.op_type, self.scope.model.attributes(node), values, present, 1, self.scope.model)
         except ODD:
             return None
-        return None if not made or isinstance(made[0], Broadcast) else np.asarray(made[0])
+        return None if not outputs or isinstance(outputs[0], Broadcast) else np.asarray(outputs[0])
 
 
 def _numbers(value: Any) -> Array | None:
@@ -228,21 +228,21 @@ class _Branches:
 
     def put(self, choice: Any, branch: Any) -> list[Any]:
         """Return the nodes that replace an `If` which takes this branch."""
-        own = [tensor.name for tensor in branch.initializer]
-        own += [name for node in branch.node for name in node.output if name]
+        inner_names = [tensor.name for tensor in branch.initializer]
+        inner_names += [name for node in branch.node for name in node.output if name]
         ends = [(inner.name, outer) for inner, outer in zip(branch.output, choice.output, strict=False) if outer]
         names: dict[str, str] = {}
         for inner, outer in ends:
-            if inner in own:
+            if inner in inner_names:
                 names.setdefault(inner, outer)
-        for name in own:
+        for name in inner_names:
             if name not in names:
                 names[name] = fresh = name if name not in self.taken else f"{label(choice)}/{name}"
                 self.taken.add(fresh)
         for tensor in branch.initializer:
-            made = copy.deepcopy(tensor)
-            made.name = names[tensor.name]
-            self.tensors.append(made)
+            moved = copy.deepcopy(tensor)
+            moved.name = names[tensor.name]
+            self.tensors.append(moved)
         nodes = [renamed(node, lambda name: names.get(name, name)) for node in branch.node]
         for inner, outer in ends:
             if names.get(inner) != outer:  # a value of the enclosing graph, or one that is returned twice
@@ -258,9 +258,9 @@ def _branch(lengths: KnownLengths, node: Any) -> Any | None:
     known = None if condition is None else _numbers(condition)
     if known is None or known.size != 1:
         return None
-    wanted = "then_branch" if bool(known.reshape(-1)[0]) else "else_branch"
-    found = next((entry.g for entry in node.attribute if entry.name == wanted and entry.type == 5), None)
-    return None if found is None or found.sparse_initializer else found
+    attribute = "then_branch" if bool(known.reshape(-1)[0]) else "else_branch"
+    branch = next((entry.g for entry in node.attribute if entry.name == attribute and entry.type == 5), None)
+    return None if branch is None or branch.sparse_initializer else branch
 
 
 def drop_neutral(model: Model) -> Model:
@@ -268,9 +268,9 @@ def drop_neutral(model: Model) -> Model:
     scope = model.scope()
     nodes: list[Any] = []
     for node in scope.graph.node:
-        kept = _kept(scope, node)
+        same = _kept(scope, node)
         nodes.append(
-            node if kept is None else type(node)(op_type="Identity", name=node.name, input=[kept], output=node.output)
+            node if same is None else type(node)(op_type="Identity", name=node.name, input=[same], output=node.output)
         )
     return model.changed(nodes)
 
@@ -281,10 +281,10 @@ def _kept(scope: Scope, node: Any) -> str | None:
     if neutral is None or node.domain not in DOMAINS or len(node.input) != 2:
         return None
     for place in (1, 0) if node.op_type in ("Add", "Mul") else (1,):
-        constant, kept = scope.constant(node.input[place]), node.input[1 - place]
+        constant, other = scope.constant(node.input[place]), node.input[1 - place]
         zero_or_one = isinstance(constant, np.ndarray) and constant.ndim == 0 and bool(constant == neutral)
-        if zero_or_one and scope.constant(kept) is None:
-            return kept
+        if zero_or_one and scope.constant(other) is None:
+            return other
     return None
 
 
@@ -321,15 +321,15 @@ def check_specialized(model: Model, traced: bool = False) -> Model:
     live = live_nodes(scope)
     left = [node for node in scope.graph.node if node.op_type == "If" and node.domain in DOMAINS and id(node) in live]
     inputs = {value.name: value for value in scope.graph.input}
-    found = [name for node in left for name in needs(scope, node.input[0])]
-    numbers = [name for name in dict.fromkeys(found) if declared(inputs[name]) == []]
+    deciding = [name for node in left for name in needs(scope, node.input[0])]
+    numbers = [name for name in dict.fromkeys(deciding) if declared(inputs[name]) == []]
     if numbers:
         kinds = [f"{short(name)} ({KINDS.get(inputs[name].type.tensor_type.elem_type, '?')})" for name in numbers]
         example = ", ".join(f"{name!r}: ..." for name in numbers)
         text = f"the file's branches depend on {', '.join(kinds)}: pass the values"
         raise FormatError(f"{model.path}: {text}: cs.load(path, constants={{{example}}})")
     if left:
-        names = ", ".join(short(name) for name in dict.fromkeys(found)) or "unknown values"
+        names = ", ".join(short(name) for name in dict.fromkeys(deciding)) or "unknown values"
         line = line_of(left[0])
         where = f"{model.path}: If {short(label(left[0]))}" + (f" ({line})" if line else "")
         if traced:

@@ -96,17 +96,17 @@ class Evaluation:
 
     # ── statements ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def call(self, function: ast.FunctionDef, given: list[Any], named: dict[str, Any]) -> Any:
+    def call(self, function: ast.FunctionDef, arguments: list[Any], named: dict[str, Any]) -> Any:
         """Return the result of a function of the source."""
         self.depth += 1
         names = [one.arg for one in function.args.args]
-        if self.depth > DEEPEST_CALL or len(given) > len(names) or not set(names[len(given) :]) >= named.keys():
+        if self.depth > DEEPEST_CALL or len(arguments) > len(names) or not set(names[len(arguments) :]) >= named.keys():
             raise UnreadError
         defaults = function.args.defaults
         usual = {
             name: self.value(one, {}) for name, one in zip(names[len(names) - len(defaults) :], defaults, strict=True)
         }
-        scope = usual | dict(zip(names, given, strict=False)) | named
+        scope = usual | dict(zip(names, arguments, strict=False)) | named
         if scope.keys() != set(names):
             raise UnreadError
         returned = self.block(function.body, scope)
@@ -194,8 +194,8 @@ class Evaluation:
             case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)):
                 return -value
             case ast.Tuple(parts) | ast.List(parts):
-                found = [self.value(part, scope) for part in parts]
-                return found if isinstance(node, ast.List) else tuple(found)
+                values = [self.value(part, scope) for part in parts]
+                return values if isinstance(node, ast.List) else tuple(values)
             case ast.Subscript(value, number):
                 return self.item(self.value(value, scope), self.value(number, scope))
             case ast.Call():
@@ -234,25 +234,29 @@ class Evaluation:
         function, path = node.func, _path(node.func)
         if isinstance(function, ast.Name) and function.id not in scope:
             return self._builtin(function.id, node.args, scope)
-        given = [self.value(one, scope) for one in node.args]
+        arguments = [self.value(one, scope) for one in node.args]
         named = {one.arg or "": self.value(one.value, scope) for one in node.keywords}
         if path is None and isinstance(function, ast.Attribute):
             owner = self.value(function.value, scope)
             if owner is self.self and function.attr in self.methods:
-                return self.call(self.methods[function.attr], [owner, *given], named)
+                return self.call(self.methods[function.attr], [owner, *arguments], named)
             child = isinstance(owner, Symbol) and owner.word == "held" and function.attr in METHODS
-            if not child or any(one is not None for one in given[1:]) or named:
+            if not child or any(one is not None for one in arguments[1:]) or named:
                 raise UnreadError
-            return Symbol("child", (owner.given[0][-1], *given[:1]))
+            return Symbol("child", (owner.given[0][-1], *arguments[:1]))
         if path is None:
-            found = self.value(function, scope)
-            if not isinstance(found, Symbol) or found.word != "function":
+            callee = self.value(function, scope)
+            if not isinstance(callee, Symbol) or callee.word != "function":
                 raise UnreadError
-            path = found.given[0]
+            path = callee.given[0]
         if path.startswith("__torch__."):
-            own = self.scripts.defined(path)
-            return self.call(own, given, named) if isinstance(own, ast.FunctionDef) else Symbol(path, tuple(given))
-        return self._of_torch(path, given, named)
+            definition = self.scripts.defined(path)
+            return (
+                self.call(definition, arguments, named)
+                if isinstance(definition, ast.FunctionDef)
+                else Symbol(path, tuple(arguments))
+            )
+        return self._of_torch(path, arguments, named)
 
     def _builtin(self, name: str, nodes: list[ast.expr], scope: dict[str, Any]) -> Any:
         if name == "getattr" and len(nodes) == 2:
@@ -265,29 +269,29 @@ class Evaluation:
             return Symbol("uninitialized")
         raise UnreadError
 
-    def _of_torch(self, path: str, given: list[Any], named: dict[str, Any]) -> Any:
+    def _of_torch(self, path: str, arguments: list[Any], named: dict[str, Any]) -> Any:
         """Return the result of a torch function: computed if its arguments are plain values, else a symbol."""
         word = path.rpartition(".")[2]
         if word == "RaiseException":
             raise RaisedError
-        if word in ("__is__", "__isnot__") and len(given) == 2 and given[1] is None:
-            return (given[0] is None) == (word == "__is__")
-        if word == "dim" and len(given) == 1 and given[0] is self.input and self.rank:
+        if word in ("__is__", "__isnot__") and len(arguments) == 2 and arguments[1] is None:
+            return (arguments[0] is None) == (word == "__is__")
+        if word == "dim" and len(arguments) == 1 and arguments[0] is self.input and self.rank:
             return self.rank
-        if word == "append" and len(given) == 2 and isinstance(given[0], list):
-            given[0].append(given[1])
-            return given[0]
+        if word == "append" and len(arguments) == 2 and isinstance(arguments[0], list):
+            arguments[0].append(arguments[1])
+            return arguments[0]
         if word == "warn":
             return None
-        if word in COMPUTED and all(map(_known, given)):
+        if word in COMPUTED and all(map(_known, arguments)):
             try:
-                found = COMPUTED[word](*given)
+                result = COMPUTED[word](*arguments)
             except TypeError:
                 raise UnreadError from None
-            return found if type(found) is not int or abs(found) < 2**63 else Symbol(word)
+            return result if type(result) is not int or abs(result) < 2**63 else Symbol(word)
         if word.endswith("_") and not word.endswith("__"):  # in place: the old value no longer exists
-            self.spent += _roots(given[0]) if given else []
-        return Symbol(word.strip("_"), tuple(given), named)
+            self.spent += _roots(arguments[0]) if arguments else []
+        return Symbol(word.strip("_"), tuple(arguments), named)
 
 
 def _path(node: ast.expr) -> str | None:
@@ -303,11 +307,11 @@ def _path(node: ast.expr) -> str | None:
 
 def _roots(value: Any) -> list[Any]:
     """Return a value, and the values that it may be a view of."""
-    found = []
+    roots = []
     while isinstance(value, Symbol):
-        found.append(value)
+        roots.append(value)
         value = value.given[0] if value.given else None
-    return found
+    return roots
 
 
 def _known(value: Any) -> bool:

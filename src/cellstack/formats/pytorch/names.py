@@ -322,8 +322,8 @@ def _network(part: RecurrentTensors, tensors: Mapping[str, Any], where: str, act
     for layer in range(depth):
         layers.append([])
         for back in ways:
-            own = {what: names[what, layer, back] for what in sorted(kinds)}
-            layers[-1].append(_cell(where, own, tensors, activation))
+            by_kind = {what: names[what, layer, back] for what in sorted(kinds)}
+            layers[-1].append(_cell(where, by_kind, tensors, activation))
     metadata: dict[str, Any] = {"source": {"format": "pytorch", "module": part.title}}
     gated = all(cell.spec.of_kind.gated for own in layers for cell in own)
     if not gated and activation is None:

@@ -85,9 +85,9 @@ def forecasts_after(
     else:
         table = read_table(data, **merged(reading(net, path), given))
     origins = None if origin is None else origins_at(table, origin)
-    found = forecast(net, table, path, origins, threads)
-    ids = _own_ids(data, table, found.ids)
-    return replace(found, ids=ids, polars=is_polars(data)), unknown(recipe, table, found.origins)
+    forecasts = forecast(net, table, path, origins, threads)
+    ids = _own_ids(data, table, forecasts.ids)
+    return replace(forecasts, ids=ids, polars=is_polars(data)), unknown(recipe, table, forecasts.origins)
 
 
 def _own_ids(data: Any, table: Table, ids: list[Any]) -> list[Any]:
@@ -165,13 +165,13 @@ def last_origins(table: Table, recipe: Recipe) -> Ints:
         if name not in table.columns:
             raise UsageError(f"{table.path}: expected a numeric column {name!r}, found {', '.join(table.columns)}")
     seen = np.any([~np.isnan(table.columns[name]) for name in recipe.targets], axis=0)
-    found = []
+    origins = []
     for name, first, end in zip(table.ids, table.starts[:-1], table.starts[1:], strict=True):
         rows = np.flatnonzero(seen[first:end])
         if not len(rows):
             raise UsageError(f"{table.path}: {', '.join(recipe.targets)} has no values{_series(name)}")
-        found.append(int(first + rows[-1]))
-    return np.array(found, np.int64)
+        origins.append(int(first + rows[-1]))
+    return np.array(origins, np.int64)
 
 
 def origins_at(table: Table, origin: Any) -> Ints:
@@ -189,22 +189,22 @@ def origins_at(table: Table, origin: Any) -> Ints:
     if table.times is None and isinstance(origin, str) and origin.strip().isdecimal():
         origin = int(origin)
     if isinstance(origin, (int, np.integer)) and not isinstance(origin, (bool, np.timedelta64)) and origin > 0:
-        found = table.starts[:-1] + int(origin) - 1
-        found = found[found < table.starts[1:]]
+        rows = table.starts[:-1] + int(origin) - 1
+        rows = rows[rows < table.starts[1:]]
     elif table.times is None:
         raise UsageError(
             f"expected `origin=…` to be a row number from 1, because {table.path} has no dates, got {origin}"
         )
     else:
-        found = _rows_at(table, table.times, origin)
-    if not len(found):
+        rows = _rows_at(table, table.times, origin)
+    if not len(rows):
         span = (
             f", which covers {table.shown(table.times.min())} to {table.shown(table.times.max())}"
             if table.times is not None
             else ""
         )
         raise UsageError(f"expected `origin=…` to be a row of {table.path}{span}, got {origin}")
-    return found.astype(np.int64)
+    return rows.astype(np.int64)
 
 
 def _rows_at(table: Table, times: NDArray[np.datetime64], origin: Any) -> Ints:
@@ -218,20 +218,20 @@ def _rows_at(table: Table, times: NDArray[np.datetime64], origin: Any) -> Ints:
         raise UsageError(f"expected `origin=…` without a UTC offset, because {table.path} has none, got {origin}")
     if time[1]:
         times = np.concatenate([utc_of(times[table.rows(series)], table.zone) for series in range(len(table.ids))])
-    found = np.flatnonzero(times == time[0])
-    series = np.searchsorted(table.starts, found, side="right")
+    rows = np.flatnonzero(times == time[0])
+    series = np.searchsorted(table.starts, rows, side="right")
     if len(np.unique(series)) < len(series):
         raise UsageError(
             f"`origin=…` {origin} occurs twice, because the clock is set back then: add the UTC offset of one of them"
         )
-    return found
+    return rows
 
 
 def _time_of(origin: Any, form: str | None) -> tuple[np.datetime64, bool] | None:
     """Return a date, and whether it is in UTC rather than local time; None if `origin` isn't a date."""
     if isinstance(origin, str):
-        found = (in_form(origin.strip(), how) for how in (form, "%Y-%m-%d", "%Y-%m", "%Y") if how)
-        return next((time for time in found if time is not None), None)
+        times = (in_form(origin.strip(), how) for how in (form, "%Y-%m-%d", "%Y-%m", "%Y") if how)
+        return next((time for time in times if time is not None), None)
     if isinstance(origin, datetime) and origin.tzinfo is not None:
         return np.datetime64(origin.astimezone(timezone.utc).replace(tzinfo=None), "us"), True
     if isinstance(origin, (date, np.datetime64)) and origin == origin:  # NaT isn't
@@ -291,9 +291,11 @@ def trained(net: Network, path: str) -> tuple[Recipe, Inputs]:
         ) from None
     inputs = raw_inputs(first, net.metadata.get("observed"), path)
     answer = net.shapes[net.outputs[0]]
-    wanted = len(recipe.targets) * len(recipe.quantiles)
-    if len(net.inputs) != 1 or len(net.outputs) != 1 or len(answer) != 2 or answer[-1] != wanted:
-        raise FormatError(f"{path}: expected one output [B, horizon, {wanted}], according to the recipe, found another")
+    numbers = len(recipe.targets) * len(recipe.quantiles)
+    if len(net.inputs) != 1 or len(net.outputs) != 1 or len(answer) != 2 or answer[-1] != numbers:
+        raise FormatError(
+            f"{path}: expected one output [B, horizon, {numbers}], according to the recipe, found another"
+        )
     ahead = [-node.start for node in net.nodes if isinstance(node, Select) and node.start is not None]
     if any(steps != recipe.horizon for steps in ahead):
         raise FormatError(

@@ -61,8 +61,8 @@ class _Roller(Added):
         terms = [step.x for step in self.chain.steps]
         places = [place_of(self.scope, term, self.known) for term in terms]
         count = len(places)
-        found = [place for place in places if place is not None]
-        steps, roots = [place.step for place in found], {(place.root, place.axis) for place in found}
+        placed = [place for place in places if place is not None]
+        steps, roots = [place.step for place in placed], {(place.root, place.axis) for place in placed}
         ahead = list(range(count))
         backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
         if len(roots) != 1 or (steps != ahead and not backwards):
@@ -115,8 +115,8 @@ class _Roller(Added):
         names = [f"{self.prefix}{part}" for part in ("Y", *cell.spec.state_sizes)]
         inputs = [x, "", "", "", "", *(name or "" for name in starts)]
         self.add(self.onnx.helper.make_node(operator_of(cell.spec), inputs, names, name=self.chain.name))
-        given = zip(cell.spec.state_sizes, starts, strict=True)
-        started = {f"initial_{state}": name for state, name in given if name}
+        initial = zip(cell.spec.state_sizes, starts, strict=True)
+        started = {f"initial_{state}": name for state, name in initial if name}
         self.rolled[names[0]] = Operator((cell,), direction, False, "", started)
         return names
 
@@ -160,9 +160,9 @@ class _Roller(Added):
 
     def _set_aside(self, node: Any) -> None:
         """Give the first output of a node another name: a new node computes the value."""
-        made = copy.deepcopy(node)
-        made.output[0] = f"{self.prefix}was {node.output[0]}"
-        self.replaced[id(node)] = made
+        moved = copy.deepcopy(node)
+        moved.output[0] = f"{self.prefix}was {node.output[0]}"
+        self.replaced[id(node)] = moved
 
     def _ends(self, names: list[str], deep: bool) -> None:
         """Add the replacements of the final states."""
@@ -186,11 +186,13 @@ class _Roller(Added):
         if axis not in ((0,) if deep else (0, 1)) or names not in (in_order, in_order[::-1]):
             return
         source = y if names == in_order else self.sliced(y, 0, -1, -(2**63), -1)
-        made = self.onnx.helper.make_node("Identity", [source], list(node.output), name=node.name)
+        operator = self.onnx.helper.make_node("Identity", [source], list(node.output), name=node.name)
         if axis == 1:
-            made = self.onnx.helper.make_node("Transpose", [source], list(node.output), name=node.name, perm=[1, 0, 2])
-        self.replaced[id(node)] = made
-        self.scope.producers.update(dict.fromkeys(made.output, made))
+            operator = self.onnx.helper.make_node(
+                "Transpose", [source], list(node.output), name=node.name, perm=[1, 0, 2]
+            )
+        self.replaced[id(node)] = operator
+        self.scope.producers.update(dict.fromkeys(operator.output, operator))
 
 
 def roll(model: Model, whole: bool = False) -> Model:
@@ -221,12 +223,12 @@ def roll(model: Model, whole: bool = False) -> Model:
         try:
             h = chain.steps[0].node.output[0]
             whole_chain = roller.roll()
-            made = {h: roller.made} if whole_chain else roller.roll_apart()
+            new = {h: roller.made} if whole_chain else roller.roll_apart()
         except ValueError:  # weights that don't form a cell: reading the graph reports the operators
             continue
-        if made and not whole_chain:
+        if new and not whole_chain:
             unrolled[chain.name] = len(chain.steps), _why_apart(scope, chain, h)
-        before |= made
+        before |= new
         rolled |= roller.rolled
         replaced |= roller.replaced
         constants += roller.constants
