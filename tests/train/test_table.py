@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from cellstack import FormatError
-from cellstack.cli.tables import add_table_options, given
+from cellstack.cli.tables import add_table_options, given_options
 from cellstack.train import read_table
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import merged
@@ -450,13 +450,13 @@ def test_the_options_of_the_command_line(tmp_path):
         tmp_path, "a;b;c;kind;y\n" + "".join(f"01.{month:02}.2022;7;1;{month};1,250\n" for month in range(1, 13))
     )
     words = ["--time", "a", "--day-first", "--id", "b,c", "--decimal", ",", "--categories", "kind", "--zone", "UTC"]
-    table = read_table(str(file), **given(parser.parse_args(words), READING))
+    table = read_table(str(file), **given_options(parser.parse_args(words), READING))
     assert (table.ids, str(table.spacing), table.columns["y"][0], table.zone) == (("7/1",), "monthly", 1.25, "UTC")
     assert isinstance(table.categories["kind"], CategoryColumn)
-    again = read_table(str(file), **merged(table.reading, given(parser.parse_args([]), READING)))
+    again = read_table(str(file), **merged(table.reading, given_options(parser.parse_args([]), READING)))
     np.testing.assert_array_equal(again.times, table.times)
     words = ["--month-first", "--freq", "D"]
-    other = read_table(str(file), **merged(table.reading, given(parser.parse_args(words), READING)))
+    other = read_table(str(file), **merged(table.reading, given_options(parser.parse_args(words), READING)))
     assert str(other.times[-1]) == "2022-01-12T00:00:00"
     with pytest.raises(SystemExit):
         parser.parse_args(["--day-first", "--month-first"])

@@ -288,6 +288,7 @@ class Kind:
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
         memory: the state that the gates keep and write.
+        stabiliser: the state that is the logarithm of the scale of `memory`, and with which f is scaled; "": none.
         zoneout: the states that zoneout may keep, and the argument that is the rate of each.
         update: returns, from the description and the values of the gates by name, the factor by which a step keeps
             `memory`, and what it adds to it, before zoneout and clipping; None if the gates alone don't determine it.
@@ -319,6 +320,7 @@ class Kind:
     normed: tuple[int, ...] | None = None
     planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
     memory: str = "h"
+    stabiliser: str = ""
     zoneout: dict[str, str] = field(default_factory=lambda: {"h": "zoneout"})
     update: Callable[[CellSpec, Mapping[str, Any]], tuple[Any, Any] | None] = gated_update
     names: dict[str, Foreign] = field(default_factory=dict)

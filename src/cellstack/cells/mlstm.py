@@ -152,6 +152,7 @@ def _kind(output_gate: bool) -> Kind:
         inputs=inputs,
         arrays=(),
         memory="C",
+        stabiliser="m",
         zoneout={},
         update=lambda spec, gates: (gates["f"], gates["i"]),  # of k·vᵀ, the shares of steps
         refuses=refuses,

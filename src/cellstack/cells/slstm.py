@@ -82,6 +82,7 @@ SLSTM = Kind(
     fixed=("i", "f"),
     planes=lambda spec: ("log_f",),
     memory="c",
+    stabiliser="m",
     refuses=refuses,
     meanings={
         "i": "input gate: how much of the candidate is written, exp(z_i - m)",

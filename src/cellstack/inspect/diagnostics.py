@@ -228,7 +228,7 @@ def _update(cell: CellTrace) -> tuple[Array, Array]:
 def _log_kept(cell: CellTrace) -> Array:
     """Return the logarithm of the size of the factor by which each step keeps the memory, `[B, T, H]`."""
     spec = cell.cell.spec
-    if "m" not in spec.state_shapes:  # else f is scaled by the stabiliser
+    if not spec.of_kind.stabiliser:
         return np.log(np.abs(_update(cell)[0].astype(np.float64)))
     z = cell.pre["f"]
     return z if spec.exponential_forget else -np.logaddexp(0.0, -z)
