@@ -195,6 +195,14 @@ def test_what_the_graph_does_not_contain_is_refused(name):
         cs.compile(module, torch.zeros(2, 9, 4))
 
 
+def test_a_refusal_names_the_operator_that_onnx_lacks():
+    with pytest.raises(
+        cs.FormatError, match=r"torch\.export: No ONNX function found for <OpOverload\(op='aten\.linalg_qr'"
+    ) as caught:
+        cs.compile(Model(lambda m, x: torch.linalg.qr(m.rnn(x)[0])[0]), torch.randn(2, 9, 4))
+    assert "\x1b" not in str(caught.value)
+
+
 def test_reads_of_values_that_change_nothing_are_warned_of():
     with pytest.warns(UserWarning, match=r"reads values of tensors \(test_runtime_models\.py:\d+\)"):
         net = cs.compile(Branch(1e9).eval(), torch.zeros(2, 9, 4))

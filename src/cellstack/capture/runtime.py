@@ -103,10 +103,17 @@ def _saved(
                 looks += save(module, inputs, opened, path, *names)
                 network = RuntimeModel(path, reason).prepare()
         except Exception as error:  # exporters and ONNX Runtime fail in as many ways as there are modules
-            raise FormatError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            raise FormatError(_reason(error)) from error
     if not network.kernels:
         raise FormatError("it has no recurrent layer that the kernel runs")
     return network
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error's message, or of its first cause's: exporters raise long errors from others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _by_export(module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True) -> list[str]:
