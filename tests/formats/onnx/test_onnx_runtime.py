@@ -1,6 +1,7 @@
 """Files that no Network can express: ONNX Runtime runs them, with recurrent operators on the kernel."""
 
 import gc
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -275,6 +276,9 @@ def test_wrong_inputs_are_refused(tmp_path):
     good = inputs_of(theirs(path), 9, 2)
     with pytest.raises(ValueError, match="expected the inputs x, h, c, lengths, got x"):
         model({"x": good["x"]})
+    for x, got in ((good["x"], "ndarray"), ((good["x"],), "1 in order")):
+        with pytest.raises(ValueError, match=f"expected the inputs x, h, c, lengths, by name or in order, got {got}"):
+            model(x)
     for given, message in (
         ({"c": np.zeros((1, 3, UNITS), "f4")}, r"layer: expected initial_c of shape \[1, 2, 5\], found \[1, 3, 5\]"),
         ({"h": np.zeros((1, 2, UNITS + 1), "f4")}, "invalid dimensions for input: h"),
@@ -359,6 +363,18 @@ def test_float64(tmp_path):
     assert y.dtype == h.dtype == np.float64
     np.testing.assert_array_equal(y[:, 0].swapaxes(0, 1), expected)
     np.testing.assert_array_equal(h[0], expected[:, -1])
+
+
+def test_verify_asks_for_a_sample_where_random_inputs_are_rejected(tmp_path):
+    nodes = [
+        helper.make_node("LSTM", ["x", "a.W", "a.R", "a.B"], ["all", "y"], "a", hidden_size=UNITS),
+        helper.make_node("Gather", ["all", "places"], ["some"], axis=0),
+    ]
+    places = helper.make_tensor_value_info("places", TensorProto.INT64, ["N", "M"])
+    path = str(write(tmp_path / "m.onnx", nodes, [floats("x", 1, "B", 6), places], ["some", "y"], weights("LSTM", "a")))
+    model = RuntimeModel(path)
+    assert re.search("rejects random inputs: .*Gather.*: pass x, a sample", str(cs.verify(model, path)))
+    assert cs.verify(model, path, (np.zeros((1, 2, 6), "f4"), np.zeros((1, 1), int))).ok()
 
 
 def test_verify_compares_with_onnxruntime_alone(tmp_path):

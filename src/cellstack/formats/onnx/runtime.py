@@ -231,10 +231,20 @@ class RuntimeModel:
         return found[0] if len(found) == 1 else tuple(found)
 
     def by_name(self, x: Any) -> Mapping[str, Any]:
-        """Return the inputs, given by name or in order, by name."""
+        """Return the inputs, given by name or in order, by name.
+
+        Raises:
+            ValueError: another number of them.
+        """
         if isinstance(x, Mapping):
             return x
-        return dict(zip(self.inputs, [x] if len(self.inputs) == 1 else x, strict=True))
+        values = [x] if len(self.inputs) == 1 else x if isinstance(x, (tuple, list)) else []
+        if len(values) != len(self.inputs):
+            got = f"{len(values)} in order" if values else type(x).__name__
+            raise ValueError(
+                f"{self.path}: expected the inputs {', '.join(self.inputs)}, by name or in order, got {got}"
+            )
+        return dict(zip(self.inputs, values, strict=True))
 
     def plan(self) -> Plan:
         """Return what runs each operator, and why the graph isn't a Network."""
