@@ -507,7 +507,7 @@ def subclass_of(kind: type, bases: tuple[type, ...], **attributes: Any) -> type:
     Args:
         kind: the class that it replaces.
         bases: its bases after the one that copies.
-        **own: its further attributes.
+        **attributes: its further attributes.
     """
     named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (_copying(_layout_of(kind)), *bases), {"_class_before": kind, **named, **attributes})
