@@ -106,7 +106,7 @@ export function drawTiles(canvas, view, plane, scale, names, marked = null) {
       pen.fillRect(left + step * wide, unit * high, Math.max(1, wide - 1), Math.max(1, high - 1));
     }
     pen.fillStyle = view.colours.muted;
-    if (high >= 10 * ratio) pen.fillText(names === null ? String(unit) : names[unit], left - 6 * ratio, (unit + 0.5) * high);
+    if (high >= 10 * ratio) pen.fillText(names === null ? String(unit) : names[unit], left - 6 * ratio, (unit + 0.5) * high, left - 8 * ratio);
   }
   if (marked === null) return;
   pen.strokeStyle = pen.fillStyle = view.colours.cursor;
