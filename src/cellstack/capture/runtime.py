@@ -14,13 +14,14 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch.export import Dim
 
 from cellstack.capture.attempts import DRAWS, MORE_SCALES, SCALES, caveats
 from cellstack.capture.axes import Axes, axes_in_groups, resized
 from cellstack.capture.copied import duplicate
-from cellstack.capture.equality import GraphEnds, difference
-from cellstack.capture.export import recorded, write
+from cellstack.capture.equality import GraphEnds, difference, drawn
+from cellstack.capture.export import example_values, recorded, write
 from cellstack.capture.exported import export, without_console
 from cellstack.capture.nested import flattened, fresh, tensors_in
 from cellstack.capture.operators import on_the_op
@@ -55,7 +56,8 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
     whole = "torch.export of all steps", partial(_by_export, cut=False), True
     trace = "torch.jit.trace", _by_trace, False
     for how, save, padded in (cut, whole) if packs(module, inputs) else (cut, trace):
-        for given in _examples(inputs, axes):
+        examples, random = list(_examples(inputs, axes)), None
+        for given in examples:
             looks, ends = list[str](), GraphEnds(axes, padded)
             try:
                 network = _saved(save, module, given, len(ready.answers), ends.axes, looks, reason)
@@ -67,8 +69,15 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
                 notes = [*ready.notes, *_notes(network, ends, reason)]
                 if padded:
                     notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
-                return network, [*notes, *caveats(module, inputs, looks, compared_sizes(ends, module, inputs))]
-            tried.append(f"{how}: {why}")
+                places = compared_sizes(ends, module, inputs)
+                if save is not _by_trace:
+                    places.converted.clear()  # torch.export keeps such a size open, or fixes it in the graph's inputs
+                return network, [*notes, *caveats(module, inputs, looks, places)]
+            if given is not random:
+                tried.append(f"{how}: {why}")
+            if looks and given is examples[0]:  # perhaps its code has a branch for special values, such as zeros
+                random = tuple(drawn(given, torch.Generator().manual_seed(0)))
+                examples.append(random)
     raise FormatError("; ".join(dict.fromkeys(tried)))
 
 
@@ -117,10 +126,11 @@ def _reason(error: BaseException) -> str:
 
 
 def _by_export(module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True) -> list[str]:
-    """Write what `torch.export` records of a module."""
-    shapes = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),)
-    write(recorded(module, given, dynamic_shapes=shapes, cut=cut), path, *names)
-    return []
+    """Write what `torch.export` records of a module; return where its code depends on values."""
+    shapes, looks = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),), list[str]()
+    with example_values(looks):
+        write(recorded(module, given, dynamic_shapes=shapes, cut=cut), path, *names)
+    return looks
 
 
 def _by_trace(module: Any, given: Any, opened: list[list[int]], path: str, names: Any, outs: Any) -> list[str]:
