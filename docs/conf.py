@@ -3,6 +3,7 @@
 import os
 import re
 from importlib.metadata import version as installed
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -12,6 +13,8 @@ from sphinx.domains.python import PyXRefRole
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.inspect import signature, stringify_signature
 from sphinx.util.nodes import make_refnode
+
+from cellstack.inspect import html
 
 os.environ["KERAS_BACKEND"] = "torch"  # which cellstack.keras needs
 
@@ -167,6 +170,19 @@ def described(app: Any, doctree: nodes.document, page: str) -> None:
         image.setdefault("alt", "" if page.endswith("index") else "What the code above draws")
 
 
+def with_figures(app: Any, page: str, template: str, context: Any, doctree: Any) -> None:
+    """Load the script of the course's figures in the course."""
+    if page.startswith("learn/"):
+        app.add_js_file("figures.js", loading_method="defer")
+
+
+def write_figures(app: Any, error: Exception | None) -> None:
+    """Write this script: the page of a trace with its engine, and the figures."""
+    if error is None and app.builder.format == "html":
+        text = html.script_text(*sorted(Path(app.srcdir, "learn/figures").glob("*.js")))
+        Path(app.outdir, "_static/figures.js").write_text(text, encoding="utf-8")
+
+
 def setup(app: Any) -> None:
     """Add what Sphinx lacks: a role for docstrings, formulas as MathML, which browsers show without scripts."""
     GoogleDocstring._consume_returns_section = returned
@@ -178,4 +194,6 @@ def setup(app: Any) -> None:
     app.connect("doctree-read", without_progress)
     app.connect("missing-reference", named_elsewhere)
     app.connect("doctree-resolved", described)
+    app.connect("html-page-context", with_figures)
+    app.connect("build-finished", write_figures)
     app.add_html_math_renderer("mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None))

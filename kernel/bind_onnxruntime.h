@@ -9,10 +9,11 @@ namespace {
 class BoundRecurrent {
   public:
     // Each cell is a description and arrays.
-    BoundRecurrent(const nb::list& cells, bool twice, bool reverse, bool batch_first, bool lengths,
+    BoundRecurrent(const nb::list& cells, bool twice, bool reverse, bool batch_first, bool directions, bool lengths,
                    const nb::list& started, int threads) {
         auto made = std::make_shared<Recurrent>();
-        made->reverse = reverse, made->batch_first = batch_first, made->lengths = lengths, made->threads = threads;
+        made->reverse = reverse, made->batch_first = batch_first, made->directions = directions;
+        made->lengths = lengths, made->threads = threads;
         for (size_t k = 0; k < std::size(made->started); ++k)
             made->started[k] = k < started.size() && nb::cast<bool>(started[k]);
         for (nb::handle cell : cells) {
@@ -34,8 +35,8 @@ class BoundRecurrent {
 
 void bind_onnxruntime(nb::module_& m) {
     nb::class_<BoundRecurrent>(m, "Recurrent")
-        .def(nb::init<const nb::list&, bool, bool, bool, bool, const nb::list&, int>(), "cells"_a, "twice"_a,
-             "reverse"_a, "batch_first"_a, "lengths"_a, "started"_a, "threads"_a)
+        .def(nb::init<const nb::list&, bool, bool, bool, bool, bool, const nb::list&, int>(), "cells"_a, "twice"_a,
+             "reverse"_a, "batch_first"_a, "directions"_a, "lengths"_a, "started"_a, "threads"_a)
         .def_prop_ro("handle", &BoundRecurrent::handle);
 }
 

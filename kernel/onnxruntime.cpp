@@ -10,7 +10,6 @@
 #include <cstddef>
 #include <cstring>
 #include <exception>
-#include <initializer_list>
 #include <mutex>
 #include <random>
 #include <stdexcept>
@@ -155,9 +154,9 @@ struct Node {
 
 constexpr int64_t kEveryLength = -1;
 
-std::string text(const int64_t* dims, size_t count) {
+std::string text(const std::vector<int64_t>& dims) {
     std::string all = "[";
-    for (size_t k = 0; k < count; ++k)
+    for (size_t k = 0; k < dims.size(); ++k)
         all += (k ? ", " : "") + (dims[k] == kEveryLength ? "any" : std::to_string(dims[k]));
     return all + "]";
 }
@@ -170,9 +169,8 @@ struct InfoOf {
 };
 
 // An input after its type and shape were checked; `dims` may have kEveryLength, which its lengths replace.
-template <size_t N>
-void* checked_input(const Node& node, const KernelContext* context, size_t index, const char* name, Type type,
-                    int64_t (&dims)[N]) {
+void* checked_input(const Node& node, const KernelContext* context, size_t index, const std::string& name, Type type,
+                    std::vector<int64_t>& dims) {
     const Value* value = nullptr;
     need(api->input(context, index, &value), "KernelContext_GetInput");
     if (!value) throw std::invalid_argument(node.name + ": expected the input " + name + ", found none");
@@ -187,26 +185,30 @@ void* checked_input(const Node& node, const KernelContext* context, size_t index
     need(api->count_dims(info.of, &count), "GetDimensionsCount");
     std::vector<int64_t> own(count);
     need(api->get_dims(info.of, own.data(), count), "GetDimensions");
-    const bool fits = count == N && std::equal(own.begin(), own.end(), dims, [](int64_t got, int64_t wanted) {
-                          return wanted == kEveryLength || got == wanted;
-                      });
+    const bool fits = std::equal(own.begin(), own.end(), dims.begin(), dims.end(),
+                                 [](int64_t got, int64_t wanted) { return wanted == kEveryLength || got == wanted; });
     if (!fits)
-        throw std::invalid_argument(node.name + ": expected " + name + " of shape " + text(dims, N) + ", found " +
-                                    text(own.data(), count));
-    std::copy(own.begin(), own.end(), dims);
+        throw std::invalid_argument(node.name + ": expected " + name + " of shape " + text(dims) + ", found " +
+                                    text(own));
+    dims = own;
     void* at = nullptr;
     need(api->data(const_cast<Value*>(value), &at), "GetTensorMutableData");
     return at;
 }
 
 // The memory of an output; null if nothing uses it.
-template <size_t N>
-void* output(KernelContext* context, size_t index, const int64_t (&dims)[N]) {
+void* output(KernelContext* context, size_t index, const std::vector<int64_t>& dims) {
     Value* value = nullptr;
-    need(api->output(context, index, dims, N, &value), "KernelContext_GetOutput");
+    need(api->output(context, index, dims.data(), dims.size(), &value), "KernelContext_GetOutput");
     void* at = nullptr;
     if (value) need(api->data(value, &at), "GetTensorMutableData");
     return at;
+}
+
+// Inserts the axis of directions, if there is one, before the axis `place` or, with batch_first, after it.
+template <class D>
+void add_directions(const Recurrent& r, std::vector<D>& dims, int place, const D& ways) {
+    if (r.directions) dims.insert(dims.begin() + place + r.batch_first, ways);
 }
 
 // Copies [first, second, width] to [second, first, width].
@@ -227,7 +229,8 @@ void compute(const Node& node, KernelContext* context) {
     const int states = d.kind->states;
     const auto ways = int64_t(cells.size());
 
-    int64_t of_x[] = {kEveryLength, kEveryLength, d.input};
+    const int64_t width_x = d.x_width();
+    std::vector<int64_t> of_x{kEveryLength, kEveryLength, width_x};
     size_t next = 0;
     const auto* x = static_cast<const T*>(checked_input(node, context, next++, "X", type, of_x));
     const int64_t batch = of_x[r.batch_first ? 0 : 1], steps = of_x[r.batch_first ? 1 : 0];
@@ -235,7 +238,7 @@ void compute(const Node& node, KernelContext* context) {
     const int32_t* lengths = nullptr;
     std::vector<uint8_t> mask;  // [B, T]; empty if every row has all steps
     if (r.lengths) {
-        int64_t of_lengths[] = {batch};
+        std::vector<int64_t> of_lengths{batch};
         lengths =
             static_cast<const int32_t*>(checked_input(node, context, next++, "sequence_lens", kInt32, of_lengths));
         for (int64_t b = 0; b < batch; ++b) {
@@ -248,7 +251,7 @@ void compute(const Node& node, KernelContext* context) {
             std::fill_n(mask.begin() + b * steps, lengths[b], uint8_t(1));
     }
 
-    const int64_t step = r.batch_first ? d.input : batch * d.input, row = r.batch_first ? steps * d.input : d.input;
+    const int64_t step = r.batch_first ? width_x : batch * width_x, row = r.batch_first ? steps * width_x : width_x;
     std::vector<Run<T>> runs;
     for (int64_t way = 0; way < ways; ++way) {
         const Sequences<T> in{batch,   steps,
@@ -268,10 +271,12 @@ void compute(const Node& node, KernelContext* context) {
     T* ends[kStates] = {};
     for (int s = 0; s < states; ++s) {
         const int64_t width = d.width(s), size = batch * width;
-        int64_t of_state[] = {r.batch_first ? batch : ways, r.batch_first ? ways : batch, width};
+        std::vector<int64_t> of_state{batch, width};
+        add_directions(r, of_state, 0, ways);
         const T* from = nullptr;
         if (r.started[s]) {
-            from = static_cast<const T*>(checked_input(node, context, next++, starts[s], type, of_state));
+            const std::string name = s < 2 ? starts[s] : "initial state " + std::to_string(s);
+            from = static_cast<const T*>(checked_input(node, context, next++, name, type, of_state));
             if (swapped) {
                 before[s].resize(size_t(ways * size));
                 swap_ends(before[s].data(), from, batch, ways, width);
@@ -288,7 +293,8 @@ void compute(const Node& node, KernelContext* context) {
     }
 
     const int64_t P = d.output;
-    const int64_t of_y[] = {of_x[0], r.batch_first ? steps : ways, r.batch_first ? ways : batch, P};
+    std::vector<int64_t> of_y{of_x[0], of_x[1], P};
+    add_directions(r, of_y, 1, ways);
     auto* y = static_cast<T*>(output(context, 0, of_y));
     for (int64_t way = 0; y && way < ways; ++way)
         runs[size_t(way)].layers[0].y = y + way * (r.batch_first ? P : batch * P);
@@ -361,17 +367,17 @@ void infer(ShapeContext* context, Type type) {
     const char* names[3];
     need(api->get_dims(x, dims, count), "GetDimensions");
     need(api->get_names(x, names, count), "GetSymbolicDimensions");
-    const Description& d = r->single.empty() ? r->twice[0]->description() : r->single[0]->description();
-    const auto ways = int64_t(r->single.size() + r->twice.size());
     struct Dim {
         int64_t length;
         std::string name;  // of an unknown length
     };
+    const Description& d = r->single.empty() ? r->twice[0]->description() : r->single[0]->description();
     const auto of_x = [&](int k) -> Dim {
         if (dims[k] >= 0) return {dims[k], ""};
         return {-1, *names[k] ? names[k] : "recurrent" + std::to_string(handle) + "_" + std::to_string(k)};
     };
-    const auto put = [&](size_t index, std::initializer_list<Dim> all) {
+    const auto put = [&](size_t index, std::vector<Dim> all, int place) {
+        add_directions(*r, all, place, {int64_t(r->single.size() + r->twice.size()), ""});
         std::vector<int64_t> lengths;
         std::vector<const char*> called;
         for (const Dim& dim : all) lengths.push_back(dim.length), called.push_back(dim.name.c_str());
@@ -382,18 +388,9 @@ void infer(ShapeContext* context, Type type) {
         need(api->set_names(info.of, called.data(), all.size()), "SetSymbolicDimensions");
         need(api->set_output_info(context, index, info.of), "ShapeInferContext_SetOutputTypeShape");
     };
-    const Dim first = of_x(0), second = of_x(1), both{ways, ""}, h{d.output, ""}, c{d.units, ""};
-    if (r->batch_first)
-        put(0, {first, second, both, h});
-    else
-        put(0, {first, both, second, h});
-    for (int s = 0; s < d.kind->states; ++s) {
-        const Dim& width = s ? c : h;
-        if (r->batch_first)
-            put(size_t(1 + s), {first, both, width});
-        else
-            put(size_t(1 + s), {both, second, width});
-    }
+    const Dim first = of_x(0), second = of_x(1), rows = r->batch_first ? first : second;
+    put(0, {first, second, {d.output, ""}}, 1);
+    for (int s = 0; s < d.kind->states; ++s) put(size_t(1 + s), {rows, {d.width(s), ""}}, 0);
 }
 
 template <class T>
@@ -410,8 +407,8 @@ constexpr CustomOp custom_op() {
     op.input_presence = [](Op, size_t index) { return index ? kVariadic : kRequired; };
     op.least_variadic_inputs = [](Op) { return 0; };
     op.same_variadic_inputs = [](Op) { return 0; };
-    // Y, Y_h, Y_c
-    op.outputs = [](Op) -> size_t { return 3; };
+    // Y and the states
+    op.outputs = [](Op) -> size_t { return 1 + kStates; };
     op.output_type = [](Op, size_t) { return type; };
     op.output_presence = [](Op, size_t) { return kOptional; };
     op.least_variadic_outputs = [](Op) { return 0; };

@@ -9,10 +9,12 @@
 
 namespace cellstack {
 
-// An operator without its inputs. Which of the optional ones it takes determines their order: X, the lengths, h, c.
+// An operator without its inputs. Which of the optional ones it takes determines their order: X, the lengths, the
+// states.
 struct Recurrent {
     bool reverse;           // of its only direction
     bool batch_first;       // ONNX's layout 1
+    bool directions;        // whether y and the states have an axis of directions, as in ONNX, other than of a Scan
     bool lengths;           // whether the rows' lengths are an input
     bool started[kStates];  // whether an initial state is an input; otherwise it is the cell's
     int threads;            // at most

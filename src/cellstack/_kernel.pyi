@@ -135,6 +135,7 @@ class Recurrent:  # absent in Pyodide
         twice: bool,
         reverse: bool,
         batch_first: bool,
+        directions: bool,
         lengths: bool,
         started: list[bool],
         threads: int,

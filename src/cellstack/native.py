@@ -188,6 +188,7 @@ def recurrent(
     cells: Sequence[tuple[CellSpec, Mapping[str, NDArray[Any]]]],
     reverse: bool,
     batch_first: bool,
+    directions: bool,
     lengths: bool,
     started: list[bool],
     threads: int,
@@ -198,6 +199,7 @@ def recurrent(
         cells: each direction's cell and arrays, all float32 or all float64.
         reverse: whether the only direction is backward.
         batch_first: whether arrays are `[B, T, …]`, not `[T, B, …]`.
+        directions: whether y and the states have an axis of directions.
         lengths: whether the rows' lengths are an input.
         started: which initial states are inputs.
         threads: the greatest number of threads.
@@ -207,7 +209,7 @@ def recurrent(
     """
     packed = [(description(spec), in_order({n: plain(array) for n, array in own.items()})) for spec, own in cells]
     twice = next(iter(cells[0][1].values())).dtype == np.float64
-    return _kernel.Recurrent(packed, twice, reverse, batch_first, lengths, started, threads)
+    return _kernel.Recurrent(packed, twice, reverse, batch_first, directions, lengths, started, threads)
 
 
 def sequences(

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import cellstack as cs
 from cellstack import layers
 from cellstack.capture import export_onnx
+from cellstack.formats.onnx.runtime import RuntimeModel
 
 B, T = torch.export.Dim("batch"), torch.export.Dim("time")
 SIZES = ((2, 9), (3, 31), (1, 7), (5, 1))  # the first is that of the example
@@ -226,12 +227,42 @@ class Given(nn.Module):
         return self.layer(x, **self.given)
 
 
+LACKED = {
+    "projection": lambda: nn.LSTM(4, 5, 2, proj_size=3, batch_first=True),
+    "kind": lambda: layers.MinGRU(5, **EVERY),
+    "flag": lambda: layers.LSTM(5, layer_norm=True, **EVERY),
+    "heads": lambda: layers.GRU(6, heads=2, go_backwards=True, **EVERY),
+    "states": lambda: layers.SLSTM(6, **EVERY),
+}
+OPERATORS = {
+    "coupled": lambda: layers.LSTM(5, coupled=True, **EVERY),
+    "learned": lambda: layers.GRU(5, learn_initial_state=True, **EVERY),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("name", [*LACKED, *OPERATORS])
+def test_other_cells_are_scans_which_run_on_the_kernel(name, tmp_path):
+    module, path = drawn((LACKED | OPERATORS)[name]()), str(tmp_path / "net.onnx")
+
+    def inputs(batch, steps):
+        return (torch.randn(batch, steps, 4),)
+
+    export_onnx(module, inputs(*SIZES[0]), path, dynamic_shapes=({0: B, 1: T},))
+    assert ("Scan" in operators(path)) == (name in LACKED)
+    compared(module, inputs, path)
+    model = RuntimeModel(path)
+    assert len(model.kernels) == (2 if name == "projection" else 1), model.plan()
+    for size in SIZES:
+        x = inputs(*size)
+        with torch.no_grad():
+            expected = flat(module(*x))
+        for a, b in zip(model(x[0].numpy()), expected, strict=True):
+            np.testing.assert_allclose(a, b.numpy(), atol=tolerances.NETWORK, rtol=0)
+
+
 REFUSED = {
-    "projection": (lambda: nn.LSTM(4, 5, proj_size=3), "ONNX's LSTM has no proj_size"),
-    "kind": (lambda: layers.MinGRU(5, **EVERY), "ONNX has no operator for MinGRU"),
-    "flag": (lambda: layers.LSTM(5, layer_norm=True, **EVERY), "ONNX's LSTM has no layer_norm"),
-    "coupled": (lambda: layers.LSTM(5, coupled=True, **EVERY), "LSTM with coupled isn't supported"),
-    "learned": (lambda: layers.GRU(5, learn_initial_state=True, **EVERY), "with learn_initial_state isn't supported"),
+    "lengths": (lambda: Given(layers.MinGRU(5, **EVERY), lengths=torch.tensor([3, 9])), "a Scan takes no lengths"),
     "mask": (lambda: Given(layers.LSTM(5, **EVERY), mask=torch.ones(2, 9, dtype=torch.bool)), "a mask, only lengths"),
     "reset": (lambda: Given(layers.LSTM(5, **EVERY), reset=torch.ones(2, 9, dtype=torch.bool)), "don't take resets"),
 }

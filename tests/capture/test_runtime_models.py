@@ -4,6 +4,7 @@ import math
 import re
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,6 +174,53 @@ def ran_in_part(module, example):
     assert {one.filename for one in caught} == {__file__}
     assert isinstance(net, RuntimeModel)
     return net
+
+
+class Loop(nn.Module):
+    """A light GRU, step by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.h = nn.Linear(4, 12), nn.Linear(6, 12, bias=False)
+
+    def forward(self, x):
+        h, ys = x.new_zeros(len(x), 6), []
+        for step in self.x(x).unbind(1):
+            z, g = (step + self.h(h)).chunk(2, dim=1)
+            z = torch.sigmoid(z)
+            h = z * h + (1 - z) * torch.tanh(g)
+            ys.append(h)
+        return torch.stack(ys, dim=1)
+
+
+class BothDirections(nn.Module):
+    """A loop over both directions, as rows; it keeps its last batch size."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.loop, self.rows = Loop(), 2
+
+    def forward(self, x):
+        if self.rows != x.shape[0]:
+            self.rows = x.shape[0]
+        ahead, back = self.loop(torch.cat([x, x.flip(1)])).chunk(2, dim=0)
+        last = torch.stack([ahead[:, -1], back[:, -1]], dim=1)  # [B, 2, 6]
+        return (ahead - 2 * back.flip(1)).topk(2, dim=-1).indices, last.reshape(4, last.shape[0], 3)
+
+
+def test_hand_written_cells_run_on_the_kernel():
+    module = BothDirections().eval()
+    with (
+        pytest.warns(UserWarning, match="compares sizes of its input"),
+        pytest.warns(UserWarning, match="ONNX Runtime"),
+    ):
+        net: Any = cs.compile(module, x_of(*SIZES[0]))
+    assert [kernel.spec.kind for kernel in net.kernels] == ["ligru"]
+    for size in SIZES:
+        (x,) = x_of(*size)
+        for found, expected in zip(net(x.numpy()), module(x), strict=True):
+            np.testing.assert_allclose(found, expected.detach(), atol=tolerances.NETWORK, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -473,6 +473,24 @@ class Attention(nn.Module):
         return PackedSequence(torch.cat(ys), sizes, *order)
 
 
+class LogSpace(nn.Module):
+    """A minGRU, whose steps are a running sum of logarithms."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_hidden_and_gate, self.to_out = nn.Linear(3, 8, bias=False), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x, prev_hidden=None, return_next_prev_hidden=False):
+        g, z = self.to_hidden_and_gate(x).chunk(2, dim=-1)
+        added = (torch.where(g >= 0, g + 0.5, g.sigmoid()) * z.sigmoid()).log()
+        kept = nn.functional.logsigmoid(-z).cumsum(1)
+        before = added[:, :0] if prev_hidden is None else prev_hidden.log()
+        total = torch.cat([before, added - kept], dim=1).logcumsumexp(1)[:, -x.shape[1] :]
+        h = (kept + total).exp()
+        y = self.to_out(h)
+        return (y, h[:, -1:]) if return_next_prev_hidden else y
+
+
 def packed(width, lengths, of=torch.randn):
     x = of(len(lengths), max(lengths), width)
     return pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
@@ -495,6 +513,7 @@ KNOWN = {
         "deepctr_torch.layers.sequence.DynamicGRU",
         lambda: (packed(3, [2, 2]), packed(1, [2, 2], torch.rand), torch.randn(2, 4)),
     ),
+    "minGRU": (LogSpace, "minGRU_pytorch.minGRU.minGRU", lambda: (torch.randn(2, 6, 3), torch.rand(2, 1, 4), True)),
 }
 
 

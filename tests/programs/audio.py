@@ -120,7 +120,7 @@ def crdnn():
     return module, lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("speechbrain: CRDNN, LiGRU", *SPEECHBRAIN, served=0, refused="Equal '")
+@program("speechbrain: CRDNN, LiGRU", *SPEECHBRAIN, served=0, runtime=True)
 def crdnn_ligru():
     from speechbrain.lobes.models.CRDNN import CRDNN
 
@@ -128,7 +128,7 @@ def crdnn_ligru():
     return module, lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("speechbrain: LiGRU", *SPEECHBRAIN, served=2, cells=True, refused="MatMul")
+@program("speechbrain: LiGRU", *SPEECHBRAIN, served=2, cells=True, runtime=True)
 def ligru():
     from speechbrain.nnet.RNN import LiGRU
 
@@ -210,7 +210,7 @@ def wavernn():
     return module, lambda rows, frames: (torch.randn(rows, 1, (frames - 4) * 20), torch.randn(rows, 1, 20, frames))
 
 
-@program("torchaudio: RNNT's predictor", AUDIO, sizes=LENGTHS, served=2, cells=True, refused="expected a batch axis")
+@program("torchaudio: RNNT's predictor", AUDIO, sizes=LENGTHS, served=2, cells=True, runtime=True)
 def rnnt_predictor():
     from torchaudio.models.rnnt import emformer_rnnt_model
 

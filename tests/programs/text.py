@@ -265,7 +265,7 @@ def dien_aigru():
     return _dien("AIGRU")
 
 
-@program("minGRU-pytorch: minLM", *NEEDS["minGRU-pytorch"], served=0, refused="logcumsumexp")
+@program("minGRU-pytorch: minLM", *NEEDS["minGRU-pytorch"], served=2, cells=True, runtime=True)
 def mingru_language_model():
     from minGRU_pytorch.minLM import minLM
 

@@ -24,14 +24,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cellstack.capture.copied import duplicate
 from cellstack.capture.operators import Operators
+from cellstack.capture.recognition import accelerate as accelerate_cells
 from cellstack.capture.sizes import OURS, line_of, outside, pytorch
-from cellstack.formats.onnx.cell_writer import operator_of_specs
-from cellstack.formats.onnx.cells import ORDER, orders_of_peepholes
+from cellstack.cells.layout import from_rows
+from cellstack.cells.spec import CellSpec
+from cellstack.formats.onnx.cell_writer import operator_of_specs, write_operator
+from cellstack.formats.onnx.scan import body_of
 from cellstack.layers import accelerate, op
 from cellstack.layers.base import EXPORT_HINT
-from cellstack.layers.cell_call import of_text
+from cellstack.layers.cell_call import CellCall, of_text
 from cellstack.layers.eligibility import base_of
+from cellstack.nodes.cell_arrays import Cell
 
+DOMAIN = "cellstack"  # of the operators that stand for cells until their weights are computed
 INT32 = 6
 FIXING = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")  # operators whose export fixes the length
 
@@ -44,13 +49,14 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     strict: bool = False,
+    cells: bool = False,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> None:
     """Write a module in evaluation mode as an ONNX file whose recurrent layers take any batch size and length.
 
-    Each layer of an nn.LSTM, nn.GRU or nn.RNN, or of cellstack's layers with the same equations, becomes an operator
-    LSTM, GRU or RNN per direction. The module isn't changed.
+    Each layer of an nn.LSTM, nn.GRU or nn.RNN, or of cellstack's layers, becomes an operator LSTM, GRU or RNN per
+    direction or, where ONNX has no operator for the cell, a Scan. The module isn't changed.
 
     Args:
         module: the module, accelerated or not.
@@ -60,6 +66,7 @@ def export_onnx(
         dynamic_shapes: which axes may have other lengths, as for `torch.export.export`:
             `({0: Dim("batch"), 1: Dim("time")},)`. None: none.
         strict: as for `torch.export.export`.
+        cells: whether hand-written recurrent modules become single operators too, as for `accelerate`.
         input_names: the names of the file's inputs.
         output_names: the names of its outputs.
 
@@ -71,7 +78,7 @@ def export_onnx(
     >>> time = torch.export.Dim("time")
     >>> export_onnx(nn.LSTM(3, 4), (torch.zeros(5, 1, 3),), "lstm.onnx", dynamic_shapes=({0: time},))  # doctest: +SKIP
     """
-    write(recorded(module, args, kwargs, dynamic_shapes, strict), fspath(path), input_names, output_names)
+    write(recorded(module, args, kwargs, dynamic_shapes, strict, cells=cells), fspath(path), input_names, output_names)
 
 
 def recorded(
@@ -81,6 +88,7 @@ def recorded(
     dynamic_shapes: Any = None,
     strict: bool = False,
     cut: bool = True,
+    cells: bool = False,
 ) -> Any:
     """Return what `torch.export.export` records of a module in evaluation mode, with the kernel's op in its layers.
 
@@ -88,7 +96,9 @@ def recorded(
         ValueError, Exception: see `export_onnx`.
     """
     ready = duplicate(module).eval()
-    if any(base_of(type(part)) is not None for part in ready.modules()):
+    if cells:
+        accelerate_cells(ready, None if kwargs else args)
+    elif any(base_of(type(part)) is not None for part in ready.modules()):
         accelerate.accelerate(ready)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself
@@ -157,6 +167,7 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
     # The exporter itself only computes small constants; weights are stored in ONNX's order too.
     most = 1 + max((value.nbytes for value in program.state_dict.values()), default=0)
     importlib.import_module("onnxscript").optimizer.optimize(made.model, input_size_limit=most, output_size_limit=most)
+    _put_cells(made.model)
     made.save(path)
 
 
@@ -171,11 +182,8 @@ def _check(graph: Any) -> None:
             if reset is not None or drops or not (mask is None or _of_lengths(mask)):
                 given = "resets" if reset is not None else "dropout" if drops else "a mask, only lengths"
                 raise ValueError(f"export_onnx: ONNX's recurrent operators don't take {given}; {EXPORT_HINT}")
-            for spec in (of_text(text).spec for text in texts):
-                operator_of_specs("export_onnx", [spec], "forward")
-                if spec.coupled or spec.learn_initial_state:
-                    flag = "coupled" if spec.coupled else "learn_initial_state"
-                    raise ValueError(f"export_onnx: {spec.of_kind.title} with {flag} isn't supported; {EXPORT_HINT}")
+            for spec in (of_text(text).spec for text in texts if mask is not None):
+                operator_of_specs("export_onnx: a Scan takes no lengths", [spec], "forward")
 
 
 def _of_lengths(mask: Any) -> bool:
@@ -183,6 +191,18 @@ def _of_lengths(mask: Any) -> bool:
     if str(mask.target) != "aten.lt.Tensor" or mask.args[1].meta["val"].shape[-1] != 1:
         return False
     return str(mask.args[0].target) in ("aten.arange.default", "aten.arange.start")
+
+
+# ── ONNX ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _is_operator(spec: CellSpec) -> bool:
+    """Whether ONNX has an operator for a cell; others are written as Scans."""
+    try:
+        operator_of_specs("", [spec], "forward")
+    except ValueError:
+        return False
+    return True
 
 
 def _translated(
@@ -199,48 +219,108 @@ def _translated(
     threads: int,
     time_major: bool,
 ) -> list[Any]:
-    """Return the results of `cellstack::recurrent` as ONNX's operators; see `layers.op` for the arguments."""
+    """Return the results of `cellstack::recurrent` as operators; see `layers.op` for the arguments.
+
+    Each cell becomes an operator `Cell`, which takes X, the lengths, the states and the weights, and returns the states
+    and Y. `_put_cells` replaces it when PyTorch's exporter has computed the weights.
+    """
     onnx = importlib.import_module("onnxscript").opset18
-    steps, used, lengths = onnx.Transpose(x, perm=[1, 0, 2]), None, None
+    steps, used, lengths = onnx.Transpose(x, perm=[1, 0, 2]), None, []
     if mask is not None:
-        lengths = onnx.ReduceSum(onnx.Cast(mask, to=INT32), [1], keepdims=0)
+        lengths = [onnx.ReduceSum(onnx.Cast(mask, to=INT32), [1], keepdims=0)]
         used = onnx.Unsqueeze(onnx.Transpose(mask, perm=[1, 0]), [2])  # [T, B, 1]
     given, arrays, results = iter(starts), iter(weights), []
     for call in map(of_text, cells):
-        spec = call.spec
-        operator, attributes = operator_of_specs("export_onnx", [spec], "reverse" if reverse else "forward")
-        w, r, b, p = _weights(onnx, call, {name: next(arrays) for name in call.shapes})
+        spec, operator = call.spec, _is_operator(call.spec)
+        own = {name: next(arrays) for name in call.shapes}
         begin = [next(given) for _ in call.sizes] if starts else []
-        states = [onnx.Unsqueeze(state, [0]) for state in begin] or [None] * len(call.sizes)
-        inputs = [steps, w, r, b, lengths, *states, *([p] if p is not None else [])]
-        y, *ends = getattr(onnx, operator)(*inputs, **attributes)
-        ends = [onnx.Squeeze(end, [0]) for end in ends]
-        steps = onnx.Squeeze(y, [1])  # [T, B, H]
+        if not begin and (spec.learn_initial_state or not operator):
+            rows, zero = onnx.Shape(steps, start=1, end=2), onnx.CastLike(0.0, x)
+            for name, size in spec.state_sizes.items():
+                begin.append(
+                    onnx.Expand(
+                        own.get(f"initial_{name}", zero), onnx.Concat(rows, onnx.Constant(value_ints=[size]), axis=0)
+                    )
+                )
+        states = [onnx.Unsqueeze(state, [0]) for state in begin] if operator else begin
+        inputs = [steps, *lengths, *states, *own.values()]
+        *ends, y = _cell_operator(len(call.sizes))(*inputs, cell=call.text, reverse=int(reverse), states=len(states))
+        if operator:
+            ends, y = [onnx.Squeeze(end, [0]) for end in ends], onnx.Squeeze(y, [1])  # [T, B, H]
         if used is not None:  # ONNX returns zeros past the end of a row, our op the last output before
-            steps = onnx.Where(used, steps, (begin[0] if begin else 0.0) if reverse else ends[0])
+            y = onnx.Where(used, y, (begin[0] if begin else 0.0) if reverse else ends[0])
+        steps = y
         results += ends
     return [*results, *([steps if time_major else onnx.Transpose(steps, perm=[1, 0, 2])] if sequences else [])]
 
 
-def _weights(onnx: Any, call: Any, arrays: dict[str, Any]) -> list[Any]:
-    """Return W, R, B and P of a recurrent operator; None for those that are absent."""
-    kind, units = call.spec.of_kind, call.spec.units
-    theirs, ours = ORDER[kind.name], call.spec.of_kind.names["torch"].order if call.torch_layout else kind.gates
+def _cell_operator(states: int) -> Any:
+    """Return the operator `Cell` of cells with this number of states."""
+    schemas, values = importlib.import_module("onnx.defs").OpSchema, importlib.import_module("onnxscript.values")
+    several = schemas.FormalParameterOption.Variadic
+    taken = schemas.FormalParameter("inputs", "T", param_option=several, is_homogeneous=False)
+    made = [schemas.FormalParameter(f"output_{n}", "R") for n in range(states + 1)]
+    attributes = [
+        schemas.Attribute("cell", schemas.AttrType.STRING, required=True),
+        schemas.Attribute("reverse", schemas.AttrType.INT, required=True),
+        schemas.Attribute("states", schemas.AttrType.INT, required=True),
+    ]
+    types = [
+        (name, [f"tensor({one})" for one in ("float16", "bfloat16", "float", "double", "int32")], "") for name in "TR"
+    ]
+    schema = schemas("Cell", DOMAIN, 1, inputs=[taken], outputs=made, attributes=attributes, type_constraints=types)
+    return values.Op(values.Opset(DOMAIN, 1), "Cell", schema)
 
-    def ordered(array: Any, to: Any = theirs, of: Any = ours, transposed: bool = False) -> Any:
-        """Return blocks of rows in another order."""
-        rows = [units * list(of).index(gate) + n for gate in to for n in range(units)]
-        return onnx.Gather(onnx.Transpose(array, perm=[1, 0]) if transposed else array, rows, axis=0)
 
-    if call.torch_layout:
-        w, r, *rest = arrays.values()
-        made = [ordered(w), ordered(r), onnx.Concat(*map(ordered, rest), axis=0) if rest else None, None]
-    else:
-        b, p = arrays.get("bias"), arrays.get("peepholes")
-        if b is not None:
-            blocks = [ordered(onnx.Gather(b, n, axis=0)) for n in range(2)] if call.spec.two_biases else [ordered(b)]
-            b = onnx.Concat(*blocks, *([] if len(blocks) > 1 else [onnx.Mul(blocks[0], 0.0)]), axis=0)
-        if p is not None:
-            p = ordered(onnx.Reshape(p, [-1]), *orders_of_peepholes(kind))
-        made = [*(ordered(arrays[name], transposed=True) for name in ("kernel", "recurrent_kernel")), b, p]
-    return [None if one is None else onnx.Unsqueeze(one, [0]) for one in made]
+def _put_cells(model: Any) -> None:
+    """Replace each operator `Cell` of an `onnx_ir.Model` by one of ONNX's recurrent operators, or by a Scan.
+
+    Raises:
+        ValueError: weights that the graph computes from its inputs.
+    """
+    ir = importlib.import_module("onnxscript").ir
+    nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
+    for number, node in enumerate(nodes):
+        call, name, x = of_text(node.attributes["cell"].as_string()), f"cell_{number}", node.inputs[0]
+        first = len(node.inputs) - len(call.shapes)
+        given, constants = node.inputs[1:first], [*map(ir.convenience.get_const_tensor, node.inputs[first:])]
+        if None in constants:
+            raise ValueError(f"export_onnx: {call.spec.of_kind.title}: its weights depend on an input")
+        cell = _cell(call, {key: one.numpy() for key, one in zip(call.shapes, constants, strict=True)})
+        reverse, count = node.attributes["reverse"].as_int(), node.attributes["states"].as_int()
+        *ends, y = node.outputs
+        if _is_operator(cell.spec):
+            kind, arrays, attributes = write_operator(name, (cell,), "reverse" if reverse else "forward")
+            w, r, b, p = (_constant(ir, node.graph, f"{name}.{key}", arrays.get(key)) for key in "WRBP")
+            states = given[len(given) - count :] or [None] * len(ends)
+            lengths = given[0] if len(given) > count else None
+            inputs, outputs = [x, w, r, b, lengths, *states, p], [y, *ends]
+        else:
+            body = ir.serde.deserialize_graph(body_of(name, cell, opset=model.opset_imports[""]))
+            kind, inputs, outputs = "Scan", [*given, x], [*ends, y]
+            way = {f"scan_{end}_directions": [reverse] for end in ("input", "output")}
+            attributes = {"body": body, "num_scan_inputs": 1, **way}
+        made = ir.node(kind, inputs, attributes, num_outputs=len(outputs), name=name)
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], [made], outputs, made.outputs)
+    model.opset_imports.pop(DOMAIN, None)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _constant(ir: Any, graph: Any, name: str, array: Any) -> Any:
+    """Return a new tensor of a graph; None for an array that is absent."""
+    if array is None:
+        return None
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def _cell(call: CellCall, arrays: dict[str, Any]) -> Cell:
+    """Return the cell of a call."""
+    spec = call.spec
+    if not call.torch_layout:
+        return Cell(spec, **arrays)
+    w, r, *biases = (array for name, array in arrays.items() if name != "weight_hr")
+    made = from_rows(spec.kind, w, r, tuple(biases), spec.of_kind.names["torch"].order, spec.reset_after)
+    projection = {"projection": arrays["weight_hr"].T} if spec.proj_size else {}
+    return Cell(spec, **made._asdict(), **projection)

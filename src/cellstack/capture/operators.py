@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
 from cellstack.capture.axes import is_count
@@ -120,6 +121,10 @@ class Operators(TorchFunctionMode):
             return self._pack(*args)
         if name == "_pad_packed_sequence":
             return self._pad(*args)
+        if name == "chunk" and (parts := _chunks(*args, **(kwargs or {}))) is not None:
+            return parts
+        if name == "reshape" and not kwargs and not all(isinstance(size, int) for size in args[0].shape):
+            return contiguous(args[0]).view(-1).view(*args[1:])  # PyTorch would compare each old size with the new ones
         if name == "__getitem__" and first is not None and args[1] == 0:  # the number of rows
             return first.rows
         return func(*args, **(kwargs or {}))
@@ -158,6 +163,14 @@ class Operators(TorchFunctionMode):
         y, ends = run_stack(mode, x, weights, states, used, biases, layers, both)  # y [T, B, ·]
         y = y.transpose(0, 1) if first else y
         return y if padded is None else contiguous(y).view(padded.rows * padded.steps, y.shape[-1]), *ends
+
+
+def _chunks(x: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...] | None:
+    """Return equal chunks along an open axis, which PyTorch's exporter would give a fixed size; None otherwise."""
+    size = x.shape[dim]
+    if isinstance(size, int) or not statically_known_true(size % chunks == 0):
+        return None
+    return x.unflatten(dim, (chunks, size // chunks)).unbind(dim)
 
 
 def _step(mode: str, x: Tensor, hx: Any, *weights: Any) -> Any:

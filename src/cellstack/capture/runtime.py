@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -54,31 +55,39 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
     axes = axes_in_groups(on_the_op(module), inputs)  # PyTorch doesn't check sizes of packed rows
     cut = "torch.export", _by_export, False
     whole = "torch.export of all steps", partial(_by_export, cut=False), True
+    cells = "torch.export of hand-written cells", partial(_by_export, cells=True), False
     trace = "torch.jit.trace", _by_trace, False
-    for how, save, padded in (cut, whole) if packs(module, inputs) else (cut, trace):
+    best = None
+    for how, save, padded in (cut, whole, cells) if packs(module, inputs) else (cut, cells, trace):
         examples, random = list(_examples(inputs, axes)), None
         for given in examples:
             looks, ends = list[str](), GraphEnds(axes, padded)
             try:
+                _call_with_other_sizes(module, given, axes)
                 network = _saved(save, module, given, len(ready.answers), ends.axes, looks, reason)
                 why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES, ends)
             except (FormatError, RuntimeError, ValueError) as error:
                 network, why = None, str(error)
-            if network is not None and why is None:
-                network.path = ready.name
-                notes = [*ready.notes, *_notes(network, ends, reason)]
-                if padded:
-                    notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
-                places = compared_sizes(ends, module, inputs)
-                if save is not _by_trace:
-                    places.converted.clear()  # torch.export keeps such a size open, or fixes it in the graph's inputs
-                return network, [*notes, *caveats(module, inputs, looks, places)]
-            if given is not random:
-                tried.append(f"{how}: {why}")
             if looks and given is examples[0]:  # perhaps its code has a branch for special values, such as zeros
                 random = tuple(drawn(given, torch.Generator().manual_seed(0)))
                 examples.append(random)
-    raise FormatError("; ".join(dict.fromkeys(tried)))
+            if network is None or why is not None:
+                tried += [f"{how}: {why}"] if given is not random else []
+                continue
+            network.path = ready.name
+            notes = [*ready.notes, *_notes(network, ends, reason)]
+            if padded:
+                notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
+            places = compared_sizes(ends, module, inputs)
+            if save is not _by_trace:
+                places.converted.clear()  # torch.export keeps such a size open, or fixes it in the graph's inputs
+            made = network, [*notes, *caveats(module, inputs, looks, places)]
+            if not ends.rejected:
+                return made
+            best = best or made
+    if best is None:
+        raise FormatError("; ".join(dict.fromkeys(tried)))
+    return best
 
 
 def _examples(inputs: tuple[Any, ...], axes: Sequence[Axes]) -> Iterator[tuple[Any, ...]]:
@@ -93,6 +102,18 @@ def _examples(inputs: tuple[Any, ...], axes: Sequence[Axes]) -> Iterator[tuple[A
     yield tuple(given)
     if any(one is not other for one, other in zip(given, inputs, strict=True)):
         yield inputs
+
+
+def _call_with_other_sizes(module: Any, inputs: tuple[Any, ...], axes: Sequence[Axes]) -> None:
+    """Call a module with one more along each open axis.
+
+    It may keep the sizes of its last call and compare them with those of the next: then `torch.export` would fix them.
+    """
+    others = list(inputs)
+    for group in axes:
+        others = resized(others, group, 1)
+    with torch.no_grad(), suppress(Exception):  # it refuses these sizes
+        module(*others)
 
 
 def _saved(
@@ -125,11 +146,13 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _by_export(module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True) -> list[str]:
+def _by_export(
+    module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True, cells: bool = False
+) -> list[str]:
     """Write what `torch.export` records of a module; return where its code depends on values."""
     shapes, looks = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),), list[str]()
     with example_values(looks):
-        write(recorded(module, given, dynamic_shapes=shapes, cut=cut), path, *names)
+        write(recorded(module, given, dynamic_shapes=shapes, cut=cut, cells=cells), path, *names)
     return looks
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from importlib import resources
 from itertools import chain
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellstack.cells import KINDS
@@ -124,9 +125,19 @@ def _kinds() -> str:
     return f"const cellKinds = {contents.text_of(forms)};"
 
 
+def script_text(*modules: Path) -> str:
+    """Return the page's modules and other ones as a classic script, which pages on disk may load too."""
+    others = (unwrapped(module.read_text(encoding="utf-8")) for module in modules)
+    return "\n".join(['(() => {\n"use strict";', module_text(), *others, "})();\n"])
+
+
 def joinable(name: str, package: str = "cellstack.inspect") -> str:
-    """Return the text of a module without its imports and exports, and without lines of comments."""
-    text = (resources.files(package) / "page" / f"{name}.js").read_text(encoding="utf-8")
+    """Return the text of a module of a page, as `unwrapped` does."""
+    return unwrapped((resources.files(package) / "page" / f"{name}.js").read_text(encoding="utf-8"))
+
+
+def unwrapped(text: str) -> str:
+    """Return a module without its imports and exports, and without lines of comments."""
     text = re.sub(r"^(?:import [^;]*;| *//.*)\n", "", text, flags=re.MULTILINE)
     return re.sub(r"^export (?=(?:async )?(?:function|class|const|let)\b)", "", text, flags=re.MULTILINE)
 

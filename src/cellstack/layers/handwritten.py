@@ -380,14 +380,15 @@ class HandWritten(Accelerated):
             width: the width that x must have.
             weights: the arrays of the cells.
         """
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        exported = torch.compiler.is_exporting()  # see is_ready
+        if (torch.compiler.is_compiling() and not exported) or torch.is_autocast_enabled("cpu"):
             return False
         x, *states = tensors
         if self._modules:
             inner = [part for part in self.modules() if part is not self]
             if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inner):
                 return False
-        return type(x) in op.PLAIN and is_ready(x, width, weights, states)
+        return (exported or type(x) in op.PLAIN) and is_ready(x, width, weights, states)
 
 
 class Recognised(HandWritten):
@@ -413,7 +414,8 @@ class Recognised(HandWritten):
         if protocol is None or (self.training and not known.training) or not known.settings.hold(self):
             return super().forward(*args, **kwargs)
         x, *initial = tensors
-        if protocol.time >= 0 and self._packed is None and x.shape[protocol.time] < LEAST:
+        exported = torch.compiler.is_exporting()  # with an open number of steps
+        if protocol.time >= 0 and self._packed is None and not exported and x.shape[protocol.time] < LEAST:
             return super().forward(*args, **kwargs)
         arrays = self._arrays(x)
         weights = [array for each in arrays for array in each]

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cellstack.capture.copied import duplicate
 from cellstack.capture.exported import export
 from cellstack.capture.recognition.calls import ModuleCall, accepted, guesses, protocol_of, shortened
 from cellstack.capture.recognition.comparison import compare, effect_of, is_steady, verify
@@ -175,22 +177,20 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, part
 
 
-def _recorded(model: nn.Module, example: Any) -> dict[int, list[tuple[Any, ...]]]:
-    """Run a model, and return the arguments of the first calls of the modules in it, by the module's id."""
-    found: dict[int, list[tuple[Any, ...]]] = {}
+def _recorded(model: nn.Module, example: Any) -> dict[str, list[tuple[Any, ...]]]:
+    """Run a copy of a model, and return the arguments of the first calls of the modules in it, by the module's name."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
 
-    def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values, calls = arguments_of(names_of(part), args, kwargs), found.setdefault(id(part), [])
+    def note(name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values, calls = arguments_of(names_of(part), args, kwargs), found.setdefault(name, [])
         if values is not None and len(calls) < MOST_TRACES:
             calls.append(values)
 
-    hooks = [part.register_forward_pre_hook(note, with_kwargs=True) for _, part in _candidates(model)]
-    try:
-        with torch.no_grad():
-            model(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    copied = duplicate(model)  # a module may keep something of a call, such as its batch size
+    for name, part in _candidates(copied):
+        part.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+    with torch.no_grad():
+        copied(*(example if isinstance(example, tuple) else (example,)))
     return found
 
 
@@ -208,7 +208,7 @@ def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
             continue
         if not isinstance(part, HandWritten):
             try:
-                part.__class__ = _class_of(part, recorded.get(id(part), ()))
+                part.__class__ = _class_of(part, recorded.get(name, ()))
             except NotReplaced as error:
                 why[name] = part, error
                 continue

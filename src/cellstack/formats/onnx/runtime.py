@@ -1,7 +1,8 @@
 """ONNX graphs that no Network can express: a session of ONNX Runtime, in which recurrent operators run on the kernel.
 
-LSTM, GRU and RNN with constant weights, also those inside If, Loop and Scan, are replaced by operators of the kernel,
-which is a library of custom operators for ONNX Runtime: see kernel/onnxruntime.cpp. ONNX Runtime runs the graph.
+LSTM, GRU and RNN with constant weights and Scans that are cells, also inside If, Loop and Scan, are replaced by
+operators of the kernel, which is a library of custom operators for ONNX Runtime: see kernel/onnxruntime.cpp. ONNX
+Runtime runs the graph.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from os import PathLike, fspath
@@ -23,12 +25,14 @@ from cellstack.cells.plan import Plan
 from cellstack.cells.spec import CellSpec
 from cellstack.formats.files import replacing
 from cellstack.formats.onnx.cells import QUANTISED_OPERATOR, Operator, is_recurrent, read_operator
+from cellstack.formats.onnx.decomposed.scans import is_scan, read_scan
 from cellstack.formats.onnx.file import ODD, Scope, label, onnx_package, parsed
 from cellstack.formats.onnx.messages import graphs_of
 from cellstack.network.running import processors
 from cellstack.nodes.base import Array
 
 DOMAIN = "cellstack"
+TYPES = {"float32": 1, "float64": 11}  # ONNX's numbers
 SPINNING = "session.intra_op.allow_spinning"  # whether its threads wait actively, and compete with the kernel's
 FOLDER = "session.model_external_initializers_file_folder_path"  # ONNX Runtime's option: where external tensors are
 
@@ -78,13 +82,12 @@ class Replacement:
         self._found: list[tuple[Any, Operator]] = []
         self.refused: dict[str, str] = {}
         counts: Counter[str] = Counter()
-        for node, of in _nodes(scope):
-            if is_recurrent(node):
-                try:
-                    self._found.append((node, _operator(of, node)))
-                    continue
-                except ODD as error:
-                    self.refused[label(node)] = str(error).removeprefix(f"{path}: ")
+        for node, operator in _operators(scope):
+            if isinstance(operator, Operator):
+                self._found.append((node, operator))
+                continue
+            if operator:
+                self.refused[label(node)] = operator.removeprefix(f"{path}: ")
             counts[node.op_type] += 1
         self.kernels = [Kernel(label(node), it.cells[0].spec, len(it.cells)) for node, it in self._found]
         self.others = ", ".join(kind if count == 1 else f"{count} {kind}" for kind, count in counts.items())
@@ -300,26 +303,40 @@ def runtime_model(path: str, reason: str) -> RuntimeModel | None:
     return made if made.kernels else None
 
 
-def _nodes(scope: Scope) -> Iterator[tuple[Any, Scope]]:
-    """Yield the nodes of a graph and of the graphs inside it, each with its graph."""
+def _operators(scope: Scope) -> Iterator[tuple[Any, Operator | str]]:
+    """Yield the nodes of a graph and of the graphs inside it, each with its operator for the kernel.
+
+    The operator of others is text: why a recurrent operator stays in ONNX Runtime, or nothing. The nodes inside a Scan
+    that is a cell are left out.
+    """
+    whole: set[int] = set()  # ids of the Scans that are cells
     for node, inner in scope.inner():
         if inner is None:
-            yield node, scope
-        else:
-            yield from _nodes(inner)
+            operator = _operator(scope, node)
+            whole |= {id(node)} if isinstance(operator, Operator) else set()
+            yield node, operator
+        elif id(node) not in whole:
+            yield from _operators(inner)
 
 
-def _operator(scope: Scope, node: Any) -> Operator:
-    """Return a recurrent operator for the kernel.
-
-    Raises:
-        FormatError: an operator that isn't supported, or that rounds to another dtype than float32 or float64.
-    """
+def _operator(scope: Scope, node: Any) -> Operator | str:
+    """Return a node's operator for the kernel, or why a recurrent operator isn't one."""
     if node.op_type == QUANTISED_OPERATOR:
-        raise FormatError("the kernel doesn't round x and h to 8 bits")
-    operator, weights = read_operator(scope, node), scope.constant(node.input[1])
+        return "the kernel doesn't round x and h to 8 bits"
+    if is_scan(node):
+        with suppress(*ODD):  # a Scan that isn't a cell
+            operator = read_scan(scope, node)
+            named = TYPES[operator.cells[0].dtype.name]
+            body = next(entry.g for entry in node.attribute if entry.name == "body")
+            return operator if {value.type.tensor_type.elem_type for value in body.input} <= {0, named} else ""
+    if not is_recurrent(node):
+        return ""
+    try:
+        operator, weights = read_operator(scope, node), scope.constant(node.input[1])
+    except ODD as error:
+        return str(error)
     if not isinstance(weights, np.ndarray) or weights.dtype != operator.cells[0].dtype:
-        raise FormatError(f"its weights are {getattr(weights, 'dtype', 'unknown')}, not float32 or float64")
+        return f"its weights are {getattr(weights, 'dtype', 'unknown')}, not float32 or float64"
     return operator
 
 
@@ -327,16 +344,20 @@ def _replace(node: Any, operator: Operator, threads: int) -> Any:
     """Make a node the kernel's operator; return an object that must exist until a session has been created."""
     cells, first = operator.cells, operator.cells[0]
     names = [operator.started.get(f"initial_{part}", "") for part in first.spec.state_sizes]
+    scan = is_scan(node)
     made = native.recurrent(
         [(cell.spec, cell.arrays) for cell in cells],
         reverse=operator.direction == "reverse",
         batch_first=operator.batch_first,
+        directions=not scan,
         lengths=bool(operator.lengths),
         started=[bool(name) for name in names],
         threads=threads,
     )
     node.domain, node.op_type = DOMAIN, "Recurrent" if first.dtype == np.float32 else "RecurrentDouble"
-    node.input[:] = [node.input[0], *filter(None, (operator.lengths, *names))]
+    node.input[:] = [node.input[-1 if scan else 0], *filter(None, (operator.lengths, *names))]
+    if scan:
+        node.output[:] = [node.output[-1], *node.output[:-1]]
     node.output.extend([""] * (1 + len(names) - len(node.output)))  # the kernel sets the shape of each
     del node.attribute[:]
     node.attribute.append(onnx_package().helper.make_attribute("handle", made.handle))

@@ -22,13 +22,17 @@ from cellstack.formats.onnx.pieces import Pieces
 from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.values import Celled
 
+OPSET = 17  # of the files that cellstack writes
+AXES_AS_INPUT = 18  # first opset in which the axes of ReduceMean are an input
+
 
 class OnnxOps(Pieces):
     """See `cellstack.cells.base.Ops`; vectors are the names of values `[B, …]`."""
 
-    def __init__(self, where: str, cell: Celled) -> None:
+    def __init__(self, where: str, cell: Celled, opset: int) -> None:
         super().__init__(onnx_package(), cell.dtype, set(), f"{where}/")  # names of a Network have no slash
         self.spec: Any = cell.spec
+        self.opset = opset
         self.w = {
             name: self.tensor(f"{where}/{name}", array)
             for name, array in cell.arrays.items()
@@ -107,9 +111,14 @@ class OnnxOps(Pieces):
         return self.of("Concat", *units, axis=-1) if len(units) > 1 else units[0]
 
     def _unit(self, v: str) -> str:
-        apart = self.of("Sub", v, self.of("ReduceMean", v, axes=[-1], keepdims=1))
-        variance = self.of("ReduceMean", self.of("Mul", apart, apart), axes=[-1], keepdims=1)
+        apart = self.of("Sub", v, self._mean(v))
+        variance = self._mean(self.of("Mul", apart, apart))
         return self.of("Div", apart, self.of("Sqrt", self.of("Add", variance, self.number(self.spec.norm_epsilon))))
+
+    def _mean(self, v: str) -> str:
+        if self.opset < AXES_AS_INPUT:
+            return self.of("ReduceMean", v, axes=[-1], keepdims=1)
+        return self.of("ReduceMean", v, self.integers(-1), keepdims=1)
 
     def gate(self, name: str, z: str) -> str:
         """Return a gate."""
@@ -184,7 +193,7 @@ class OnnxOps(Pieces):
         return self.of("Squeeze", self.of("MatMul", self.wide(q, last=-2), M), self.integers(-2))
 
 
-def body_of(where: str, cell: Celled, masked: bool = False, residual: bool = False) -> Any:
+def body_of(where: str, cell: Celled, masked: bool = False, residual: bool = False, opset: int = OPSET) -> Any:
     """Return a step of a cell as a GraphProto: states and x in, states and y out.
 
     Args:
@@ -193,9 +202,10 @@ def body_of(where: str, cell: Celled, masked: bool = False, residual: bool = Fal
         masked: whether it takes a flag per row too, False where the step is skipped: then all states are carried over.
             The previous y is then an additional state, the last one; where h isn't a state, y is zeros.
         residual: whether y is h + x; only with `masked`.
+        opset: the version of the default operator set.
     """
     cell = cell.one_head
-    step, kind = OnnxOps(where, cell), cell.spec.of_kind
+    step, kind = OnnxOps(where, cell, opset), cell.spec.of_kind
     spec = step.spec
     info = step.onnx.helper.make_tensor_value_info
     repeats = masked and kind.carries_h

@@ -13,10 +13,11 @@ from cellstack.formats.onnx.file import KEY
 from cellstack.formats.onnx.masks import GraphMasks, of_lengths
 from cellstack.formats.onnx.node_writers import WRITERS, Feed
 from cellstack.formats.onnx.pieces import LAST
+from cellstack.formats.onnx.scan import OPSET
 from cellstack.network import Network
 from cellstack.nodes import MLSTM, Node
 
-OPSET, IR_VERSION = 17, 8
+IR_VERSION = 8
 
 
 class Writer(CellWriter):

@@ -106,7 +106,7 @@ export function drawTiles(canvas, view, plane, scale, names, marked = null) {
       pen.fillRect(left + step * wide, unit * high, Math.max(1, wide - 1), Math.max(1, high - 1));
     }
     pen.fillStyle = view.colours.muted;
-    if (high >= 10 * ratio) pen.fillText(names === null ? String(unit) : names[unit], left - 6 * ratio, (unit + 0.5) * high);
+    if (high >= 10 * ratio) pen.fillText(names === null ? String(unit) : names[unit], left - 6 * ratio, (unit + 0.5) * high, left - 8 * ratio);
   }
   if (marked === null) return;
   pen.strokeStyle = pen.fillStyle = view.colours.cursor;
@@ -196,18 +196,16 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
     pen.lineJoin = "round";
     pen.setLineDash((dash ?? []).map((length) => length * ratio));
     pen.beginPath();
-    let drawing = false;
-    for (const [step, least, most] of points) {
-      if (!Number.isFinite(least) || !Number.isFinite(most)) {
-        drawing = false;
-        continue;
-      }
-      if (drawing) pen.lineTo(across(step), down(most));
-      else pen.moveTo(across(step), down(most));
-      if (least !== most) pen.lineTo(across(step), down(least));
-      drawing = true;
-    }
-    if (points.length === 1 && drawing) pen.arc(across(points[0][0]), down(points[0][1]), 2.5 * ratio, 0, 7);
+    const isDrawn = (point) => point !== undefined && Number.isFinite(point[1]) && Number.isFinite(point[2]);
+    points.forEach((point, n) => {
+      if (!isDrawn(point)) return;
+      const [x, y] = [across(point[0]), down(point[2])];
+      const follows = isDrawn(points[n - 1]);
+      if (follows) pen.lineTo(x, y);
+      else pen.moveTo(x, y);
+      if (point[1] !== point[2]) pen.lineTo(x, down(point[1]));
+      if (!follows && !isDrawn(points[n + 1])) pen.arc(x, y, 2.5 * ratio, 0, 7); // alone, such as the target of a last step
+    });
     pen.stroke();
     pen.setLineDash([]);
     if (gaps) continue; // an intended gap

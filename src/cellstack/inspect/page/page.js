@@ -18,7 +18,7 @@ import { UnitLines } from "./unit.js";
 import { View } from "./view.js";
 import { WhatIf } from "./whatif.js";
 
-const COLOURS = { ground: "--ground", ink: "--ink", muted: "--muted", grid: "--grid", accent: "--accent", cursor: "--cursor", veil: "--veil", mark: "--mark", warm: "--warm", cold: "--cold" };
+export const COLOURS = { ground: "--ground", ink: "--ink", muted: "--muted", grid: "--grid", accent: "--accent", cursor: "--cursor", veil: "--veil", mark: "--mark", warm: "--warm", cold: "--cold" };
 
 const PLAY = "A small network that learns a task in this page; watch its gates during training.";
 

@@ -4,8 +4,8 @@ These loops write to tensors, take packed sequences, or draw random masks. A sub
 loop. Its results are compared with those of the library's class before a module is replaced.
 """
 
-from cellstack.layers.known import deepctr, ncps, speechbrain, xlstm
+from cellstack.layers.known import deepctr, mingru_pytorch, ncps, speechbrain, xlstm
 from cellstack.layers.known.adapter import Adapter as Adapter
 
-ADAPTERS = speechbrain.ADAPTERS | deepctr.ADAPTERS | ncps.ADAPTERS | xlstm.ADAPTERS
+ADAPTERS = speechbrain.ADAPTERS | deepctr.ADAPTERS | ncps.ADAPTERS | xlstm.ADAPTERS | mingru_pytorch.ADAPTERS
 """The adapters, by the full names of the classes."""

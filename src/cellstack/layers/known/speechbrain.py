@@ -41,9 +41,9 @@ class LightGRU(HandWritten):
         start = ht if ht.shape[0] == w.shape[0] else ht.expand(w.shape[0], units)
         if w.ndim != 3 or not self.runs([w, start], spec.input_size, arrays):
             return super()._ligru_cell(w, ht)  # type: ignore[misc]
-        drop = module._sample_drop_mask(w)
-        masks = NO_MASKS
-        if drop.shape != (1,) or drop.item() != 1.0:
+        masks, drop = NO_MASKS, module._sample_drop_mask(w)
+        # An exporter doesn't know the value, which is 1 in evaluation mode unless somebody has changed the buffer.
+        if not torch.compiler.is_exporting() and (drop.shape != (1,) or drop.item() != 1.0):
             masks = Masks(recurrent=drop.to(w.dtype).expand(w.shape[0], units))
         y = forward.run_layers([CellRun(op.CellCall(spec), arrays, [start], masks)], w, None, None).y
         return y.clone() if y.requires_grad else y

@@ -8,6 +8,7 @@ from typing import Any
 
 from cellstack.cells import KINDS
 from cellstack.cells.errors import FormatError
+from cellstack.formats.build import errors_of
 from cellstack.formats.onnx import file
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.decomposed.chains import find_chains, name_of
@@ -127,7 +128,8 @@ def cells_of_module(path: str, states: int) -> list[Cell]:
     given = scope.given
     chains = find_chains(scope)
     if chains:
-        return [cell_of(scope, chain.steps[-1], {}) for chain in chains]
+        with errors_of(path):  # gates whose weights have other shapes than a cell's
+            return [cell_of(scope, chain.steps[-1], {}) for chain in chains]
     cell, differs = _single(scope, given[0], given[1:]) if len(given) == 1 + states else (None, "")
     if cell is None:
         raise FormatError(differs or "its graph has no step of a known cell")
