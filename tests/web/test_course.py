@@ -122,9 +122,17 @@ def near(found, expected):
     np.testing.assert_allclose(found, expected, rtol=SHOWN, atol=1e-4)
 
 
-def test_each_figure_is_in_its_chapter():
+def test_each_chapter_has_its_figure_a_question_and_the_same_in_three_libraries():
     for chapter in CHAPTERS:
-        assert f'data-figure="{chapter}"' in text_of(chapter)
+        text = text_of(chapter)
+        for part in (
+            f'data-figure="{chapter}"',
+            "{admonition} Try it",
+            "{dropdown} Answer",
+            "import keras",
+            "torch.nn.",
+        ):
+            assert part in text, chapter
     names = re.findall(r"^(?:async )?(?:function|class|const|let) (\w+)", script_text(*SCRIPTS), re.MULTILINE)
     assert len(names) == len(set(names))
 
@@ -224,8 +232,8 @@ def test_memory(opened):
         trace = Network([Recurrent((cell,))]).trace(x)["layer_0"].cells[0]
         shown, named = [figure.table(0), figure.table(1)], figure.named()
         out = reference.forward(cell.spec, arrays, x)
-        near(shown[0]["c"], out.cells.ravel())
-        near(shown[0]["f"], out.gates[0, :, 1, 0])
+        near(shown[0]["memory c"], out.cells.ravel())
+        near(shown[0]["forget gate f"], out.gates[0, :, 1, 0])
         near(shown[1]["left of it"], trace.contributions()[0, 1:, 0])
         near(number(named["c at the end"]), out.cells[0, -1, 0])
         near(number(named["sum of the bars"]), out.cells[0, -1, 0])
@@ -342,6 +350,20 @@ TRAINER = """async ([text, options, count]) => {
 }"""
 
 
+DOTS = """(canvas) => {
+    const { width, height } = canvas;
+    const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+    const colour = (x, y) => data.subarray(4 * (y * width + x), 4 * (y * width + x) + 3).join();
+    const wanted = [92, 102, 117].join(); // of the target
+    let found = 0;
+    for (let y = 0; y < height - 20; y += 1) {
+        if (colour(width / 2, y) === wanted) continue; // the line at 0
+        for (let x = width - 30; x < width; x += 1) found += colour(x, y) === wanted;
+    }
+    return found;
+}"""
+
+
 def test_training(opened, browser):
     figure = opened("training")
     page = figure.page
@@ -369,6 +391,7 @@ def test_training(opened, browser):
     other.close()
     loss = number(re.search(r"loss (\S+)", page.locator(".readout").inner_text())[1])
     np.testing.assert_allclose(loss, np.mean(found["losses"]), rtol=1e-2)  # three digits
+    assert page.locator("canvas.chart").nth(1).evaluate(DOTS) > 0  # the only target, at the last step
     page.locator("summary").click()
     arrays = {name: np.reshape(data, shape) for name, (data, shape) in found["arrays"].items()}
     out = reference.forward(CellSpec(2, 5), arrays, np.reshape(found["input"], (1, 20, 2)))

@@ -27,9 +27,9 @@ figure("memory", (page) => {
     const written = i.data.map((open, step) => open * g.data[step]);
     const { parts } = contributionsOf({ kept: f.data, written, rate: 0, start: 0, fresh: 0, mask: null, reset: null, reverse: false, step: last });
     const kept = 1 / (1 + Math.exp(-bias.value)); // of a step without a mark
-    const named = (name, values, dash) => ({ name, values, colour: lineColour(name, page.theme), dash });
+    const named = (field, name, values, dash) => ({ name, values, colour: lineColour(field, page.theme), dash });
     tell({ "f without a mark": kept, "half-life in steps": Math.log(0.5) / Math.log(kept), "c at the end": c.data[last], "sum of the bars": parts.reduce((sum, part) => sum + part) });
-    lines([named("c", c.data), named("f", f.data, [4, 3])]);
+    lines([named("c", "memory c", c.data), named("f", "forget gate f", f.data, [4, 3])]);
     bars(parts);
   };
 });

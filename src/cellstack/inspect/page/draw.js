@@ -196,20 +196,25 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
     pen.lineJoin = "round";
     pen.setLineDash((dash ?? []).map((length) => length * ratio));
     pen.beginPath();
-    let drawing = false;
-    for (const [step, least, most] of points) {
-      if (!Number.isFinite(least) || !Number.isFinite(most)) {
-        drawing = false;
-        continue;
-      }
-      if (drawing) pen.lineTo(across(step), down(most));
-      else pen.moveTo(across(step), down(most));
-      if (least !== most) pen.lineTo(across(step), down(least));
-      drawing = true;
-    }
-    if (points.length === 1 && drawing) pen.arc(across(points[0][0]), down(points[0][1]), 2.5 * ratio, 0, 7);
+    const alone = [];
+    const isDrawn = (point) => point !== undefined && Number.isFinite(point[1]) && Number.isFinite(point[2]);
+    points.forEach((point, n) => {
+      if (!isDrawn(point)) return;
+      const [x, y] = [across(point[0]), down(point[2])];
+      const follows = isDrawn(points[n - 1]);
+      if (follows) pen.lineTo(x, y);
+      else pen.moveTo(x, y);
+      if (point[1] !== point[2]) pen.lineTo(x, down(point[1]));
+      if (!follows && !isDrawn(points[n + 1])) alone.push([x, y]);
+    });
     pen.stroke();
     pen.setLineDash([]);
+    pen.fillStyle = colour;
+    for (const [x, y] of alone) { // a dot, such as for the target of a last step
+      pen.beginPath();
+      pen.arc(x, y, 2.5 * ratio, 0, 7);
+      pen.fill();
+    }
     if (gaps) continue; // an intended gap
     // A number that isn't finite is drawn as a cross at the edge.
     pen.lineWidth = 1.5 * ratio;
