@@ -122,9 +122,17 @@ def near(found, expected):
     np.testing.assert_allclose(found, expected, rtol=SHOWN, atol=1e-4)
 
 
-def test_each_figure_is_in_its_chapter():
+def test_each_chapter_has_its_figure_a_question_and_the_same_in_three_libraries():
     for chapter in CHAPTERS:
-        assert f'data-figure="{chapter}"' in text_of(chapter)
+        text = text_of(chapter)
+        for part in (
+            f'data-figure="{chapter}"',
+            "{admonition} Try it",
+            "{dropdown} Answer",
+            "import keras",
+            "torch.nn.",
+        ):
+            assert part in text, chapter
     names = re.findall(r"^(?:async )?(?:function|class|const|let) (\w+)", script_text(*SCRIPTS), re.MULTILINE)
     assert len(names) == len(set(names))
 

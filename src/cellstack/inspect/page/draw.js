@@ -196,6 +196,7 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
     pen.lineJoin = "round";
     pen.setLineDash((dash ?? []).map((length) => length * ratio));
     pen.beginPath();
+    const alone = [];
     const isDrawn = (point) => point !== undefined && Number.isFinite(point[1]) && Number.isFinite(point[2]);
     points.forEach((point, n) => {
       if (!isDrawn(point)) return;
@@ -204,10 +205,16 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
       if (follows) pen.lineTo(x, y);
       else pen.moveTo(x, y);
       if (point[1] !== point[2]) pen.lineTo(x, down(point[1]));
-      if (!follows && !isDrawn(points[n + 1])) pen.arc(x, y, 2.5 * ratio, 0, 7); // alone, such as the target of a last step
+      if (!follows && !isDrawn(points[n + 1])) alone.push([x, y]);
     });
     pen.stroke();
     pen.setLineDash([]);
+    pen.fillStyle = colour;
+    for (const [x, y] of alone) { // a dot, such as for the target of a last step
+      pen.beginPath();
+      pen.arc(x, y, 2.5 * ratio, 0, 7);
+      pen.fill();
+    }
     if (gaps) continue; // an intended gap
     // A number that isn't finite is drawn as a cross at the edge.
     pen.lineWidth = 1.5 * ratio;
