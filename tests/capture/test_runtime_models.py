@@ -1,5 +1,6 @@
 """Modules that no Network expresses: recurrent layers on the kernel, all else in ONNX Runtime, equal to the module."""
 
+import math
 import re
 import sys
 import warnings
@@ -10,6 +11,7 @@ import pytest
 import tolerances
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import cellstack as cs
@@ -70,6 +72,37 @@ def one_feature(m, x, ids):
     return m.rnn(x)[0].cumsum(1).squeeze(-1) * ids[:, :, 0, None]  # the first squeeze keeps an axis that isn't 1
 
 
+def of_counts(m, x, lengths):
+    """Use sizes and lengths as Python's numbers, which must not become those of the example."""
+    y, _ = m.rnn(pack_padded_sequence(x, list(lengths.data), batch_first=True))
+    y, _ = pad_packed_sequence(y, batch_first=True)
+    y = pad(y, (0, 0, 0, math.ceil(float(int(y.shape[1])) / 4) * 4 - y.shape[1]))
+    sums = y.new_zeros(int(lengths.max()) + len(x), 6).index_add(0, lengths, y.sum(1))
+    return y.view(len(y), -1, 4, 6).cumsum(1), sums, [y[:, t] for t in range(y.shape[1] - 3, y.shape[1], 2)]
+
+
+def of_masked_values(m, x):
+    y, used = m.rnn(x)[0].clone(), x[..., 0].detach() > 0
+    y[used] = 2
+    return y.cumsum(1), torch.masked_select(y, used[..., None]).cumsum(0)
+
+
+def by_ids(m, x, ids):
+    """Return a sum of steps per id; ids must be in order."""
+    if bool((ids[:-1] > ids[1:]).any()):
+        raise ValueError("ids aren't in order")
+    y = m.rnn(x[None])[0][0]
+    return y.new_zeros(int(ids.max()) + 1, 6).index_add(0, ids, y)
+
+
+def with_restarts(m, x, restarts):
+    """Set the state to 0 before some rows; if none is set, by another branch."""
+    if bool((restarts == 0).all()):
+        return m.rnn(x)[0].cumsum(1)
+    y, _ = m.rnn(x)
+    return (y * (1 - restarts.abs()[:, None, None].clamp(max=1)).abs()).cumsum(1)
+
+
 def called_as_a_function(m, x):
     y, h = torch.gru(x, x.new_zeros(1, x.shape[0], 6), m.rnn._flat_weights, True, 1, 0.0, False, False, True)
     return y.cumsum(1), h
@@ -120,6 +153,8 @@ MODELS = {
     "a mean over packed rows": (mean_of_used_steps, with_lengths, {}),
     "packed by two lengths": (two_lengths, with_two_lengths, {}),
     "lengths in a list": (lengths_in_a_list, with_sorted_lengths, {}),
+    "counts": (of_counts, with_sorted_lengths, {}),
+    "masks": (of_masked_values, x_of, {}),
     "a squeeze that keeps its axis": (one_feature, with_ids, {}),
 }
 
@@ -202,6 +237,24 @@ def test_every_size_has_the_outputs_of_the_module(name):
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.dtype == theirs.numpy().dtype
             np.testing.assert_allclose(ours, theirs.numpy(), atol=tolerances.NETWORK, rtol=0)
+
+
+def test_a_branch_on_values_that_random_ones_do_not_take_is_warned_of():
+    for run, inputs in (
+        (by_ids, lambda rows, steps: (torch.randn(steps, 4), torch.arange(steps) * rows // steps)),
+        (with_restarts, lambda rows, steps: (*x_of(rows, steps), torch.zeros(rows))),
+    ):
+        module = Model(run).eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            net = cs.compile(module, inputs(*SIZES[0]))
+        assert any(
+            re.search(r"reads values of tensors \(test_runtime_models\.py:\d+\)", str(one.message)) for one in caught
+        )
+        for size in SIZES[:3]:
+            given = inputs(*size)
+            ours = net(tuple(one.numpy() for one in given))
+            np.testing.assert_allclose(ours, module(*given).detach().numpy(), atol=tolerances.NETWORK, rtol=0)
 
 
 def test_a_network_can_be_insisted_on():

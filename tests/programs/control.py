@@ -65,7 +65,7 @@ def tianshou_critic():
     *NEEDS["sb3-contrib"],
     sizes=STEPS,
     served=2,
-    refused="Reshape '/Reshape'",
+    runtime=True,
 )
 def sb3_policy():
     import numpy as np

@@ -18,7 +18,7 @@ def rings(rows, steps):
     return torch.stack([torch.cat([first, second]), torch.cat([second, first])])
 
 
-@program("PyG: Set2Set", *NEEDS["PyG"], refused="expected one constant index (set2set.py")
+@program("PyG: Set2Set", *NEEDS["PyG"], runtime=True)
 def set2set():
     from torch_geometric.nn import Set2Set
 
@@ -33,7 +33,7 @@ def jumping_knowledge():
     return module, lambda rows, steps: ([torch.randn(rows * steps, 16) for _ in range(3)],)
 
 
-@program("PyG: LSTMAggregation", *NEEDS["PyG"], refused="Less '/module/Less'")
+@program("PyG: LSTMAggregation", *NEEDS["PyG"], runtime=True)
 def lstm_aggregation():
     from torch_geometric.nn import LSTMAggregation
 
@@ -47,7 +47,7 @@ def gated_graph():
     return GatedGraphConv(32, 3), lambda rows, steps: (torch.randn(rows * steps, 32), rings(rows, steps))
 
 
-@program("PyG: AttentiveFP", *NEEDS["PyG"], served=3, refused="expected a batch axis")
+@program("PyG: AttentiveFP", *NEEDS["PyG"], served=3, runtime=True)
 def attentive_fp():
     from torch_geometric.nn import AttentiveFP
 

@@ -157,7 +157,7 @@ def stanza_characters():
     return module, lambda rows, steps: (ids(rows, steps, 60), lengths(rows, steps))
 
 
-@program("stanza: Seq2SeqModel of the lemmatizer", *NEEDS["stanza"], served=2, refused="GreaterOrEqual")
+@program("stanza: Seq2SeqModel of the lemmatizer", *NEEDS["stanza"], served=2, runtime=True)
 def stanza_lemmatizer():
     from stanza.models.common.seq2seq_model import Seq2SeqModel
 
@@ -259,7 +259,7 @@ def dien_augru():
     *NEEDS["deepctr-torch"],
     sizes=((2, 20), (1, 20), (12, 20)),
     served=2,
-    refused="lengths that it computes",
+    runtime=True,
 )
 def dien_aigru():
     return _dien("AIGRU")

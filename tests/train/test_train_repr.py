@@ -16,14 +16,15 @@ def data():
     return rng.normal(size=(40, 12, 3)), np.repeat(["calm", "busy"], 20)
 
 
-def test_a_result_is_described_in_five_lines(data):
+def test_a_result_is_described_in_six_lines(data):
     result = train.fit(*data, test=0.2, **QUICK)
     lines = repr(result).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[0] == "Result: LSTM 3 -> 4, 138 weights, 2 classes"
     assert lines[1] == "  trained for all 2 epochs"
     assert lines[3].startswith("  on the test part: accuracy ")
-    assert lines[4].startswith(f"  {result.fit.steps} steps in ")
+    assert lines[4].startswith("  for comparison, ")
+    assert lines[5].startswith(f"  {result.fit.steps} steps in ")
     *curves, confusion = result.plot().axes
     assert [axis.get_ylabel() for axis in curves] == ["loss", "validation accuracy"]
     counts = result.scores["confusion"]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cellstack.capture.axes import Axes, is_count, resized
+from cellstack.capture.axes import Axes, resized
 from cellstack.capture.copied import duplicate
-from cellstack.capture.nested import array_of, fresh, like, tensors_in, wider
+from cellstack.capture.nested import array_of, fresh, in_order, like, tensors_in, wider
 from cellstack.formats.onnx.runtime import RuntimeModel
 from cellstack.formats.runtimes.axes import parted
 from cellstack.formats.runtimes.differences import apart
@@ -57,26 +57,16 @@ def difference(
     generator = torch.Generator().manual_seed(0)
     ends = ends or Ends(network, len(tensors_in(example)))
 
-    def draw(t: Any) -> Any:
-        if t.is_floating_point() or t.is_complex():
-            return torch.randn(t.shape, generator=generator, dtype=t.dtype)
-        low, high = int(t.min()), int(t.max())
-        made = torch.randint(low, min(high + 1, 2**63 - 1), t.shape, generator=generator).to(t.dtype)
-        if t.ndim == 1 and is_count(t):  # lengths, which may have to be sorted
-            falling = bool((t.diff() <= 0).all())
-            made = made.sort(descending=falling).values if falling or bool((t.diff() >= 0).all()) else made
-        return made
-
-    def drawn(given: list[Any]) -> list[Any]:
-        return [draw(t) for t in given]
-
     first = tensors_in(example)
 
     def times(given: list[Any], factor: float) -> list[Any]:
         return [value * factor if value.is_floating_point() else value for value in given]
 
-    tries = [Size("", first), *(Size("", times(drawn(first), factor)) for factor in scales)]
-    for what, given, one, long in (*tries, *(size._replace(given=drawn(size.given)) for size in ends.longer(first))):
+    tries = [Size("", first), *(Size("", times(drawn(first, generator), factor)) for factor in scales)]
+    for what, given, one, long in (
+        *tries,
+        *(size._replace(given=drawn(size.given, generator)) for size in ends.longer(first)),
+    ):
         try:
             with torch.no_grad():
                 expected = ends.answers(module, example, given)
@@ -98,6 +88,18 @@ def difference(
         if why is not None:
             return f"{what}{why}"
     return None
+
+
+def drawn(given: Sequence[Any], generator: torch.Generator) -> list[Any]:
+    """Return tensors of random values; integers are between the least and the greatest of the given ones."""
+
+    def draw(t: Any) -> Any:
+        if t.is_floating_point() or t.is_complex():
+            return torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        low, high = int(t.min()), int(t.max())
+        return in_order(torch.randint(low, min(high + 1, 2**63 - 1), t.shape, generator=generator).to(t.dtype), t)
+
+    return list(map(draw, given))
 
 
 def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> bool:

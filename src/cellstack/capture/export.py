@@ -7,18 +7,25 @@ PyTorch's exporter fixes the number of steps of an nn.LSTM, nn.GRU or nn.RNN. He
 from __future__ import annotations
 
 import importlib
+import logging
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from os import PathLike, fspath
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch._library import utils
+from torch._subclasses import meta_utils
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cellstack.capture.copied import duplicate
 from cellstack.capture.operators import Operators
 from cellstack.capture.recognition import accelerate as accelerate_cells
+from cellstack.capture.sizes import OURS, line_of, outside, pytorch
 from cellstack.cells.layout import from_rows
 from cellstack.cells.spec import CellSpec
 from cellstack.formats.onnx.cell_writer import operator_of_specs, write_operator
@@ -100,6 +107,39 @@ def recorded(
     _check(program.graph)
     _keep_axes(program.graph)
     return program
+
+
+@contextmanager
+def example_values(looks: list[str]) -> Iterator[None]:
+    """Let `recorded` and `write` use the example's values where a module's code depends on values, as `if` does.
+
+    The graph contains what it did for these. The places, such as `file.py:12`, are added to `looks`.
+    """
+
+    def note(record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("propagate_real_tensors"):
+            return True
+        line = line_of(outside(sys._getframe(1), pytorch(), OURS, logging.__file__))
+        looks.extend([line] if line and line not in looks else [])
+        return False
+
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    own, copy = utils.is_builtin, meta_utils._safe_copy
+    logger.addFilter(note)
+    try:
+        with (
+            importlib.import_module("torch._functorch.config").patch(fake_tensor_propagate_real_tensors=True),
+            # PyTorch doesn't copy the values of parameters.
+            mock.patch.object(
+                meta_utils, "_safe_copy", lambda to, value: copy(to, None if value is None else value.detach())
+            ),
+            # Its checks fix sizes, by comparing them, and take an absent optional tensor for a changed one.
+            mock.patch.object(FakeTensorMode, "_maybe_infer_fake_kernel_from_pytree_out", lambda *args: args[4]),
+            mock.patch.object(utils, "is_builtin", lambda called: called is op.recurrent or own(called)),
+        ):
+            yield
+    finally:
+        logger.removeFilter(note)
 
 
 def _keep_axes(graph: Any) -> None:

@@ -113,9 +113,17 @@ def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def wider(value: Any, axis: int, more: int) -> Any:
-    """Return a tensor with a longer axis, filled by repeating it from the start."""
+    """Return a tensor with a longer axis, filled by repeating it from the start; integers in order remain so."""
     size = value.shape[axis]
-    return value[(slice(None),) * axis + ([n % size for n in range(size + more)],)]
+    return in_order(value[(slice(None),) * axis + ([n % size for n in range(size + more)],)], value)
+
+
+def in_order(made: Any, value: Any) -> Any:
+    """Return integers in the order of others, which may have to be rising, such as ids, or falling, such as lengths."""
+    if value.ndim != 1 or value.is_floating_point() or value.is_complex() or value.dtype is torch.bool:
+        return made
+    falling = bool((value.diff() <= 0).all())
+    return made.sort(descending=falling).values if falling or bool((value.diff() >= 0).all()) else made
 
 
 def array_of(value: Any) -> Any:

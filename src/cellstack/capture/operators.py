@@ -8,6 +8,7 @@ each packed step remain the same.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,10 +21,20 @@ from torch.overrides import TorchFunctionMode
 
 from cellstack.capture.axes import is_count
 from cellstack.capture.copied import duplicate
+from cellstack.capture.counts import FUNCTIONS
+from cellstack.capture.sizes import OURS, Renamed, outside, pytorch
 from cellstack.layers.accelerated import run_stack
 from cellstack.layers.eligibility import KINDS
 
 MODES = {mode.lower(): mode for mode in KINDS}  # of PyTorch's modules, by the function that each calls
+
+
+# Functions that PyTorch's exporter to ONNX lacks, by others.
+EQUAL = {"_is_all_true": torch.all, "masked_select": lambda x, mask: _selected(*torch.broadcast_tensors(x, mask))}
+
+
+def _selected(x: Tensor, mask: Tensor) -> Tensor:
+    return x[mask]
 
 
 def contiguous(x: Tensor) -> Tensor:
@@ -70,27 +81,42 @@ class Operators(TorchFunctionMode):
         self.cut = cut
         self.packed: dict[int, Padded] = {}  # by id of batch_sizes
         self.lists = {kind: kind.tolist for kind in (FakeTensor, FunctionalTensor)}
+        self.renamed = Renamed(FUNCTIONS)
 
     def __enter__(self) -> Operators:
         """Keep lengths a tensor in `pack_padded_sequence(x, lengths.tolist())`: a list has a fixed number of rows."""
+        self.renamed.within(torch.nn.modules.rnn.__dict__)
         for kind, own in self.lists.items():
             kind.tolist = lambda t, own=own: t if t.ndim == 1 and is_count(t) else own(t)  # type: ignore[attr-defined]
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
-        """Restore the conversion."""
+        """Restore the conversions."""
+        self.renamed.restore()
         for kind, own in self.lists.items():
             kind.tolist = own  # type: ignore[attr-defined]
         super().__exit__(*raised)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of PyTorch."""
+        self.renamed.at(outside(sys._getframe(1), pytorch(), OURS))
         name = getattr(func, "__name__", "")
         first = self.packed.get(id(args[0])) if args else None
         if name in MODES and not kwargs:
             return self._recurrent(MODES[name], *args)
         if name.removesuffix("_cell") in MODES and not kwargs:
             return _step(MODES[name.removesuffix("_cell")], *args)
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined] # which would be a constant
+            return args[0].detach()
+        if name in EQUAL:
+            func = EQUAL[name]
+        if (
+            name == "__setitem__"
+            and isinstance(args[2], (int, float))
+            and getattr(args[1], "dtype", None) is torch.bool
+        ):
+            x, mask, value = args  # PyTorch would make a constant of the number, and not use it
+            return x.masked_fill_(mask[(..., *[None] * (x.ndim - mask.ndim))], value)
         if name == "_pack_padded_sequence":
             return self._pack(*args)
         if name == "_pad_packed_sequence":

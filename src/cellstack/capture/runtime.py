@@ -21,8 +21,8 @@ from torch.export import Dim
 from cellstack.capture.attempts import DRAWS, MORE_SCALES, SCALES, caveats
 from cellstack.capture.axes import Axes, axes_in_groups, resized
 from cellstack.capture.copied import duplicate
-from cellstack.capture.equality import GraphEnds, difference
-from cellstack.capture.export import recorded, write
+from cellstack.capture.equality import GraphEnds, difference, drawn
+from cellstack.capture.export import example_values, recorded, write
 from cellstack.capture.exported import export, without_console
 from cellstack.capture.nested import flattened, fresh, tensors_in
 from cellstack.capture.operators import on_the_op
@@ -59,7 +59,8 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
     trace = "torch.jit.trace", _by_trace, False
     best = None
     for how, save, padded in (cut, whole, cells) if packs(module, inputs) else (cut, cells, trace):
-        for given in _examples(inputs, axes):
+        examples, random = list(_examples(inputs, axes)), None
+        for given in examples:
             looks, ends = list[str](), GraphEnds(axes, padded)
             try:
                 _call_with_other_sizes(module, given, axes)
@@ -67,14 +68,20 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
                 why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES, ends)
             except (FormatError, RuntimeError, ValueError) as error:
                 network, why = None, str(error)
+            if looks and given is examples[0]:  # perhaps its code has a branch for special values, such as zeros
+                random = tuple(drawn(given, torch.Generator().manual_seed(0)))
+                examples.append(random)
             if network is None or why is not None:
-                tried.append(f"{how}: {why}")
+                tried += [f"{how}: {why}"] if given is not random else []
                 continue
             network.path = ready.name
             notes = [*ready.notes, *_notes(network, ends, reason)]
             if padded:
                 notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
-            made = network, [*notes, *caveats(module, inputs, looks, compared_sizes(ends, module, inputs))]
+            places = compared_sizes(ends, module, inputs)
+            if save is not _by_trace:
+                places.converted.clear()  # torch.export keeps such a size open, or fixes it in the graph's inputs
+            made = network, [*notes, *caveats(module, inputs, looks, places)]
             if not ends.rejected:
                 return made
             best = best or made
@@ -142,10 +149,11 @@ def _reason(error: BaseException) -> str:
 def _by_export(
     module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True, cells: bool = False
 ) -> list[str]:
-    """Write what `torch.export` records of a module."""
-    shapes = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),)
-    write(recorded(module, given, dynamic_shapes=shapes, cut=cut, cells=cells), path, *names)
-    return []
+    """Write what `torch.export` records of a module; return where its code depends on values."""
+    shapes, looks = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),), list[str]()
+    with example_values(looks):
+        write(recorded(module, given, dynamic_shapes=shapes, cut=cut, cells=cells), path, *names)
+    return looks
 
 
 def _by_trace(module: Any, given: Any, opened: list[list[int]], path: str, names: Any, outs: Any) -> list[str]:

@@ -22,7 +22,6 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 ARITHMETIC = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
 ALONE = {"neg": operator.neg, "abs": abs, "ceil": math.ceil, "floor": math.floor, "round": round, "trunc": math.trunc}
 MEASURES = ("__get__", "size", "stride", "numel")  # functions of tensors that return sizes; shape and nbytes are got
-BUILTINS = {"len", "range"}
 OURS = str(Path(__file__).absolute().parents[1])
 
 
@@ -38,6 +37,33 @@ class Places(NamedTuple):
     compared: list[str]
     converted: list[str]
     failed: str = ""
+
+
+class Renamed:
+    """Functions that take the place of Python's of the same names, in files of the module's code.
+
+    Python asks an object for its conversion to a number, but not for whom, and `len` and `int` must return an int.
+    """
+
+    def __init__(self, functions: dict[str, Any]) -> None:
+        self.functions, self.files = functions, list[dict[str, Any]]()
+
+    def at(self, frame: FrameType) -> None:
+        """Replace the functions in the file of a frame, unless it is PyTorch's or ours."""
+        if line_of(frame):
+            self.within(frame.f_globals)
+
+    def within(self, names: dict[str, Any]) -> None:
+        """Replace the functions in a file with these global names, unless it has such names itself."""
+        if self.functions.keys().isdisjoint(names):
+            names.update(self.functions)
+            self.files.append(names)
+
+    def restore(self) -> None:
+        """Give the files Python's functions back."""
+        for names in self.files:
+            for name in self.functions:
+                names.pop(name, None)
 
 
 # By "compared" or "converted" and the place: the size, what it is compared with, and the sizes that both follow from
@@ -58,8 +84,8 @@ def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> 
         example: the input that it was exported with.
         others: inputs of other sizes; those that the module rejects are skipped.
     """
-    names: list[dict[str, Any]] = []
-    uses_in = _follow(names)
+    renamed = Renamed({})
+    uses_in = _follow(renamed)
     try:
         uses_in(run, example)  # the first run finds the files with the module's code
         runs = [uses_in(run, example)]
@@ -67,9 +93,7 @@ def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> 
             with suppress(Exception):  # the module rejects this size
                 runs.append(uses_in(run, other))
     finally:
-        for own in names:
-            for name in BUILTINS:
-                own.pop(name, None)
+        renamed.restore()
     found = Places([], [])
     for kind, place in dict.fromkeys(use for uses in runs for use in uses):
         seen = [uses[kind, place] for uses in runs if (kind, place) in uses]
@@ -97,14 +121,11 @@ def line_of(frame: FrameType) -> str:
     return "" if path.startswith((pytorch(), OURS)) else f"{os.path.basename(path)}:{frame.f_lineno}"
 
 
-def _follow(names: list[dict[str, Any]]) -> Callable[[Callable[[Any], Any], Any], Uses]:
+def _follow(renamed: Renamed) -> Callable[[Callable[[Any], Any], Any], Uses]:
     """Return a function that runs a module, and returns the sizes that its code uses, each with what it is compared to.
 
-    Python asks an object for its conversion to a number, but not for whom, and `len` must return an int. In the files
-    of the module's code, functions of the same names therefore take the place of `len` and `range`.
-
     Args:
-        names: to which the global names of these files are added; the caller removes both functions.
+        renamed: gets the functions that take the place of `len` and `range`; the caller restores these.
     """
     seen: Uses = defaultdict(set)
     thread = threading.get_ident()  # others may call the module's code meanwhile
@@ -191,14 +212,14 @@ def _follow(names: list[dict[str, Any]]) -> Callable[[Callable[[Any], Any], Any]
                     record("converted", end, sys._getframe(1))
         return numbers
 
+    renamed.functions.update(len=measured, range=steps)
+
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = func(*plain(args), **plain(kwargs or {}))
             frame, name = sys._getframe(1), getattr(func, "__name__", "")
             caller = outside(frame, pytorch())
-            if line_of(caller) and BUILTINS.isdisjoint(caller.f_globals):
-                caller.f_globals.update(len=measured, range=steps)
-                names.append(caller.f_globals)
+            renamed.at(caller)
             if func is torch.Tensor.__len__:
                 record("converted", Size(made), caller)
             if name not in MEASURES or not line_of(frame):

@@ -104,6 +104,7 @@ class _SequenceEstimator(SequenceParameters):
             "patience": -(-epochs // 3) if self.patience is None else self.patience,
             "seed": seed_of(self.random_state),
             "progress": self.verbose,
+            "baseline": False,
         }
         known = Sequences(self._seen(sequences), y, labels, "X", weight=weight.astype(np.float32))
         result = train.fit(known, **given)

@@ -46,6 +46,7 @@ def fit(
     optimizer: Callable[[Any], Any] | None = None,
     scheduler: Callable[[Any], Any] | str = 'cosine',
     metrics: Mapping[str, Callable[[Any, Any], float]] | None = None,
+    baseline: bool = True,
     callbacks: Sequence[Callable[[Any], Any]] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,

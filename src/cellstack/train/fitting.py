@@ -15,6 +15,7 @@ from cellstack.network import Network
 from cellstack.nodes import MLSTM
 from cellstack.nodes.recurrent import Bidirectional
 from cellstack.train import history
+from cellstack.train.baseline import Baseline
 from cellstack.train.checks import UsageError
 from cellstack.train.confusion import confusion_panels
 from cellstack.train.examples import Data
@@ -46,6 +47,7 @@ class Result:
         validated: number of examples in the validation part.
         summary: the text of `sentence`, if several fits made the network.
         understood: how the data was read, a sentence each.
+        baseline: what a simple rule achieves on the same held-out sequences; None without any, and for other data.
     """
 
     network: Network
@@ -56,9 +58,10 @@ class Result:
     validated: int = 0
     summary: str = ""
     understood: list[str] = field(default_factory=list)
+    baseline: Baseline | None = None
 
     def __repr__(self) -> str:
-        """Describe the result in about five lines, without the history."""
+        """Describe the result in about six lines, without the history."""
         return "\n  ".join([f"Result: {self.described}", *self.sentence.split("; "), self.fit.took])
 
     @property
@@ -102,8 +105,9 @@ class Result:
 
     @property
     def sentence(self) -> str:
-        """What stopped the training, which epoch was kept, and its scores on held-out data."""
-        return self.summary or "; ".join(part for part in (self._stopped(), self._kept(), self._measured()) if part)
+        """What stopped the training, which epoch was kept, its scores on held-out data, and those of a simple rule."""
+        parts = (self._stopped(), self._kept(), self._measured(), self._compared())
+        return self.summary or "; ".join(part for part in parts if part)
 
     def _stopped(self) -> str:
         done, fit = len(self.fit.history), self.fit
@@ -133,6 +137,13 @@ class Result:
         found = [f"{history.in_words(name)} {best[name]:.4g}" for name in names if name in best]
         found = ", ".join(found or [f"loss {best['validation_loss']:.4g}"])
         return f"on the {_count(self.validated, 'validation example')}, which also selected the epoch: {found}"
+
+    def _compared(self) -> str:
+        rule, known = self.baseline, self.scores or self.fit.best or {}
+        if rule is None or rule.name not in known:
+            return ""
+        better = ": better than the network" if rule.wins(known[rule.name]) else ""
+        return f"for comparison, {rule.what}: {history.in_words(rule.name)} {rule.score:.4g}{better}"
 
 
 def _named(node: Any) -> str:

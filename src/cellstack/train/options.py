@@ -320,6 +320,12 @@ class FitOptions(Optimisation):
         Limit(lambda value: isinstance(value, Mapping), "to be functions by name, such as {'f1': f1_score}"),
         of="sequences",
     )
+    baseline: bool = option(
+        True,
+        "compare with boosting on summary statistics (scikit-learn), or one answer for all, on the held-out part",
+        of="sequences",
+        flag=False,
+    )
     callbacks: Sequence[Callable[[Any], Any]] = option(
         (),
         "functions that are called with an `Epoch` after each epoch; one that returns True stops the training",

@@ -19,13 +19,22 @@ from cellstack.train.options import Architecture, FitOptions
 
 
 class TrainingParts(NamedTuple):
-    """The training part's `y` and `weight`, the size of the validation part, and functions that make `Data`."""
+    """The training part with the `y` and `weight` of its sequences or steps, the validation part, and makers of `Data`.
+
+    Without a validation part it is None.
+    """
 
     y: NDArray
     weight: NDArray[np.float32]
-    validated: int
+    kept: Sequences
+    held: Sequences | None
     measure: Callable[[], Inputs]
     data: Callable[[Inputs], Data]
+
+    @property
+    def validated(self) -> int:
+        """The number of sequences in the validation part."""
+        return 0 if self.held is None else len(self.held.x)
 
 
 def parts_of(
@@ -54,7 +63,8 @@ def parts_of(
         return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, gap)
 
     measure = partial(Inputs.measure, examples, kept, called=whole.channel)
-    return TrainingParts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
+    parts = taken(whole, kept), taken(whole, held) if len(held) else None
+    return TrainingParts(_of(examples.y, kept), _of(examples.weight, kept), *parts, measure, data)
 
 
 def check(training: Sequences, validation: Sequences | None, test: Sequences | None, class_weight: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train import predict
+from cellstack.train.baseline import baseline
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.understood import understood
@@ -90,7 +91,11 @@ def train_sequences(
     parts_of_data = {"training": training, "validation": validation, "test": test}
     said = [understood(one, name)[0] for name, one in parts_of_data.items() if one is not None]
     said = [line.strip() for lines in said for line in lines]
-    return Result(net, model, fit, scores, rank, parts.validated, understood=said)
+    measured = parts.held if test is None or test.y is None else test
+    compared = None
+    if options.baseline and measured is not None and rank == 0:
+        compared = baseline(parts.kept, parts.weight, measured, options.seed)
+    return Result(net, model, fit, scores, rank, parts.validated, understood=said, baseline=compared)
 
 
 def gap_of(device: str) -> float:
