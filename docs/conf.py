@@ -49,6 +49,7 @@ nb_execution_timeout = 300
 nb_ipywidgets_js: dict[str, Any] = {}  # nothing is loaded from other hosts
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 
 # The reference
 autosummary_generate = True

@@ -81,17 +81,16 @@ export class Figure {
     return element;
   }
 
-  slider(label, [min, max, step], value, text = (number) => shown(number, 4)) {
+  slider(label, [min, max, step], value) {
     const id = `control-${(this.count += 1)}`;
     const out = make("output", { for: id });
     const range = make("input", { type: "range", id, min, max, step, value, oninput: () => { tell(); this.draw(); } });
-    const tell = () => { out.textContent = text(Number(range.value)); };
+    const tell = () => { out.textContent = shown(Number(range.value), 4); };
     tell();
     this.row("sliders").append(make("label", { for: id }, label), range, out);
     return {
       get value() { return Number(range.value); },
       set value(number) { range.value = number; tell(); },
-      set most(number) { range.max = number; tell(); },
     };
   }
 
@@ -144,9 +143,9 @@ export class Figure {
   // Lines over the steps: { name, values, colour, dash }.
   chart(title) {
     const { canvas, legend, list } = this.drawing(title, "chart");
-    return (lines, options = {}) => {
+    return (lines) => {
       const drawn = lines.map(({ values, colour, dash }) => ({ plane: new Plane(Float64Array.from(values), 1, values.length), unit: 0, colour, dash, gaps: true }));
-      drawLines(canvas, this.colours, drawn, { from: 0, span: Math.max(...lines.map(({ values }) => values.length)) }, options);
+      drawLines(canvas, this.colours, drawn, { from: 0, span: Math.max(...lines.map(({ values }) => values.length)) });
       replaceChildren(legend, ...lines.map(({ name, colour, dash }) => make("span", { style: `--line: ${colour}`, class: dash ? "dashed" : null }, name)));
       list(lines.map(({ name, values }) => [name, values]));
     };
@@ -164,8 +163,8 @@ export class Figure {
   // A row of tiles for each unit; names: of the rows.
   tiles(title) {
     const { canvas, legend, list } = this.drawing(title, "tiles");
-    return (plane, scale, names, marked = null) => {
-      drawTiles(canvas, this, plane, scale, names, marked);
+    return (plane, scale, names) => {
+      drawTiles(canvas, this, plane, scale, names);
       replaceChildren(legend, ...colourBar(scale, this.theme));
       legend.classList.remove("key");
       list(Array.from({ length: plane.units }, (_, unit) => [names?.[unit] ?? `unit ${unit}`, plane.line(unit)]));

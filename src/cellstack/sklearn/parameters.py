@@ -26,8 +26,6 @@ OWN = (
 SHORT = Argument("validation", "float | None", None, "share to choose settings on; None = 0.15, or 0 for short series.")
 SEQUENCES = (
     Argument("bidirectional", "bool", True, declared()["bidirectional"].described("sequences")),
-    Argument("pooling", "str | None", None, "how the steps of a sequence become one output: mean, max or last; None = "
-    "max for a classifier without `every_step`, else mean."),
     Argument("changes", "bool", False, CHANGES),
     Argument("epochs", "int | None", None, "most passes over the training part; None = 750 steps, at least 60 passes."),
     Argument("patience", "int | None", None, "epochs without a lower validation loss before training stops; 0: never; "

@@ -99,7 +99,6 @@ class _SequenceEstimator(SequenceParameters):
             validation = VALIDATION if VALIDATION * len(sequences) >= FEWEST else 0.0
         given = {name: getattr(self, name) for name in SEQUENCE if name in applying("sequences")} | {
             "validation": validation,
-            "pooling": self._pooling if self.pooling is None else self.pooling,
             "epochs": epochs,
             "patience": -(-epochs // 3) if self.patience is None else self.patience,
             "seed": seed_of(self.random_state),
@@ -111,10 +110,6 @@ class _SequenceEstimator(SequenceParameters):
         self.network_, self.history_, self.n_iter_ = result.network, result.history, len(result.history)
         if result.fit.interrupted:  # fitted up to this point, but the caller has to stop
             raise KeyboardInterrupt
-
-    @property
-    def _pooling(self) -> str:
-        return "mean"
 
     def _seen(self, sequences: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """Return the network's input for the sequences."""
@@ -202,10 +197,6 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator, ClassifierParamete
         >>> model.predict(X[:2]).shape, model.predict_proba(X[:3]).shape
         ((2,), (3, 2))
     """
-
-    @property
-    def _pooling(self) -> str:
-        return "mean" if self.every_step else "max"
 
     def fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> SequenceClassifier:
         """Train on sequences and their classes.

@@ -29,7 +29,7 @@ def fit(
     heads: int | None = None,
     bidirectional: bool = False,
     dropout: float = 0.3,
-    pooling: str = 'mean',
+    pooling: str | None = None,
     every_step: bool = False,
     head: Any = None,
     loss: Callable[[Any, Any], Any] | None = None,

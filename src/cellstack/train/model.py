@@ -94,7 +94,8 @@ class Model(nn.Module):
         super().__init__()
         if task not in TASKS:
             raise UsageError(f"Model: expected task to be one of {', '.join(TASKS)}, got {task!r}")
-        pooling, every_step = architecture.pooling, architecture.every_step
+        every_step = architecture.every_step
+        pooling = architecture.pooling or ("max" if task == "classify" and not every_step else "mean")
         if every_step and pooling == "none":
             raise UsageError("Model: every_step needs pooling mean, max or last, got none")
         if every_step and pooling == "last" and architecture.bidirectional:

@@ -195,7 +195,13 @@ class Architecture(Record):
         unset="3, or 2 for many windows",
         rare=True,
     )
-    pooling: str = option("mean", "how the steps of a sequence become one output", among(*POOLINGS), of="sequences")
+    pooling: str | None = option(
+        None,
+        "how the steps of a sequence become one output",
+        among(*POOLINGS),
+        of="sequences",
+        unset="max of a classifier without `every_step`, else mean",
+    )
     every_step: bool = option(
         False, "compute the output and the loss at every step, and pool the outputs: for streams", of="sequences"
     )
