@@ -350,6 +350,21 @@ def test_steps_of_cells_run_on_the_kernel_and_a_fixed_number_of_them_is_warned_o
     np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=tolerances.NETWORK, rtol=0)
 
 
+def test_a_size_that_is_fixed_by_a_value_is_fixed_in_the_graph_and_warned_of():
+    def steps_in_a_loop(m, x, lengths):
+        y, count = m.rnn(x)[0], int(lengths.max())
+        steps = [y[:, t] for t in range(count)]
+        assert y.shape[1] == count
+        return torch.stack(steps, 1).cumsum(1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        net = cs.compile(Model(steps_in_a_loop).eval(), with_lengths(*SIZES[0]))
+    assert any("takes sizes that its graph doesn't have" in str(one.message) for one in caught)
+    assert isinstance(net, RuntimeModel)
+    assert net.arguments(net.inputs)[0].shape[1:] == [9, 4]
+
+
 def test_without_onnxruntime_the_message_names_the_extra(monkeypatch):
     monkeypatch.setattr("cellstack.capture.runtime.find_spec", lambda name: None)
     with pytest.raises(cs.FormatError, match=re.escape("pip install 'cellstack[onnxruntime]'; parts that can be comp")):

@@ -171,7 +171,7 @@ def _fields():
     }
 
 
-@program("pytorch-forecasting: RecurrentNetwork", *NEEDS["pytorch-forecasting"], refused="lengths that it computes")
+@program("pytorch-forecasting: RecurrentNetwork", *NEEDS["pytorch-forecasting"], runtime=True, accepts=3)
 def forecasting_rnn():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import RecurrentNetwork

@@ -168,6 +168,9 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
     most = 1 + max((value.nbytes for value in program.state_dict.values()), default=0)
     importlib.import_module("onnxscript").optimizer.optimize(made.model, input_size_limit=most, output_size_limit=most)
     _put_cells(made.model)
+    for value in made.model.graph.inputs:  # a size that became fixed while it was recorded has its number as its name
+        for axis, size in enumerate(value.shape):
+            value.shape[axis] = int(str(size)) if str(size).isdigit() else size
     made.save(path)
 
 
