@@ -100,8 +100,8 @@ def scope_of(cell, monkeypatch, at=-1, how=""):
     made = []
     theirs = scan.OnnxOps
 
-    def ops(where, cell):
-        made.append(Mutant(theirs(where, cell), at, how))
+    def ops(where, cell, opset):
+        made.append(Mutant(theirs(where, cell, opset), at, how))
         return made[0]
 
     with monkeypatch.context() as patch:

@@ -29,7 +29,7 @@ AXES_AS_INPUT = 18  # first opset in which the axes of ReduceMean are an input
 class OnnxOps(Pieces):
     """See `cellstack.cells.base.Ops`; vectors are the names of values `[B, …]`."""
 
-    def __init__(self, where: str, cell: Celled, opset: int) -> None:
+    def __init__(self, where: str, cell: Celled, opset: int = OPSET) -> None:
         super().__init__(onnx_package(), cell.dtype, set(), f"{where}/")  # names of a Network have no slash
         self.spec: Any = cell.spec
         self.opset = opset
