@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import cellstack as cs
-from cellstack.capture import compile_network
+from cellstack.capture import compile_network, export_onnx
 from cellstack.formats.onnx.runtime import RuntimeModel
 
 SIZES = ((2, 9), (3, 31), (1, 7), (5, 1))  # the first is that of the example
@@ -221,6 +221,16 @@ def test_hand_written_cells_run_on_the_kernel():
         (x,) = x_of(*size)
         for found, expected in zip(net(x.numpy()), module(x), strict=True):
             np.testing.assert_allclose(found, expected.detach(), atol=tolerances.NETWORK, rtol=0)
+
+
+def test_an_export_writes_hand_written_cells_as_single_operators(tmp_path):
+    torch.manual_seed(0)
+    module, path, time = Loop().eval(), str(tmp_path / "loop.onnx"), torch.export.Dim("time")
+    export_onnx(module, x_of(2, 9), path, dynamic_shapes=({1: time},), cells=True)
+    net = RuntimeModel(path)
+    assert [kernel.spec.kind for kernel in net.kernels] == ["ligru"]
+    (x,) = x_of(2, 31)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach(), atol=tolerances.NETWORK, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)

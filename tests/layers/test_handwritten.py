@@ -543,6 +543,16 @@ def test_classes_of_other_libraries(name, training, monkeypatch):
     assert type(cs.restore(module)) is kind
 
 
+def test_a_state_of_other_rows_is_left_to_the_module(monkeypatch):
+    monkeypatch.setitem(ADAPTERS, f"{LogSpace.__module__}.LogSpace", ADAPTERS["minGRU_pytorch.minGRU.minGRU"])
+    module = cs.accelerate(LogSpace(), cells=True)
+    for state in (torch.rand(1, 1, 4), torch.rand(3, 2, 4), torch.rand(2, 4)):
+        with pytest.raises((RuntimeError, IndexError)) as theirs:
+            LogSpace()(torch.randn(2, 6, 3), state[..., :3])
+        with pytest.raises(theirs.type):
+            module(torch.randn(2, 6, 3), state[..., :3])
+
+
 def test_an_adapter_whose_numbers_differ_is_refused(monkeypatch):
     class Other(LightLayer):
         def _ligru_cell(self, w, ht):

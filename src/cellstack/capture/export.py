@@ -7,6 +7,7 @@ PyTorch's exporter fixes the number of steps of an nn.LSTM, nn.GRU or nn.RNN. He
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import sys
 import warnings
@@ -33,7 +34,8 @@ from cellstack.formats.onnx.scan import body_of
 from cellstack.layers import accelerate, op
 from cellstack.layers.base import EXPORT_HINT
 from cellstack.layers.cell_call import CellCall, of_text
-from cellstack.layers.eligibility import base_of
+from cellstack.layers.eligibility import base_of, original_of
+from cellstack.layers.handwritten import HandWritten
 from cellstack.nodes.cell_arrays import Cell
 
 DOMAIN = "cellstack"  # of the operators that stand for cells until their weights are computed
@@ -98,6 +100,7 @@ def recorded(
     ready = duplicate(module).eval()
     if cells:
         accelerate_cells(ready, None if kwargs else args)
+        ready = _Named(ready).eval() if isinstance(ready, HandWritten) else ready
     elif any(base_of(type(part)) is not None for part in ready.modules()):
         accelerate.accelerate(ready)
     with warnings.catch_warnings(), torch.no_grad():
@@ -107,6 +110,21 @@ def recorded(
     _check(program.graph)
     _keep_axes(program.graph)
     return program
+
+
+class _Named(nn.Module):
+    """Runs a hand-written module on the kernel, whose forward takes any arguments, with those of its own class."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs)
+
+        own: Any = original_of(type(inner)).forward
+        forward.__signature__ = inspect.signature(own.__get__(inner))  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 @contextmanager

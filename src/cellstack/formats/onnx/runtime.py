@@ -32,7 +32,6 @@ from cellstack.network.running import processors
 from cellstack.nodes.base import Array
 
 DOMAIN = "cellstack"
-TYPES = {"float32": 1, "float64": 11}  # ONNX's numbers
 SPINNING = "session.intra_op.allow_spinning"  # whether its threads wait actively, and compete with the kernel's
 FOLDER = "session.model_external_initializers_file_folder_path"  # ONNX Runtime's option: where external tensors are
 
@@ -326,7 +325,7 @@ def _operator(scope: Scope, node: Any) -> Operator | str:
     if is_scan(node):
         with suppress(*ODD):  # a Scan that isn't a cell
             operator = read_scan(scope, node)
-            named = TYPES[operator.cells[0].dtype.name]
+            named = onnx_package().helper.np_dtype_to_tensor_dtype(operator.cells[0].dtype)
             body = next(entry.g for entry in node.attribute if entry.name == "body")
             return operator if {value.type.tensor_type.elem_type for value in body.input} <= {0, named} else ""
     if not is_recurrent(node):

@@ -29,8 +29,9 @@ class LogSpaceGRU(HandWritten):
         module: Any = self
         spec, weight = _spec(module), module.to_hidden_and_gate.weight
         kernel = weight.roll(spec.units, 0).t()  # the module's rows begin with the candidate, ours with the gate
-        starts = [] if prev_hidden is None else [prev_hidden.flatten(0, 1)]  # [B, 1, H]
-        if x.ndim != 3 or not self.runs([x, *starts], spec.input_size, [weight]):
+        starts = [] if prev_hidden is None else [prev_hidden.flatten(0, 1)]
+        fits = prev_hidden is None or prev_hidden.shape == (len(x), 1, spec.units)
+        if x.ndim != 3 or not fits or not self.runs([x, *starts], spec.input_size, [weight]):
             return super().forward(x, prev_hidden, return_next_prev_hidden)
         run = forward.run_layers([CellRun(op.CellCall(spec), [kernel], starts)], x, None, None)
         y = module.to_out(run.y)
