@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import signal
 import sys
 from importlib.resources import files
@@ -68,6 +69,7 @@ def pytest_unconfigure(config):
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.default_generator.manual_seed(0)  # torch.manual_seed also writes down the stack, for every kind of device
+    random.seed(0)  # seeds Keras's initializers
 
 
 @pytest.fixture
