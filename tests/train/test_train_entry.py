@@ -239,7 +239,7 @@ def test_scores_on_the_training_data_are_refused(toy, name):
 
 
 def test_units_may_be_a_numpy_integer(toy):
-    assert train.fit(toy[0], ["a", "b"] * 20, units=np.int64(4), epochs=1, threads=1).network.nodes[1].units == 4
+    assert train.fit(toy[0], ["a", "b"] * 20, units=np.int64(4), epochs=1, threads=1).network.cells[0].spec.units == 4
 
 
 @pytest.mark.parametrize(
@@ -622,7 +622,7 @@ def test_class_and_sample_weights(toy):
     x, _ = toy
     y = np.where(np.arange(40) < 34, "often", "rare")
     # Doubling an example's weight is like having it twice: the same mean of weighted losses in a batch of all.
-    how = {**SMALL, "batch": 100, "validation": 0, "dropout": 0, "epochs": 1}
+    how = {**SMALL, "batch": 100, "validation": 0, "dropout": 0, "noise": 0, "offset": 0, "epochs": 1}
     heavy = np.where(np.arange(40) == 3, 2.0, 1.0)
     doubled = train.fit(np.concatenate([x, x[3:4]]), [*y, y[3]], **how).history[0]["loss"]
     inputs = train.fit(x, y, sample_weight=heavy, **how).history[0]["loss"]
@@ -711,10 +711,10 @@ def test_no_output_and_no_warnings_by_default(toy, capsys):
 
 
 def test_the_sentence_at_the_end(toy):
-    how = {**SMALL, "lr": 1e-9}
+    how = {**SMALL, "lr": 1e-9, "validation": 0.5}
     assert re.match(
         r"trained for all 2 epochs; kept epoch \d, with the lowest validation loss; "
-        r"on the 6 validation examples, which also selected the epoch: accuracy 0\.",
+        r"on the 20 validation examples, which also selected the epoch: accuracy 0\.",
         train.fit(*toy, **how).sentence,
     )
     stopped = train.fit(*toy, **{**how, "epochs": 30, "patience": 2})

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import FormatError, Network, layers
+from cellstack import FormatError, Network, layers, train
 from cellstack.nodes import GlobalPool
 from cellstack.train import Sequences, custom
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.cell_names import CELLS
 from cellstack.train.checks import UsageError
 from cellstack.train.custom import Architecture, FitOptions, Indexed, Inputs, Labelled, Model, learn
+from cellstack.train.fitting import as_network
 
 CLASSES = ("a", "b", "c")
 
@@ -40,16 +41,17 @@ def prepare(sequences, seed=0, **options):
     torch.manual_seed(seed)
     outputs = len(CLASSES) if options.get("task", "classify") == "classify" else examples.y.shape[1]
     more = {name: options.pop(name) for name in ("task", "targets") if name in options}
-    model = Model(inputs.standardise, outputs, Architecture((5, 4), **options), **more)
+    model = Model(inputs, outputs, Architecture((5, 4), **NOISE | options), **more)
     return model, inputs, examples, kept, held
 
 
 def fit(model, inputs, examples, kept, held, settings, **how):
-    data = Indexed(examples, inputs, kept, held, settings.batch, settings.seed, settings.noise, settings.offset)
+    data = Indexed(examples, inputs, kept, held, settings.batch, settings.seed)
     return learn(model, data, replace(settings, **how))
 
 
-SETTINGS = FitOptions(epochs=4, batch=4, noise=0.1, offset=0.1, seed=3)
+SETTINGS = FitOptions(epochs=4, batch=4, seed=3)
+NOISE = {"noise": 0.1, "offset": 0.1}
 
 
 def weights(model):
@@ -80,7 +82,7 @@ def test_a_run_repeats_bit_for_bit(sequences):
     for seed in (0, 0, 1):
         model, *rest = prepare(sequences)
         torch.manual_seed(123 + len(ends))  # the previous state of the generator must not matter
-        result = fit(model, *rest, FitOptions(epochs=3, batch=4, noise=0.1, seed=seed))
+        result = fit(model, *rest, FitOptions(epochs=3, batch=4, seed=seed))
         ends.append((weights(model), result.history))
     assert_same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
@@ -135,12 +137,12 @@ def test_padding_changes_no_loss_and_no_gradient(sequences, rng, options):
     sequences.x[0][1:, :] = np.nan  # a gap at the end, next to padding
     sequences.x[1][0, 2] = np.nan  # a channel with an indicator
     examples, chosen = Labelled(sequences), np.arange(12)
-    inputs = Inputs.measure(examples, chosen)
+    inputs = Inputs.measure(examples, chosen, changes=classes)
     torch.manual_seed(0)
     more = {name: options.pop(name) for name in ("task", "targets") if name in options}
-    architecture = Architecture((5, 4), **{"dropout": 0.0, **options})
-    model = Model(inputs.standardise, len(CLASSES) if classes else 1, architecture, **more)
-    data = Indexed(examples, inputs, chosen, chosen, 12, 0, noise=0.0)
+    architecture = Architecture((5, 4), **{"dropout": 0.0, "noise": 0.0, "offset": 0.0, **options})
+    model = Model(inputs, len(CLASSES) if classes else 1, architecture, **more)
+    data = Indexed(examples, inputs, chosen, chosen, 12, 0)
     (batch,) = data.epoch(0)
     assert len(np.unique(examples.lengths[chosen])) > 2
     assert batch.mask is not None
@@ -296,13 +298,13 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(sequences, tmp_p
     heavier.weight[0] = 2
     others = [
         ("dropout", prepare(sequences, dropout=0.0)),
-        ("pooling", prepare(sequences, pooling="max")),
-        ("every_step", prepare(sequences, every_step=True)),
+        ("pooling", prepare(sequences, pooling="mean")),
+        ("every_step", prepare(sequences, every_step=True, pooling="max")),
         ("cell", prepare(sequences, cell="gru")),
-        ("task", (Model(inputs.standardise, 3, Architecture((5, 4)), "regress"), *rest)),
+        ("task", (Model(inputs, 3, Architecture((5, 4)), "regress"), *rest)),
         ("inputs", (model, replace(inputs, mean=inputs.mean + 1), *rest[1:])),
         ("inputs", (model, replace(inputs, scale=inputs.scale * 2), *rest[1:])),
-        ("targets", (Model(inputs.standardise, 3, Architecture((5, 4)), targets=(np.ones(3), np.ones(3))), *rest)),
+        ("targets", (Model(inputs, 3, Architecture((5, 4)), targets=(np.ones(3), np.ones(3))), *rest)),
         ("training", (model, inputs, changed(examples, kept[0], x=0.5), kept, held)),
         ("training", (model, inputs, relabelled, kept, held)),
         ("training", (model, inputs, heavier, kept, held)),
@@ -474,10 +476,11 @@ def test_constraints_and_penalties_are_applied(sequences):
 @pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("task", ["classify", "regress"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mingru", "minlstm"])
-def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, every_step, task, cell):
+@pytest.mark.parametrize("changes", [False, True])
+def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, every_step, task, cell, changes):
     mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
     targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
-    inputs = (mean, np.abs(scale) + 1)
+    inputs = Inputs(mean[:3], np.abs(scale[:3]) + 1, (1,), np.float32([0.5, 1, 2]) if changes else None)
     how = {"bidirectional": bidirectional, "pooling": pooling, "every_step": every_step}
     architecture = Architecture((5, 4), cell, **how)
     if bidirectional and every_step and pooling == "last":
@@ -485,7 +488,7 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
             Model(inputs, 3, architecture, task, targets)
         return
     model = Model(inputs, 3, architecture, task, targets).eval()
-    net = Network(tuple(model.to_nodes()))
+    net = as_network(model, {})
     assert {held.spec.kind for held in net.cells} == {cell}
     x = rng.normal(size=(6, 7, 4)).astype(np.float32)
     used = rng.random((6, 7)) < 0.6
@@ -502,7 +505,7 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
 def test_last_of_both_directions_takes_the_final_states(rng, cell):
     """As in torch's h[-2] and h[-1], not the last step, at which the backward direction has read one step."""
     architecture = Architecture((4, 5), cell.lower(), bidirectional=True, pooling="last")
-    model = Model((np.zeros(3), np.ones(3)), 2, architecture).eval()
+    model = Model(Inputs(np.zeros(3), np.ones(3)), 2, architecture).eval()
     net = Network(tuple(model.to_nodes()))
     assert not any(isinstance(node, GlobalPool) for node in net.nodes)
     x = rng.normal(size=(1, 6, 3)).astype(np.float32)
@@ -522,7 +525,7 @@ def test_missing_targets_don_t_count(sequences):
         examples.y, examples.weight = y, np.stack([np.ones(36), np.zeros(36)], axis=1).astype(np.float32)
         inputs = Inputs.measure(examples, np.arange(27))
         torch.manual_seed(0)
-        model = Model(inputs.standardise, 2, Architecture((4,), dropout=0.0), "regress")
+        model = Model(inputs, 2, Architecture((4,), dropout=0.0), "regress")
         fit(model, inputs, examples, np.arange(27), np.arange(27, 36), FitOptions(epochs=1))
         ends.append(weights(model))
     assert_same(*ends)
@@ -543,14 +546,14 @@ def test_the_bar_shows_epoch_loss_metric_and_time_left(sequences, capsys):
         ("batch", 0),
         ("lr", 0.0),
         ("clip", -1.0),
-        ("noise", -0.1),
         ("seed", 2**63),
-        *((name, value) for name in ("lr", "clip", "noise", "offset") for value in (np.nan, np.inf, -np.inf)),
+        *((name, value) for name in ("lr", "clip", "noise", "offset") for value in (-0.1, np.nan, np.inf, -np.inf)),
     ],
 )
 def test_settings_out_of_range(name, value):
+    record = Architecture if name in ("noise", "offset") else FitOptions
     with pytest.raises(UsageError, match=f"expected {name} .*got {value}"):
-        FitOptions(**{name: value})
+        record(**{name: value})
 
 
 def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
@@ -849,3 +852,40 @@ def test_a_resumed_run_takes_the_threads_of_its_checkpoint(sequences, tmp_path, 
         if asked == 2:
             state = torch.load(path, weights_only=True)
             torch.save({**state, "threads": 2}, path)
+
+
+def test_a_network_sees_changes_and_holds_values_over_gaps(rng):
+    """Its input stays the raw values; the change at a gap is 0, after it the one since the last observed value."""
+    x = [rng.normal(size=(8, 2)).astype(np.float32).cumsum(0) for _ in range(24)]
+    x[0][3], x[1][2:4, 0] = np.nan, np.nan
+    y = np.arange(24) % 2
+    result = train.fit(x, y, units=3, epochs=1, threads=1, baseline=False)
+    net = result.network
+    assert [*net.names] == ["standardise", "changes", "inputs", "layer_0", "pool", "head"]
+    known = train.predict.trained(net, "net").inputs
+    given, mask = known(x[1][None])
+    assert mask is None
+    np.testing.assert_array_equal(given[0, :, 0], np.where(np.isnan(x[1][:, 0]), x[1][1, 0], x[1][:, 0]))
+    np.testing.assert_array_equal(given[0, :, 2], ~np.isnan(x[1][:, 0]))
+    nodes = dict(zip(net.names, net.nodes, strict=True))
+    moved = nodes["changes"].apply(nodes["standardise"].apply(given))[0]
+    observed = x[1][~np.isnan(x[1][:, 0]), 0]
+    np.testing.assert_allclose(moved[[2, 3], 0], 0, atol=1e-6)
+    np.testing.assert_allclose(
+        moved[[1, 4, 5, 6, 7], 0], np.tanh(np.diff(observed) / known.changes[0]), rtol=1e-4, atol=1e-6
+    )
+    used = ~np.isnan(x[0]).all(1)
+    np.testing.assert_allclose(result.predict([x[0]]).outputs, result.predict([x[0][used]]).outputs, rtol=1e-5)
+    assert train.fit(x, y, units=3, epochs=1, changes=False, baseline=False).network.names[1] == "layer_0"
+    assert train.fit(x, y + 0.5, units=3, epochs=1, baseline=False).network.names[1] == "layer_0"
+
+
+def test_few_validation_examples_do_not_select_the_epoch(rng):
+    x, y = rng.normal(size=(40, 5, 2)), np.arange(40) % 2
+    few = train.fit(x, y, units=3, epochs=12, patience=1, lr=0.05, baseline=False)
+    assert few.fit.best["epoch"] == len(few.history) == 12
+    assert "the last, as 6 validation examples can't select one; on the 6 validation examples: accuracy" in few.sentence
+    many = train.fit(x, y, units=3, epochs=12, patience=1, lr=0.05, validation=0.5, baseline=False)
+    assert many.fit.best["validation_loss"] == min(entry["validation_loss"] for entry in many.history)
+    assert len(many.history) < 12
+    assert "which also selected the epoch" in many.sentence

@@ -20,7 +20,7 @@ def test_a_result_is_described_in_six_lines(data):
     result = train.fit(*data, test=0.2, **QUICK)
     lines = repr(result).splitlines()
     assert len(lines) == 6
-    assert lines[0] == "Result: LSTM 3 -> 4, 138 weights, 2 classes"
+    assert lines[0] == "Result: LSTM 6 -> 4, 186 weights, 2 classes"
     assert lines[1] == "  trained for all 2 epochs"
     assert lines[3].startswith("  on the test part: accuracy ")
     assert lines[4].startswith("  for comparison, ")
@@ -36,7 +36,7 @@ def test_a_result_is_described_in_six_lines(data):
 
 
 def test_the_number_of_epochs_is_the_reason_where_patience_ends_in_the_same_one(data):
-    how = {"units": 4, "threads": 1, "lr": 1e-30, "patience": 2}  # the first epoch is the best
+    how = {"units": 4, "threads": 1, "lr": 1e-30, "patience": 2, "validation": 0.5}  # the first epoch is the best
     early = "stopped after 3 epochs, because the validation loss had not decreased for 2; kept epoch 1"
     assert train.fit(*data, epochs=4, **how).sentence.startswith(early)
     assert train.fit(*data, epochs=3, **how).sentence.startswith("trained for all 3 epochs; kept epoch 1")

@@ -17,7 +17,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import SEQUENCES, TABLES, TABLES_ONLY, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.understood import understood
-from cellstack.train.options import Architecture, FitOptions
+from cellstack.train.options import Architecture, FitOptions, settle
 from cellstack.train.parts import check, cut, parts_of, per_step
 from cellstack.train.sizes import size_of
 
@@ -41,10 +41,11 @@ class SequencesJob(Job):
             architecture = per_step(architecture)
         parts = parts_of(training, None, self.given["class_weight"], options)
         self.validated = parts.validated
-        inputs = parts.measure()
+        usual = architecture.of("classify" if training.labels else "regress")
+        inputs = parts.measure(changes=bool(usual.changes))
         steps = parts.data(inputs).steps
         outputs = len(training.labels) or (1 if parts.y.ndim == 1 else parts.y.shape[1])
-        size = size_of(architecture, len(inputs.standardise[0]))
+        size = size_of(architecture, inputs.width)
         weights = size.weights + (size.width + 1) * outputs
         sizes = {"training": len(training.x) - parts.validated, "validation": parts.validated}
         sizes["test"] = 0 if test is None else len(test.x)
@@ -112,6 +113,7 @@ def read(args: argparse.Namespace, given: dict[str, Any]) -> SequencesJob:
         lines += more
     elif given["test"]:
         training, test = cut(training, given["test"], given["seed"])
+    settle(given, len(training.x) + (0 if args.test_file or test is None else len(test.x)))
     return SequencesJob(training, test, [as_flags(line, args) for line in lines], report, given)
 
 

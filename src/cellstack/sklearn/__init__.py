@@ -9,9 +9,9 @@ for _package in ("sklearn", "torch"):
     check_installed("cellstack.sklearn", _package, "sklearn")
 
 from cellstack.sklearn.forecaster import SequenceForecaster
-from cellstack.sklearn.sequences import SequenceClassifier, SequenceRegressor, with_changes
+from cellstack.sklearn.sequences import SequenceClassifier, SequenceRegressor
 
-__all__ = ["SequenceClassifier", "SequenceForecaster", "SequenceRegressor", "with_changes"]
+__all__ = ["SequenceClassifier", "SequenceForecaster", "SequenceRegressor"]
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,6 @@ C = TypeVar("C", bound=type)
 RUN = ("validation", "threads", "device")
 NOT_HERE = ("head", "loss", "seed")  # `random_state` has the seed
 VALIDATION = "share to choose the best epoch on, of each class; 0: none, keep the last"
-CHANGES = "also use the change of each channel since the previous step as an input channel."
 OWN = (
     Argument("threads", "int | None", 1, "number of processor threads; None = the fastest, by measurement, which may "
     "differ between fits, and with it their last bits."),
@@ -26,19 +25,12 @@ OWN = (
 SHORT = Argument("validation", "float | None", None, "share to choose settings on; None = 0.15, or 0 for short series.")
 SEQUENCES = (
     Argument("bidirectional", "bool", True, declared()["bidirectional"].described("sequences")),
-    Argument("changes", "bool", False, CHANGES),
-    Argument("epochs", "int | None", None, "most passes over the training part; None = 750 steps, at least 60 passes."),
-    Argument("patience", "int | None", None, "epochs without a lower validation loss before training stops; 0: never; "
-    "None = a third of `epochs`."),
     Argument("validation", "float | None", 0.15, f"{VALIDATION}."),
     *OWN,
 )  # fmt: skip
 CLASSES = (
-    Argument("changes", "bool", True, CHANGES),
-    Argument("noise", "float", 0.6, declared()["noise"].described("sequences")),
-    Argument("offset", "float", 0.3, declared()["offset"].described("sequences")),
-    Argument("validation", "float | None", None, f"{VALIDATION}; None = 0.15 if that is at least 20 sequences, else "
-    "0, as fewer choose badly."),
+    Argument("validation", "float | None", None, f"{VALIDATION}; None = 0.15 if that is at least 20 "
+    "sequences, else 0."),
     Argument("class_weight", "Mapping[Any, float] | str | None", None, f"{declared()['class_weight'].text}."),
 )  # fmt: skip
 

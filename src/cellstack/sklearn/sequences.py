@@ -24,10 +24,9 @@ from cellstack.sklearn.parameters import (
 from cellstack.train import Sequences, predict
 from cellstack.train.checks import refuse_masked, unmasked
 from cellstack.train.data.targets import in_float32
-from cellstack.train.options import applying, declared
+from cellstack.train.options import FEWEST, applying
 
-FEWEST, VALIDATION = 20, 0.15  # minimum number of validation sequences, and their share of all
-EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
+VALIDATION = 0.15  # share of the validation sequences
 
 
 class _SequenceEstimator(SequenceParameters):
@@ -92,50 +91,26 @@ class _SequenceEstimator(SequenceParameters):
             labels: the classes.
             weight: weight of each sequence, `[n]`.
         """
-        epochs = max(EPOCHS, -(-STEPS * self.batch // len(sequences))) if self.epochs is None else self.epochs
-        declared()["epochs"].check(epochs)
         validation = self.validation
         if validation is None:
             validation = VALIDATION if VALIDATION * len(sequences) >= FEWEST else 0.0
         given = {name: getattr(self, name) for name in SEQUENCE if name in applying("sequences")} | {
             "validation": validation,
-            "epochs": epochs,
-            "patience": -(-epochs // 3) if self.patience is None else self.patience,
             "seed": seed_of(self.random_state),
             "progress": self.verbose,
             "baseline": False,
         }
-        known = Sequences(self._seen(sequences), y, labels, "X", weight=weight.astype(np.float32))
+        known = Sequences(sequences, y, labels, "X", weight=weight.astype(np.float32))
         result = train.fit(known, **given)
         self.network_, self.history_, self.n_iter_ = result.network, result.history, len(result.history)
         if result.fit.interrupted:  # fitted up to this point, but the caller has to stop
             raise KeyboardInterrupt
 
-    def _seen(self, sequences: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        """Return the network's input for the sequences."""
-        return list(map(with_changes, sequences)) if self.changes else sequences
-
     def _answers(self, X: Any) -> NDArray[np.float64]:
         """Return the network's outputs, `[n, O]`."""
         check_is_fitted(self)
-        sequences = Sequences(self._seen(self._check_sequences(X, reset=False)), None, (), "X")
+        sequences = Sequences(self._check_sequences(X, reset=False), None, (), "X")
         return np.asarray(predict.sequences(self.network_, sequences, type(self).__name__, self.threads).outputs)
-
-
-def with_changes(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Append the changes of its channels to a sequence: `[T, 2 * C]` for `[T, C]`.
-
-    A change is the difference from the channel's last observed value, 0 if there is none; NaN remains NaN.
-
-    Ref: Furui 1986, "Speaker-independent isolated word recognition using dynamic features of speech spectrum".
-
-    >>> with_changes(np.array([[1.0], [3.0], [np.nan], [2.0]], np.float32))[:, 1]
-    array([ 0.,  2., nan, -1.], dtype=float32)
-    """
-    rows = np.arange(len(x))[:, None]
-    latest = np.maximum.accumulate(np.where(np.isnan(x), -1, rows), axis=0)
-    before = np.concatenate([np.full((1, x.shape[1]), -1), latest[:-1]])
-    return np.concatenate([x, x - np.take_along_axis(x, np.where(before < 0, rows, before), axis=0)], axis=1)
 
 
 def seed_of(random_state: Any) -> int:
@@ -177,8 +152,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator, ClassifierParamete
 
     Attributes:
         classes_: the sorted classes, `[K]`.
-        network_: the fitted `cellstack.Network`. Its input is the raw values, with `changes` the result of
-            `with_changes`; its output is class probabilities. It needs no torch, nor does a pickled estimator.
+        network_: the fitted `cellstack.Network`, from raw values to class probabilities. It needs no torch, nor does a
+            pickled estimator.
         history_: one dict per epoch: `loss`, `validation_loss`, `accuracy` of the validation part, `lr`.
         n_iter_: number of epochs run.
         n_features_in_: length of X's last axis.

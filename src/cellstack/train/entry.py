@@ -13,7 +13,7 @@ from cellstack.train.data.sequences import Sequences, as_sequences
 from cellstack.train.fitting import Result
 from cellstack.train.forecasting.plan import planned
 from cellstack.train.forecasting.training import Trained, train_forecast
-from cellstack.train.options import Architecture, FitOptions, ForecastOptions, record_of
+from cellstack.train.options import Architecture, FitOptions, ForecastOptions, record_of, settle
 from cellstack.train.parts import cut
 from cellstack.train.progress import above, is_shown
 from cellstack.train.signatures import trains
@@ -72,6 +72,7 @@ def fit(x: Any, y: Any, given: dict[str, Any]) -> Result:
             if parts[name].y is None:
                 raise UsageError(f"{name}: the sequences have neither classes nor targets: pass a pair (x, y)")
     training, tested = whole, parts.get("test")
+    settle(given, len(whole.x))
     if shares.get("test"):
         training, tested = cut(whole, shares["test"], seed)
     return train_sequences(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -175,18 +175,21 @@ def split(y: NDArray, share: float, rng: np.random.Generator) -> tuple[NDArray[n
 class Inputs:
     """Turns raw inputs with gaps into the network's inputs, with statistics of the training part only.
 
-    A missing value is replaced by the training mean, which is zero after standardisation. A channel that is sometimes
-    missing while another is observed gets an indicator channel: 1 where observed, 0 where missing. A step without any
-    observed value is masked: the state is carried over it.
+    A missing value is replaced by the training mean, which is zero after standardisation; for a network that also sees
+    the changes of the channels, by the channel's last observed value, so that its change is 0. A channel that is
+    sometimes missing while another is observed gets an indicator channel: 1 where observed, 0 where missing. A step
+    without any observed value is masked: the state is carried over it.
 
     Args:
         mean, scale: of each raw channel, `[I]`; scale is 1 where a channel is constant.
         observed: indices of the channels with an indicator.
+        changes: scale of the change of each raw channel since its last observed value, `[I]`; None: not an input.
     """
 
     mean: NDArray[np.float32]
     scale: NDArray[np.float32]
     observed: tuple[int, ...] = ()
+    changes: NDArray[np.float32] | None = None
 
     @classmethod
     def measure(
@@ -195,10 +198,11 @@ class Inputs:
         indices: NDArray[np.int64],
         most: int = 4096,
         called: Callable[[int], str] = "channel {}".format,
+        changes: bool = False,
     ) -> Inputs:
         """Measure means and scales on the examples at `indices`, or on `most` of them, evenly spread, if more.
 
-        `called` returns the name of a channel for messages.
+        `called` returns the name of a channel for messages; `changes` says whether the network also sees the changes.
 
         Raises:
             UsageError: a channel without values.
@@ -214,11 +218,20 @@ class Inputs:
         partly = missing & ~missing.all(axis=1, keepdims=True)
         mean = np.nanmean(x, axis=0)
         observed = tuple(map(int, np.flatnonzero(partly.any(axis=0))))
-        return cls(mean.astype(np.float32), standard_scale(mean, scale), observed)
+        known = cls(mean.astype(np.float32), standard_scale(mean, scale), observed)
+        if not changes:
+            return known
+        moves = np.concatenate([np.zeros((1, len(mean))), *(_moves(row).reshape(-1, len(mean)) for row in rows)])
+        return replace(known, changes=standard_scale(known.scale, np.nanstd(moves, axis=0)))
+
+    @property
+    def width(self) -> int:
+        """The number of the recurrent layers' input channels."""
+        return len(self.mean) + len(self.observed) + (0 if self.changes is None else len(self.changes))
 
     @property
     def standardise(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Mean and scale of each of the network's input channels, including the indicators."""
+        """Mean and scale of each of the network's input channels, which are the raw ones and the indicators."""
         extra = np.zeros(len(self.observed), np.float32)
         return np.concatenate([self.mean, extra]), np.concatenate([self.scale, extra + 1])
 
@@ -226,7 +239,8 @@ class Inputs:
         """Fill `x [B, T, I]`: return `[B, T, I + indicators]` and the mask `[B, T]`, None if all steps are used."""
         missing = np.isnan(x)
         indicators = 1.0 - missing[..., list(self.observed)].astype(np.float32)
-        filled = np.concatenate([np.where(missing, self.mean, x), indicators], axis=-1, dtype=np.float32)
+        known = x if self.changes is None else held(x)
+        filled = np.concatenate([np.where(np.isnan(known), self.mean, known), indicators], axis=-1, dtype=np.float32)
         used = np.asarray(~missing.all(axis=-1))
         return filled, None if used.all() else used
 
@@ -238,7 +252,29 @@ class Inputs:
     @property
     def digest(self) -> str:
         """A digest of all fields."""
-        return digest([self.mean, self.scale, np.array(self.observed, np.int64)])
+        changes = [] if self.changes is None else [self.changes]
+        return digest([self.mean, self.scale, np.array(self.observed, np.int64), *changes])
+
+
+def held(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return `x [B, T, I]` with the last observed value of a channel in place of a missing one, NaN before the first.
+
+    >>> held(np.array([[[np.nan], [1.0], [np.nan], [2.0]]])).ravel()
+    array([nan,  1.,  1.,  2.])
+    """
+    missing = np.isnan(x)
+    if not missing.any():
+        return x
+    latest = np.maximum.accumulate(np.where(missing, 0, np.arange(x.shape[1])[:, None]), axis=1)
+    return np.take_along_axis(x, latest, axis=1)
+
+
+def _moves(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the change of each observed value from the one before, `[B, T - 1, I]`; NaN where there is none.
+
+    Ref: Furui 1986, "Speaker-independent isolated word recognition using dynamic features of speech spectrum".
+    """
+    return x[:, 1:].astype(np.float64) - held(x)[:, :-1]
 
 
 def standard_scale(mean: NDArray, scale: NDArray) -> NDArray[np.float32]:
@@ -270,15 +306,14 @@ def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32
 
 
 class Indexed:
-    """Indexed examples as `Data`: batches of similar lengths, gaps and padding masked, noise added in training.
+    """Indexed examples as `Data`: batches of similar lengths, gaps and padding masked.
 
     Args:
         examples: the data.
         inputs: fills gaps; measured on the training part.
         training, validation: indices into `examples`; the latter may be empty.
         batch: maximum batch size in training.
-        seed: of the order and the noise.
-        noise, offset: see `FitOptions`.
+        seed: of the order.
         gap: see `batches`; 1 for batches of one length each, without padding.
 
     Raises:
@@ -293,14 +328,12 @@ class Indexed:
         validation: NDArray[np.int64],
         batch: int,
         seed: int,
-        noise: float = 0.0,
-        offset: float = 0.0,
         gap: float = GAP,
     ):
         if not len(training):
             raise UsageError("there are no examples to train on")
         self.examples, self.inputs, self.training, self.validation = examples, inputs, training, validation
-        self.batch, self.seed, self.noise, self.offset, self.gap = batch, seed, noise, offset, gap
+        self.batch, self.seed, self.gap = batch, seed, gap
         self.steps = len(batches(examples.lengths, training, batch, gap=gap))
         self.validates = bool(len(validation))
 
@@ -308,9 +341,8 @@ class Indexed:
         """See `Data`."""
         rng = np.random.default_rng([self.seed, number])
         order = batches(self.examples.lengths, self.training, self.batch, rng, self.gap)
-        for step, indices in enumerate(order[first:], first):
-            batch = self.examples.fetch(indices)
-            yield self.inputs.fill(augment(batch, self.inputs, self.noise, self.offset, (self.seed, number, step)))
+        for indices in order[first:]:
+            yield self.inputs.fill(self.examples.fetch(indices))
 
     def held(self) -> Iterator[Batch]:
         """See `Data`."""
@@ -334,22 +366,6 @@ class Indexed:
 def batching(lengths: NDArray[np.int64], gap: float) -> dict[str, str]:
     """Return a checkpoint's entry about padded batches, which must match on resuming; {} without padding."""
     return {"batches": f"of similar lengths, {MIXED} and {gap}"} if gap > 1 and len(np.unique(lengths)) > 1 else {}
-
-
-def augment(batch: Batch, inputs: Inputs, noise: float, offset: float, draw: tuple[int, int, int]) -> Batch:
-    """Return a batch with noise added: see `FitOptions`.
-
-    Args:
-        batch: raw examples, `x [B, T, I]`.
-        inputs: provides the channels' scales.
-        noise, offset: strength of the noise.
-        draw: seed, epoch and step, which determine the noise.
-    """
-    x, rng = batch.x, np.random.default_rng(np.random.SeedSequence(draw))
-    for strength, shape in ((noise, x.shape), (offset, (len(x), 1, x.shape[2]))):
-        if strength:
-            x = x + rng.standard_normal(shape, np.float32) * (np.float32(strength) * inputs.scale)
-    return batch._replace(x=x)
 
 
 class Digest:

@@ -20,7 +20,7 @@ from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data
 from cellstack.train.learner import Fit
-from cellstack.train.model import Dropout
+from cellstack.train.model import Random
 from cellstack.train.options import FitOptions, Optimisation, declared
 from cellstack.train.processes import Processes
 
@@ -37,8 +37,9 @@ class FitState:
         make = options.optimizer or partial(torch.optim.Adam, lr=options.lr)
         self.optimizer = make(parameter for parameter in model.parameters() if parameter.requires_grad)
         self.schedule = _schedule(options.scheduler, self.optimizer, options.epochs)
-        self.dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
-        self.result = Fit()
+        self.random = [module for module in model.modules() if isinstance(module, Random)]
+        self.selects = data.validates and options.selects
+        self.result = Fit(selects=self.selects)
         self.best_weights: dict[str, Tensor] | None = None
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0]  # sums of weighted losses and of weights in this epoch
         self.figures: dict[str, float] = {}  # of the last epoch, on the validation part

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECURRENT = ("Recurrent", "Bidirectional", "MLSTM")
-NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
+NODE_NAMES = {"Conv1D": "changes", "Merge": "inputs", "GlobalPool": "pool", "Dense": "head"}
 
 
 @dataclass(repr=False)
@@ -124,7 +124,10 @@ class Result:
         best = self.fit.best
         if best is None:
             return "no epoch was completed: the weights are those of the last step"
-        why = "with the lowest validation loss" if "validation_loss" in best else "the last, without a validation part"
+        why = "with the lowest validation loss"
+        if not self.fit.selects:
+            few = f"as {_count(self.validated, 'validation example')} can't select one"
+            why = f"the last, {few if self.validated else 'without a validation part'}"
         return f"kept epoch {best['epoch']}, {why}"
 
     def _measured(self) -> str:
@@ -136,13 +139,16 @@ class Result:
             return "no data was held out to measure its accuracy on"
         found = [f"{history.in_words(name)} {best[name]:.4g}" for name in names if name in best]
         found = ", ".join(found or [f"loss {best['validation_loss']:.4g}"])
-        return f"on the {_count(self.validated, 'validation example')}, which also selected the epoch: {found}"
+        selected = ", which also selected the epoch" * self.fit.selects
+        return f"on the {_count(self.validated, 'validation example')}{selected}: {found}"
 
     def _compared(self) -> str:
         rule, known = self.baseline, self.scores or self.fit.best or {}
         if rule is None or rule.name not in known:
             return ""
         better = ": better than the network" if rule.wins(known[rule.name]) else ""
+        if better and getattr(self.model, "noisy", False):
+            better += ", which may learn more with noise=0 and offset=0"
         return f"for comparison, {rule.what}: {history.in_words(rule.name)} {rule.score:.4g}{better}"
 
 
@@ -199,4 +205,6 @@ def as_network(model: Any, metadata: dict[str, Any]) -> Network:
     layer = (f"layer_{n}" for n in count())
     names = [next(layer) if kind in RECURRENT else NODE_NAMES.get(kind, kind.lower()) for kind in kinds]
     names = [f"{name}_{n}" if names.count(name) > 1 else name for n, name in enumerate(names)]
-    return Network(tuple(nodes), tuple(names), metadata, _warn=False)
+    before = ["x", *names]  # before[n] is the input of node n
+    wires = [(*before[n - 1 : n], before[n]) if kind == "Merge" else (before[n],) for n, kind in enumerate(kinds)]
+    return Network(tuple(nodes), tuple(names), metadata, wires=wires, _warn=False)

@@ -97,6 +97,7 @@ class Fit:
         timed: seconds of a step by the number of threads, if measured.
         resumed: number of epochs that a checkpoint contained.
         notes: remarks on the fit, a sentence each.
+        selects: whether the lowest validation loss selected the best epoch; otherwise it is the last one.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -110,6 +111,7 @@ class Fit:
     timed: dict[int, float] = field(default_factory=dict)
     resumed: int = 0
     notes: list[str] = field(default_factory=list)
+    selects: bool = True
 
     def __repr__(self) -> str:
         """Describe the fit in at most two lines, without the history."""

@@ -168,8 +168,8 @@ class _Run(FitState):
         """Return the weighted losses of a global batch's `rows`, summed and divided by the total weight, and that."""
         size = len(batch.weight)
         rows = np.arange(size) if rows is None else rows
-        for dropout in self.dropouts:
-            dropout.rows = (torch.from_numpy(rows), size)
+        for part in self.random:
+            part.rows = (torch.from_numpy(rows), size)
         self.model.train()
         mine = batch if len(rows) == size else pytree.tree_map_only(np.ndarray, lambda a: a[rows], batch)
         x, y, weight, mask = self.tensors(mine)
@@ -182,8 +182,8 @@ class _Run(FitState):
                 f"{tuple(each.shape)}: use reduction='none' with torch's losses"
             )
         loss = (each * (weight * share)).sum() / total
-        for dropout in self.dropouts:
-            dropout.rows = None
+        for part in self.random:
+            part.rows = None
         return loss, total
 
     def train(self, batch: Batch) -> None:
@@ -204,9 +204,8 @@ class _Run(FitState):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         if not torch.isfinite(norm):
-            noise = ", or less noise" if options.noise or options.offset else ""
             raise UsageError(
-                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {options.lr}{noise}"
+                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {options.lr}"
             )
         self.optimizer.step()
         layers.apply_constraints(self.model)
@@ -245,7 +244,7 @@ class _Run(FitState):
             self.figures = self.validate()
             entry.update(self.figures)
         best = self.result.best
-        if not self.data.validates or best is None or entry["validation_loss"] < best["validation_loss"]:
+        if not self.selects or best is None or entry["validation_loss"] < best["validation_loss"]:
             self.result.best = entry
             self.best_weights = copy.deepcopy(self.model.state_dict())
         self.result.history.append(entry)
@@ -303,7 +302,7 @@ class _Run(FitState):
         if self.epoch >= self.options.epochs:
             return "epochs"
         best, patience = self.result.best, self.options.patience
-        if best is not None and patience and self.data.validates and self.epoch - best["epoch"] >= patience:
+        if best is not None and patience and self.selects and self.epoch - best["epoch"] >= patience:
             return "patience"
         return ""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
 from cellstack.nodes.recurrent import final
 from cellstack.train.checks import UsageError
 from cellstack.train.data.targets import TASKS
-from cellstack.train.examples import digest
+from cellstack.train.examples import Inputs, digest
 from cellstack.train.options import Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
 
@@ -41,33 +43,95 @@ class Standardise(nn.Module):
         return x * self.scale + self.mean
 
 
-class Dropout(nn.Module):
-    """torch.nn.Dropout with a mask for the whole batch that the processes share.
+class Changes(nn.Module):
+    """Append the change of each raw channel since the step before to the standardised channels.
 
-    Each process uses its own rows of the mask, so that the result doesn't depend on the number of processes.
+    At the first step it is the difference from the training mean, which can be many times a usual change: tanh limits
+    it.
+
+    Args:
+        factors: what scales the changes of standardised channels to a deviation of 1, `[I]`.
     """
+
+    factors: Tensor
+
+    def __init__(self, factors: np.ndarray):
+        super().__init__()
+        self.register_buffer("factors", torch.as_tensor(factors, dtype=torch.float32).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[B, T, W + I]` for `x [B, T, W]`, whose first I channels are the raw ones."""
+        raw = x[..., : len(self.factors)]
+        return torch.cat([x, ((raw - nn.functional.pad(raw[:, :-1], (0, 0, 1, 0))) * self.factors).tanh()], -1)
+
+    def to_nodes(self, width: int) -> list[Node]:
+        """Return it as a convolution over two steps of `[B, T, width]`, and its concatenation with its input."""
+        factors = np.eye(width, len(self.factors), dtype=np.float32) * as_array(self.factors)
+        taps = np.stack([-factors, factors])
+        return [nodes.Conv1D(taps, padding="causal", activation="tanh", keeps_mask=True), nodes.Merge()]
+
+
+class Random(nn.Module):
+    """A module that draws random numbers in training: for the whole batch, so that the processes can share them.
+
+    Each process uses its own rows, so that the result doesn't depend on the number of processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: tuple[Tensor, int] | None = None  # this process's rows of the batch, and the batch's size
+
+    def drawn(self, draw: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
+        """Return this process's rows of `draw` of ones in the shape of the whole batch, with `steps` steps."""
+        rows, total = (None, len(x)) if self.rows is None else self.rows
+        whole = draw(torch.ones(total, steps, *x.shape[2:]))
+        return (whole if rows is None or len(rows) == total else whole[rows]).to(x)
+
+
+class Dropout(Random):
+    """torch.nn.Dropout."""
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
-        self.rows: tuple[Tensor, int] | None = None  # this process's rows of the batch, and the batch's size
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x [B, T, H]` with values set to zero with probability p, the rest scaled by 1/(1-p)."""
         if not self.training or not self.p:
             return x
-        if self.rows is None:
-            return nn.functional.dropout(x, self.p)
-        rows, total = self.rows
-        kept = nn.functional.dropout(torch.ones(total, *x.shape[1:]), self.p)
-        return x * (kept if len(rows) == total else kept[rows]).to(x)
+        return x * self.drawn(partial(nn.functional.dropout, p=self.p), x, x.shape[1])
+
+
+class Noise(Random):
+    """Gaussian noise on standardised inputs, in training.
+
+    Args:
+        noise, offset: standard deviations of noise at each step, and of noise that is constant over a sequence.
+        noisy: which channels have it, `[W]` bool; indicators of missing values don't.
+    """
+
+    noisy: Tensor
+
+    def __init__(self, noise: float, offset: float, noisy: np.ndarray):
+        super().__init__()
+        self.noise, self.offset = noise, offset
+        self.register_buffer("noisy", torch.as_tensor(noisy, dtype=torch.float32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x [B, T, W]` with noise."""
+        if not self.training:
+            return x
+        for deviation, steps in ((self.noise, x.shape[1]), (self.offset, 1)):
+            if deviation:
+                x = x + self.drawn(torch.randn_like, x, steps) * (deviation * self.noisy)
+        return x
 
 
 class Model(nn.Module):
     """Stacked recurrent layers with an output of classes or numbers.
 
     Args:
-        inputs: mean and scale of each input channel, `[I]` both.
+        inputs: what is measured of the inputs.
         outputs: number of classes, or of predicted numbers.
         architecture: how it is built. `pooling` takes the steps that the mask selects; with `bidirectional`, `"last"`
             takes the final state of each direction of the last layer: the forward one after the last step, the backward
@@ -85,7 +149,7 @@ class Model(nn.Module):
 
     def __init__(
         self,
-        inputs: tuple[np.ndarray, np.ndarray],
+        inputs: Inputs,
         outputs: int,
         architecture: Architecture = Architecture(),
         task: str = "classify",
@@ -94,8 +158,8 @@ class Model(nn.Module):
         super().__init__()
         if task not in TASKS:
             raise UsageError(f"Model: expected task to be one of {', '.join(TASKS)}, got {task!r}")
-        every_step = architecture.every_step
-        pooling = architecture.pooling or ("max" if task == "classify" and not every_step else "mean")
+        architecture = architecture.of(task)
+        every_step, pooling = architecture.every_step, str(architecture.pooling)
         if every_step and pooling == "none":
             raise UsageError("Model: every_step needs pooling mean, max or last, got none")
         if every_step and pooling == "last" and architecture.bidirectional:
@@ -110,14 +174,24 @@ class Model(nn.Module):
             architecture.bidirectional,
         )
         self.architecture, self.own_loss, head = architecture, architecture.loss, copy.deepcopy(architecture.head)
-        self.standardise = Standardise(*inputs)
-        self.recurrent = recurrent_layers(architecture, len(inputs[0]))
+        self.standardise = Standardise(*inputs.standardise)
+        raw, indicators, changed = len(inputs.mean), len(inputs.observed), inputs.changes
+        self.changes = None if changed is None else Changes(inputs.scale / changed)
+        noisy = np.arange(inputs.width)
+        noisy = (noisy < raw) | (noisy >= raw + indicators)
+        self.noise = Noise(architecture.noise or 0.0, architecture.offset or 0.0, noisy)
+        self.recurrent = recurrent_layers(architecture, inputs.width)
         width = architecture.units[-1] * (1 + self.bidirectional)
         self.dropout = Dropout(architecture.dropout)
         self.head = nn.Linear(width, outputs) if head is None else head
         if head is not None:
             self.check_head(width, outputs)
         self.targets = Standardise(*(targets or (np.zeros(outputs), np.ones(outputs))))
+
+    @property
+    def noisy(self) -> bool:
+        """Whether its inputs have noise in training."""
+        return self.noise.noise > 0 or self.noise.offset > 0
 
     def check_head(self, width: int, outputs: int) -> None:
         """Raise `UsageError` if a user's head has the wrong widths, or can't be written as nodes."""
@@ -148,6 +222,7 @@ class Model(nn.Module):
             mask: `[B, T]` bool, True = use; None = all.
         """
         x = self.standardise(x)
+        x = self.noise(x if self.changes is None else self.changes(x))
         for layer in self.recurrent:
             x = self.dropout(layer(x, mask=mask))
         return self.head(x) if self.every_step or self.pooling == "none" else self.head(self.pool(x, mask))
@@ -230,12 +305,16 @@ class Model(nn.Module):
         return {"task": self.task, "targets": targets, **self.architecture.described()}
 
     def to_nodes(self) -> list[Node]:
-        """Return the model as nodes, from raw inputs to class probabilities, or predictions in the targets' units."""
+        """Return the model as nodes, from raw inputs to class probabilities, or predictions in the targets' units.
+
+        Each takes the result of the one before; a Merge takes those of the two before.
+        """
         standardise = nodes.Standardise(as_array(self.standardise.mean), as_array(self.standardise.scale))
         stack = nodes_of_layers(self.recurrent)
         if self.ends_both_ways:
             stack = [*stack[:-1], final(stack[-1])]
-        before: list[Node] = [standardise, *stack]
+        changes = [] if self.changes is None else self.changes.to_nodes(len(standardise.mean))
+        before: list[Node] = [standardise, *changes, *stack]
         head = nodes_of(self.head)
         if self.task == "classify":
             head.append(Activation("softmax"))

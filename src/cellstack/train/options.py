@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, TypeVar, cast
 
@@ -33,6 +33,10 @@ from cellstack.train.declaration import (
 from cellstack.train.forecasting.recipe import SCALES
 
 POOLINGS = ("mean", "max", "last", "none")
+SEQUENCE_CLASSIFIER = "{} for one class per sequence, else {}"
+NOISE, OFFSET = 0.6, 0.3  # for classifiers; targets often depend on the level of the input, which noise hides
+FEWEST = 20  # validation targets from which on they select the epoch: fewer choose badly
+EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
 NAMES, TABLES = "str | Sequence[str]", ("sequences", "forecasts")
 
 
@@ -219,6 +223,29 @@ class Architecture(Record):
         of="sequences",
         unset="cross-entropy or squared error",
     )
+    changes: bool | None = option(
+        None,
+        "also use the change of each channel since the previous step as an input channel",
+        of="sequences",
+        unset=SEQUENCE_CLASSIFIER.format("yes", "no"),
+        rare=True,
+    )
+    noise: float | None = option(
+        None,
+        "standard deviation of noise on each input in training, in units of its channel's scale",
+        NOT_NEGATIVE,
+        of="sequences",
+        unset=SEQUENCE_CLASSIFIER.format(NOISE, 0),
+        rare=True,
+    )
+    offset: float | None = option(
+        None,
+        "the same, for noise that is constant over a sequence and channel",
+        NOT_NEGATIVE,
+        of="sequences",
+        unset=SEQUENCE_CLASSIFIER.format(OFFSET, 0),
+        rare=True,
+    )
     init: Any = option(
         None, "a network of the same shapes, or its file, whose weights are the initial ones", of="sequences", rare=True
     )
@@ -232,6 +259,20 @@ class Architecture(Record):
             raise OptionError("units", f"to be integers of at least 1, one for each layer, got {got}")
         super().__post_init__()
         check_cell(units, self.cell, self.heads, self.bidirectional)
+
+    def of(self, task: str) -> Architecture:
+        """Return the architecture for a task, `"classify"` or `"regress"`, with the values of what is None by default.
+
+        They are those that measured best: docs/training.md has the measurements.
+        """
+        classes = task == "classify" and self.pooling != "none"
+        usual = {
+            "pooling": "max" if classes and not self.every_step else "mean",
+            "changes": classes,
+            "noise": NOISE * classes,
+            "offset": OFFSET * classes,
+        }
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def described(self) -> dict[str, Any]:
         """Return what a checkpoint's model must match, as plain values; `init` may differ."""
@@ -248,7 +289,13 @@ class Optimisation(Record):
     """What determines the weights; a checkpoint is resumed with the same values, except more epochs."""
 
     epochs: int = option(
-        60, "largest number of passes over the training part", at_least(1), forecasts=None, unset="16 or 60", texts=30
+        60,
+        "largest number of passes over the training part",
+        at_least(1),
+        sequences=None,
+        forecasts=None,
+        unset={"sequences": "750 training steps, at least 60 passes", "forecasts": "16 or 60"},
+        texts=30,
     )
     batch: int = option(
         16,
@@ -271,20 +318,11 @@ class Optimisation(Record):
         20,
         "epochs without a lower validation loss before training stops; 0: never stop early",
         at_least(0),
+        sequences=None,
         forecasts=None,
-        unset="6 or 8",
+        unset={"sequences": "a third of `epochs`", "forecasts": "6 or 8"},
         texts=5,
         rare=True,
-    )
-    noise: float = option(
-        0.0,
-        "standard deviation of noise on each input in training, in units of its channel's scale",
-        NOT_NEGATIVE,
-        of="sequences",
-        rare=True,
-    )
-    offset: float = option(
-        0.0, "the same, for noise that is constant over a sequence and channel", NOT_NEGATIVE, of="sequences", rare=True
     )
     seed: int = option(0, "of all random numbers", Limit(lambda value: 0 <= value < 2**63, "in [0, 2^63)"))
 
@@ -297,6 +335,7 @@ class FitOptions(Optimisation):
         events: folder for the TensorBoard events of `inspect`, if TensorBoard is installed; None for none.
         name: a label before the progress bar, if several models are trained.
         timing: only measure how long training takes: `fitted` raises `Timed` instead of fitting.
+        selects: whether the validation part selects the epoch whose weights are kept, and ends the training early.
     """
 
     validation: float = option(
@@ -361,6 +400,7 @@ class FitOptions(Optimisation):
     events: str | os.PathLike[str] | None = None
     name: str = ""
     timing: bool = False
+    selects: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -389,3 +429,17 @@ def record_of(kind: type[R], given: Mapping[str, Any], **more: Any) -> R:
     """Return a record whose fields are those of `given` and `more` with the same names; other entries are ignored."""
     values = {**given, **more}
     return kind(**{one.name: values[one.name] for one in fields(cast(Any, kind)) if one.name in values})
+
+
+def settle(given: dict[str, Any], count: int) -> None:
+    """Set the epochs and the patience in the options of a training on `count` sequences where they are None.
+
+    Raises:
+        UsageError: epochs or a batch size out of range.
+    """
+    declared()["batch"].check(given["batch"])
+    if given["epochs"] is None:
+        given["epochs"] = max(EPOCHS, -(-STEPS * given["batch"] // max(count, 1)))
+    declared()["epochs"].check(given["epochs"])
+    if given["patience"] is None:
+        given["patience"] = -(-given["epochs"] // 3)

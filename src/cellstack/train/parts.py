@@ -28,13 +28,19 @@ class TrainingParts(NamedTuple):
     weight: NDArray[np.float32]
     kept: Sequences
     held: Sequences | None
-    measure: Callable[[], Inputs]
+    measure: Callable[..., Inputs]
     data: Callable[[Inputs], Data]
 
     @property
     def validated(self) -> int:
         """The number of sequences in the validation part."""
         return 0 if self.held is None else len(self.held.x)
+
+    @property
+    def targets(self) -> int:
+        """The number of classes or targets in the validation part."""
+        y: Any = () if self.held is None else self.held.y
+        return sum(map(len, y)) if isinstance(y, list) else len(y)
 
 
 def parts_of(
@@ -50,7 +56,7 @@ def parts_of(
         training: the training data, including the validation part.
         validation: separate validation data; None = a share of `training`.
         class_weight: see `targets.class_weights`.
-        options: the share of `training` to validate on, and the seed of the choice; batch size and noise.
+        options: the share of `training` to validate on, and the seed of the choice; the batch size.
         gap: see `batches`.
     """
     assert training.y is not None
@@ -59,8 +65,7 @@ def parts_of(
     examples = Labelled(whole, weights)
 
     def data(inputs: Inputs) -> Data:
-        s = options
-        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, gap)
+        return Indexed(examples, inputs, kept, held, options.batch, options.seed, gap)
 
     measure = partial(Inputs.measure, examples, kept, called=whole.channel)
     parts = taken(whole, kept), taken(whole, held) if len(held) else None

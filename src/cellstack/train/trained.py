@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cellstack.cells.errors import FormatError
 from cellstack.network import Network
-from cellstack.nodes import Standardise
+from cellstack.nodes import Conv1D, Standardise
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.forecasting.recipe import Recipe
@@ -31,7 +35,8 @@ class Task(NamedTuple):
 
 def metadata(task: str, inputs: Inputs, labels: tuple[Any, ...] = (), **more: Any) -> dict[str, Any]:
     """Return the metadata that `trained` reads, as plain values, and `more` entries."""
-    return {"task": task, "labels": list(labels), "observed": list(inputs.observed), **more}
+    known = {"observed": list(inputs.observed), "changes": inputs.changes is not None}
+    return {"task": task, "labels": list(labels), **known, **more}
 
 
 def trained(net: Network, path: str) -> Task:
@@ -52,6 +57,8 @@ def trained(net: Network, path: str) -> Task:
         expected, found = ("step", "one per sequence") if per_step else ("sequence", "one per step")
         raise FormatError(f"{path}: expected a network with one output per {expected}, found {found}")
     inputs = raw_inputs(first, net.metadata.get("observed"), path)
+    if net.metadata.get("changes"):
+        inputs = replace(inputs, changes=inputs.scale / _factors(net, len(inputs.mean), path))
     labels = _labels(net.metadata.get("labels"), task, outputs, path)
     return Task(task, labels, inputs, per_step)
 
@@ -64,6 +71,17 @@ def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:
             f"{path}: expected observed to be ascending indices of raw channels, below {raw}, found {observed!r}"
         )
     return Inputs(first.mean[:raw], first.scale[:raw], tuple(observed))
+
+
+def _factors(net: Network, raw: int, path: str) -> NDArray[np.float32]:
+    """Return by what the second node multiplies the changes of the raw channels."""
+    node, width = net.nodes[1], len(net.nodes[0].mean)
+    if not isinstance(node, Conv1D) or node.kernel.shape != (2, width, raw):
+        raise FormatError(f"{path}: expected the changes of {raw} channels after the first node, found {node.summary}")
+    factors = np.diagonal(node.kernel[1])
+    if not (factors > 0).all():
+        raise FormatError(f"{path}: expected the factors of changes to be above 0, found {factors.min():g}")
+    return factors
 
 
 def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[Any, ...]:

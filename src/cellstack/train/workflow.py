@@ -17,7 +17,7 @@ from cellstack.train.data.understood import understood
 from cellstack.train.examples import GAP, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.model import Model
-from cellstack.train.options import Architecture, FitOptions
+from cellstack.train.options import FEWEST, Architecture, FitOptions
 from cellstack.train.parts import check, parts_of, per_step
 from cellstack.train.processes import uses_gpu
 from cellstack.train.sizes import check_memory
@@ -65,16 +65,18 @@ def train_sequences(
         start.check(task, training.labels, training.channels)
     # The weights of a trained network depend on its scales.
     known = None if start is None or start.trained is None else start.trained.inputs
-    inputs = parts.measure() if known is None else known
+    usual = architecture.of(task) if start is None else architecture
+    inputs = parts.measure(changes=bool(usual.changes)) if known is None else known
     targets = None if classify else target_scaling(parts.y, parts.weight)
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1
     if options.metrics:
         metrics = {name: _of_labels(metric, training.labels) for name, metric in options.metrics.items()}
         options = replace(options, metrics=metrics)
-    check_memory(architecture, len(inputs.standardise[0]), outputs)
+    options = replace(options, selects=parts.targets >= FEWEST)
+    check_memory(architecture, inputs.width, outputs)
 
     def make() -> Model:
-        model = Model(inputs.standardise, outputs, architecture, task, targets)
+        model = Model(inputs, outputs, architecture, task, targets)
         if start is not None:
             start.into(model, architecture.head is not None)
         return model
