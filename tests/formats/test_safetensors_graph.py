@@ -139,7 +139,7 @@ def test_every_node_round_trips_with_every_setting(kind, dtype, tmp_path):
         net.save(tmp_path / "net.safetensors")
         other = cs.load(tmp_path / "net.safetensors")
         assert type(other.nodes[0]) is type(node)
-        assert vars(other.nodes[0]).keys() >= {*NODES[kind].settings}
+        assert vars(other.nodes[0]).keys() >= {*NODES[kind].settings()}
         for name, value in vars(node).items():
             got = getattr(other.nodes[0], name)
             if isinstance(value, np.ndarray):

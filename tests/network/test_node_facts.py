@@ -196,7 +196,7 @@ def test_properties_of_a_node_match_a_run(node):
     assert flow.x.shape[1:] == net.shapes["node"]
     made = node.mask_after([None] * len(given), len(net.shapes["x0"]), Counted())
     assert (made is not None) == node.makes_mask == (flow.mask is not None)
-    assert {*node.settings, *node.arrays} == {field.name for field in fields(node)}
+    assert {*node.settings(), *node.arrays} == {field.name for field in fields(node)}
 
 
 class Counted:

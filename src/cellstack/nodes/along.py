@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +107,6 @@ class Select(Along):
     step: int = 1
     axis: int = 1
     file_type = "select"
-    settings: ClassVar = {"start": (int, type(None)), "stop": (int, type(None)), "step": int, "axis": int}
     shapes_only = True
     why_whole = "it selects steps of the whole sequence, which a stream doesn't have"
 
@@ -193,7 +192,6 @@ class Pad(Along):
     axis: int = 1
     file_type = "pad"
     about = "{0.before} before and {0.after} after axis {0.axis}, of {0.value:g}"
-    settings: ClassVar = {"before": int, "after": int, "value": float, "axis": int}
     why_whole = "it adds steps before or after the sequence, and a stream has one output per step"
 
     def __post_init__(self) -> None:
@@ -239,7 +237,6 @@ class Merge(Along):
     mode: str = "concat"
     axis: int = -1
     file_type = "merge"
-    settings: ClassVar = {"mode": str, "axis": int}
     inputs = None
     checks_late = True
 

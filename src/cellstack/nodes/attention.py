@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,6 @@ class Attention(Node):
     causal: bool = False
     file_type = "attention"
     why_whole = "attention needs the whole sequence, which a stream doesn't have"
-    settings: ClassVar = {"heads": int, "scale": (float, type(None)), "causal": bool}
     inputs = 3
     axes = (2, 2)
     mixes_steps = True

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+FILE_TYPES: Types = {  # by the annotation of an argument
+    "bool": bool,
+    "float": float,
+    "float | None": (float, type(None)),
+    "int": int,
+    "int | None": (int, type(None)),
+    "Recurrent": dict,
+    "str": str,
+    "str | tuple[int, int]": (str, list),
+}
 MOST_AXES = 16  # in addition to the batch; NumPy's limit is not much higher
 
 
@@ -163,7 +173,6 @@ class Node:
         file_type: its type in files.
         arrays: its array arguments, each with the file keys for the lengths of its axes; an optional array also has
             the key `use_…`.
-        settings: its other arguments, with the types of their values in a file.
         multiplied: the names of the arrays that are multiplied with the input.
         why_whole: why a stream can't run it, as a format string over the node.
         about: its `summary`, as a format string over the node, such as `"{0.times} times"`.
@@ -184,7 +193,6 @@ class Node:
     heeds_mask: bool = False
     file_type: ClassVar[str] = ""
     arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    settings: ClassVar[Types] = {}
     multiplied: ClassVar[tuple[str, ...]] = ()
     why_whole: ClassVar[str] = ""
     about: ClassVar[str] = ""
@@ -333,12 +341,21 @@ class Node:
     # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
+    def settings(cls) -> Types:
+        """Return its arguments other than arrays, and the types of their values in a file: lists for tuples."""
+        return {
+            field.name: FILE_TYPES.get(str(field.type), list)
+            for field in fields(cls)  # pyright: ignore[reportArgumentType]
+            if field.name not in cls.arrays
+        }
+
+    @classmethod
     def keys(cls) -> Types:
         """Return the file keys of such a node, except its type, and the types of their values."""
         optional = {field.name for field in fields(cls) if field.default is None}  # pyright: ignore[reportArgumentType]
         sure = {key for name, axes in cls.arrays.items() if name not in optional for key in axes}
         sizes: Types = {key: int if key in sure else (int, type(None)) for axes in cls.arrays.values() for key in axes}
-        return {**sizes, **{f"use_{name}": bool for name in cls.arrays if name in optional}, **cls.settings}
+        return {**sizes, **{f"use_{name}": bool for name in cls.arrays if name in optional}, **cls.settings()}
 
     @classmethod
     def array_shapes(cls, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -359,9 +376,9 @@ class Node:
 
     def values(self) -> dict[str, Any]:
         """Return the values of `keys` for this node."""
-        by_key = {}
+        by_key, settings = {}, self.settings()
         for key in self.keys():
-            if key in self.settings:
+            if key in settings:
                 by_key[key] = getattr(self, key)
             elif key.startswith("use_"):
                 by_key[key] = getattr(self, key.removeprefix("use_")) is not None
@@ -388,7 +405,7 @@ class Node:
         """
         values = entry.take(cls.keys())
         arrays = {name: entry.array(name, shape) for name, shape in cls.array_shapes(values).items()}
-        return cls(**arrays, **{key: values[key] for key in cls.settings})
+        return cls(**arrays, **{key: values[key] for key in cls.settings()})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies contain only the arguments, which are checked and made read-only again."""

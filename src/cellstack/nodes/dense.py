@@ -149,7 +149,7 @@ class Products(Stepwise):
     def restored(cls, entry: Entry) -> Any:
         values = entry.take(cls.keys())
         arrays = {name: entry.array(name, shape, name == "kernel") for name, shape in cls.array_shapes(values).items()}
-        return cls(**arrays, **{key: values[key] for key in cls.settings})
+        return cls(**arrays, **{key: values[key] for key in cls.settings()})
 
     def _arguments(self) -> tuple[Any, ...]:
         arguments: Any = self
@@ -189,7 +189,6 @@ class Dense(Products):
     file_type = "dense"
     about = "{0.activation}"
     arrays: ClassVar = {"kernel": ("input_size", "units"), "bias": ("units",)}
-    settings: ClassVar = {"activation": str}
 
     def __post_init__(self) -> None:
         self._take_arrays("I", "O")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,6 @@ class Context(Node):
     size: int
     file_type = "context"
     about = "{0.size} numbers of the frame before"
-    settings: ClassVar = {"size": int}
     axes = (2, 2)
     heeds_mask = True
 
@@ -147,7 +146,6 @@ class PerFrame(Node):
     nodes: tuple[Node, ...]
     takes: tuple[tuple[int, ...], ...]
     file_type = "per_frame"
-    settings: ClassVar = {"frame": list, "nodes": list, "takes": list}
 
     def __post_init__(self) -> None:
         owner = "PerFrame"

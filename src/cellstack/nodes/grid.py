@@ -65,10 +65,6 @@ class GridConv(Grid):
     groups: int = 1
     file_type = "grid_conv"
     arrays: ClassVar = {"kernel": (), "bias": ()}
-    settings: ClassVar = {
-        **dict.fromkeys(("grid", "strides", "padding", "dilation", "spread"), list),
-        "groups": int,
-    }
     multiplied = ("kernel",)
 
     def __post_init__(self) -> None:
@@ -169,7 +165,7 @@ class GridConv(Grid):
 
     @classmethod
     def keys(cls) -> Types:
-        return {"kernel_shape": list, "use_bias": bool, **cls.settings}
+        return {"kernel_shape": list, "use_bias": bool, **cls.settings()}
 
     @classmethod
     def array_shapes(cls, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -178,7 +174,7 @@ class GridConv(Grid):
 
     def values(self) -> dict[str, Any]:
         own = {"kernel_shape": list(self.kernel.shape), "use_bias": self.bias is not None}
-        return own | {name: getattr(self, name) for name in self.settings}
+        return own | {name: getattr(self, name) for name in self.settings()}
 
     @property
     def multiplications(self) -> int:
@@ -223,16 +219,6 @@ class GridPool(Grid):
     dilation: Any = None
     counts: bool = False
     file_type = "grid_pool"
-    settings: ClassVar = {
-        "mode": str,
-        "grid": list,
-        "channels": int,
-        "size": list,
-        "strides": list,
-        "padding": list,
-        "dilation": list,
-        "counts": bool,
-    }
 
     def __post_init__(self) -> None:
         owner = "GridPool"

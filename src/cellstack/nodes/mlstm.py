@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +70,6 @@ class MLSTM(Node):
     epsilon: float = 1e-6
     output_gate: bool = False
     file_type = "mlstm"
-    settings: ClassVar = {"heads": int, "key_size": int, "value_size": int, "epsilon": float, "output_gate": bool}
     axes = (2, 2)
     heeds_mask = True
 

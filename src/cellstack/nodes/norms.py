@@ -84,7 +84,6 @@ class _StepNorm(_Norm, Stepwise):
     epsilon: float = 1e-3
     groups = 1
     over_time = False
-    settings: ClassVar = {"epsilon": float}
 
     about = "over the features, epsilon {0.epsilon:g}"
 
@@ -170,7 +169,6 @@ class GroupNorm(_Norm):
     epsilon: float = 1e-5
     over_time: bool = True
     file_type = "group_norm"
-    settings: ClassVar = {"groups": int, "epsilon": float, "over_time": bool}
     centred = True
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,7 +45,6 @@ class Bidirectional(RecurrentNode):
     file_type = "bidirectional"
     why_whole = BACKWARDS
     about = "{0.forward.summary} and back, {0.merge_mode}"
-    settings: ClassVar = {"forward": dict, "backward": dict, "merge_mode": str}
 
     def __post_init__(self) -> None:
         owner = "Bidirectional"

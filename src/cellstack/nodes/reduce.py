@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +74,6 @@ class Reduce(Along):
     axis: int = -1
     keepdims: bool = False
     file_type = "reduce"
-    settings: ClassVar = {"mode": str, "axis": int, "keepdims": bool}
 
     def __post_init__(self) -> None:
         check_choice("Reduce", "mode", self.mode, MODES)

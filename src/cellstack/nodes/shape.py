@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -90,7 +90,6 @@ class Reshape(_Shaping):
 
     shape: tuple[int, ...]
     file_type = "reshape"
-    settings: ClassVar = {"shape": list}
     checks_late = True
 
     def __post_init__(self) -> None:
@@ -138,7 +137,6 @@ class Permute(_Shaping):
 
     dims: tuple[int, ...]
     file_type = "permute"
-    settings: ClassVar = {"dims": list}
     mixes_steps = True
 
     def __post_init__(self) -> None:
@@ -183,7 +181,6 @@ class Repeat(_Shaping):
     file_type = "repeat"
     why_whole = "it returns {0.times} steps for every step"
     about = "{0.times} times"
-    settings: ClassVar = {"times": int}
     axes = (1, 2)
     shapes_only = False
     keeps_width = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +35,6 @@ class Take(Along):
     indices: tuple[int, ...]
     axis: int = -1
     file_type = "take"
-    settings: ClassVar = {"indices": list, "axis": int}
     shapes_only = True
     checks_late = True
     why_whole = "it selects steps of the whole sequence, which a stream doesn't have"
@@ -117,7 +115,6 @@ class Magnitude(Stepwise):
     epsilon: float = 0.0
     file_type = "magnitude"
     about = "of complex numbers"
-    settings: ClassVar = {"epsilon": float}
 
     def __post_init__(self) -> None:
         epsilon = check_number("Magnitude", "epsilon", self.epsilon)

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,13 +159,6 @@ class Recurrent(RecurrentNode):
     zero_output_for_mask: bool = False
     residual: bool = False
     file_type = "recurrent"
-    settings: ClassVar = {
-        "cells": list,
-        "return_sequences": bool,
-        "go_backwards": bool,
-        "zero_output_for_mask": bool,
-        "residual": bool,
-    }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cells", tuple(self.cells))
@@ -382,7 +375,7 @@ class Recurrent(RecurrentNode):
         return replace(self, cells=tuple(cell.with_weights(weights) for cell in self.cells))
 
     def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | BFloat16Array]]:
-        flags = {name: getattr(self, name) for name in self.settings if name != "cells"}
+        flags = {name: getattr(self, name) for name in self.settings() if name != "cells"}
         arrays = {
             f"{number}/{name}": array
             for number, cell in enumerate(self.cells)

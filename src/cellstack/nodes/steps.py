@@ -128,7 +128,6 @@ class Activation(Stepwise):
     activation: str
     file_type = "activation"
     about = "{0.activation}"
-    settings: ClassVar = {"activation": str}
     keeps_width = True
 
     def __post_init__(self) -> None:
@@ -159,7 +158,6 @@ class Power(Elementwise):
     exponent: float
     file_type = "power"
     about = "x^{0.exponent:g}"
-    settings: ClassVar = {"exponent": float}
     keeps_width = True
 
     def __post_init__(self) -> None:
@@ -192,7 +190,6 @@ class Function(Elementwise):
     function: str
     file_type = "function"
     about = "{0.function}"
-    settings: ClassVar = {"function": str}
     keeps_width = True
 
     def __post_init__(self) -> None:
@@ -222,7 +219,6 @@ class Clip(Elementwise):
     low: float | None = None
     high: float | None = None
     file_type = "clip"
-    settings: ClassVar = {"low": (float, type(None)), "high": (float, type(None))}
     keeps_width = True
 
     def __post_init__(self) -> None:
@@ -268,7 +264,6 @@ class Embedding(Stepwise):
     mask_zero: bool = False
     file_type = "embedding"
     arrays: ClassVar = {"table": ("ids", "units")}
-    settings: ClassVar = {"mask_zero": bool}
     axes = (1, 2)
     takes_ids = True
 
@@ -381,7 +376,6 @@ class Masking(Stepwise):
     value: float = 0.0
     file_type = "masking"
     about = "steps of {0.value:g}"
-    settings: ClassVar = {"value": float}
     axes = (2, 2)
     keeps_width = True
     makes_mask = True

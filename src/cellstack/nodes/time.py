@@ -22,6 +22,7 @@ from cellstack.nodes.base import (
     Shape,
     StateGradients,
     StepRule,
+    Types,
     gradient_of_moves,
     padded,
 )
@@ -75,14 +76,6 @@ class Conv1D(Node):
     keeps_mask: bool = False
     file_type = "conv1d"
     arrays: ClassVar = {"kernel": ("taps", "input_size", "units"), "bias": ("units",)}
-    settings: ClassVar = {
-        "strides": int,
-        "padding": (str, list),
-        "dilation": int,
-        "groups": int,
-        "activation": str,
-        "keeps_mask": bool,
-    }
     multiplied = ("kernel",)
     axes = (2, 2)
 
@@ -285,7 +278,6 @@ class Pool1D(Node):
     padding: str | tuple[int, int] = "valid"
     file_type = "pool1d"
     about = "{0.mode} of {0.size} steps every {0.strides}, {0.padding}"
-    settings: ClassVar = {"mode": str, "size": int, "strides": int, "padding": (str, list)}
     axes = (2, 2)
     keeps_width = True
     mixes_steps = True
@@ -297,6 +289,10 @@ class Pool1D(Node):
         object.__setattr__(self, "strides", check_integer("Pool1D", "strides", strides))
         padding = checked_padding("Pool1D", self.padding, self.size, self.strides or 1)
         object.__setattr__(self, "padding", padding)
+
+    @classmethod
+    def settings(cls) -> Types:
+        return {**super().settings(), "strides": int}  # a file has their number
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, width = super().check(owner, *shapes)
@@ -392,7 +388,6 @@ class GlobalPool(Node):
     mode: str = "mean"
     file_type = "pool"
     about = "{0.mode} over time"
-    settings: ClassVar = {"mode": str}
     axes = (2, 1)
     keeps_width = True
     heeds_mask = True

@@ -8,41 +8,24 @@ from typing import Any
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 
+OF_ONE = {  # activations and other functions of x alone, by module; their operations have the same names
+    "math": ("exp", "negative", "sigmoid", "softplus", "square", "tanh"),
+    "nn": ("elu", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh"),
+}
+OF_TWO = ("add", "subtract", "multiply", "maximum", "minimum")
 NAMES = {  # TensorFlow's name without `tf.`: the operation, and its arguments in order
+    **{f"{module}.{name}": (name.title(), ("x",)) for module, names in OF_ONE.items() for name in names},
+    **{f"math.{name}": (name.title(), ("x", "y")) for name in OF_TWO},
+    **{f"math.reduce_{name}": (name.title(), ("x", "axis", "keepdims")) for name in ("mean", "max", "min", "sum")},
     "__operators__.getitem": ("GetItem", ("x", "key")),
     "__operators__.add": ("Add", ("x", "y")),
-    "math.add": ("Add", ("x", "y")),
-    "math.subtract": ("Subtract", ("x", "y")),
-    "math.multiply": ("Multiply", ("x", "y")),
-    "math.truediv": ("TrueDivide", ("x", "y")),
-    "math.divide": ("TrueDivide", ("x", "y")),
-    "math.maximum": ("Maximum", ("x", "y")),
-    "math.minimum": ("Minimum", ("x", "y")),
-    "math.negative": ("Negative", ("x",)),
-    "math.square": ("Square", ("x",)),
+    **dict.fromkeys(("math.truediv", "math.divide"), ("TrueDivide", ("x", "y"))),
     "math.abs": ("Absolute", ("x",)),
-    "math.exp": ("Exp", ("x",)),
-    "math.tanh": ("Tanh", ("x",)),
-    "math.sigmoid": ("Sigmoid", ("x",)),
-    "math.softplus": ("Softplus", ("x",)),
-    "nn.tanh": ("Tanh", ("x",)),
-    "nn.sigmoid": ("Sigmoid", ("x",)),
-    "nn.relu": ("Relu", ("x",)),
-    "nn.relu6": ("Relu6", ("x",)),
-    "nn.elu": ("Elu", ("x",)),
-    "nn.selu": ("Selu", ("x",)),
-    "nn.silu": ("Silu", ("x",)),
     "nn.swish": ("Silu", ("x",)),
-    "nn.softplus": ("Softplus", ("x",)),
-    "nn.softsign": ("Softsign", ("x",)),
     "nn.leaky_relu": ("LeakyRelu", ("x", "negative_slope")),
     "nn.gelu": ("Gelu", ("x", "approximate")),
     "nn.softmax": ("Softmax", ("x", "axis")),
     "nn.log_softmax": ("LogSoftmax", ("x", "axis")),
-    "math.reduce_mean": ("Mean", ("x", "axis", "keepdims")),
-    "math.reduce_max": ("Max", ("x", "axis", "keepdims")),
-    "math.reduce_min": ("Min", ("x", "axis", "keepdims")),
-    "math.reduce_sum": ("Sum", ("x", "axis", "keepdims")),
     "cast": ("Cast", ("x", "dtype")),
     "concat": ("Concatenate", ("x", "axis")),
     "stack": ("Stack", ("x", "axis")),
@@ -58,20 +41,13 @@ NAMES = {  # TensorFlow's name without `tf.`: the operation, and its arguments i
     "identity": ("Copy", ("x",)),
     "stop_gradient": ("StopGradient", ("x",)),
 }
-WORDS = {  # TensorFlow's names of arguments, and those used above
+WORDS = {  # TensorFlow's names of arguments that have others above
     "slice_spec": "key",
     "perm": "axes",
     "shape": "newshape",
     "multiples": "repeats",
     "num_or_size_splits": "indices_or_sections",
     "alpha": "negative_slope",
-    "axis": "axis",
-    "keepdims": "keepdims",
-    "dtype": "dtype",
-    "indices": "indices",
-    "repeats": "repeats",
-    "approximate": "approximate",
-    "y": "y",
 }
 SAYS_NOTHING = ("name", "trainable", "dtype", "function", "num", "validate_indices", "batch_dims", "var", "mask")
 USUAL = {"Concatenate": 0, "Stack": 0, "Split": 0, "Take": 0, "Softmax": -1, "LogSoftmax": -1}
@@ -94,8 +70,8 @@ def as_operation(layer: Layer, given: list[Any], named: dict[str, Any]) -> tuple
     kind, order = NAMES[function]
     settings: dict[str, Any] = {}
     for name, value in named.items():
-        word = WORDS.get(name)
-        if word is not None and word in order and (value is not None or name not in SAYS_NOTHING):
+        word = WORDS.get(name, name)
+        if word in order[1:] and (value is not None or name not in SAYS_NOTHING):
             settings[word] = value
         elif name not in SAYS_NOTHING and value is not None:
             raise layer.refuse(f"{name}={short(value)} isn't supported")

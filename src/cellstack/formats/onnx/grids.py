@@ -78,37 +78,58 @@ MERGED = {"N": "BT", "M": "TB"}  # axes that are two axes merged
 # ── shapes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def regrouped(reader: Reader, x: Flowing, target: Sequence[Any], keep_zero: bool) -> Flowing | None:
-    """Return a value reshaped so that feature axes are split or joined; None for other reshapes.
+def reshaped(reader: Reader, x: Flowing, target: Sequence[Any], keep_zero: bool, split: bool = True) -> Flowing | None:
+    """Return a value in another shape, in which batch, time and features stay separate; None for other shapes.
+
+    Axes of length 1 are added and removed, and feature axes are joined. B and T become N, N becomes B and T again, and
+    all axes after B may become one, which has the label `*`.
 
     Args:
         reader: the reader.
         x: the value.
         target: the lengths of the shape, with 0 and -1 as in ONNX.
         keep_zero: whether 0 is a length, not that of the same axis before.
+        split: whether feature axes may be split too.
     """
     try:
         grid = as_grid(x)
-    except Refused:
-        return None
+    except Refused:  # the number of features isn't known
+        grid = x
     lengths = grid.lengths
     shape = [lengths[n] if e == 0 and not keep_zero and n < len(lengths) else e for n, e in enumerate(target)]
     items = [axis for axis in grid.axes if axis != "1"]
-    axes = next(
-        (matched for strict in (True, False) if (matched := _matched(grid, items, shape, strict)) is not None), None
-    )
+    tries = (way(grid, items, shape, strict, split) for strict in (True, False) for way in (_matched, _flattened))
+    axes = next((matched for matched in tries if matched is not None), None)
     if axes is None:
         return None
     sizes = dict(grid.parts)
-    if {axis for axis in axes if axis in sizes} == sizes.keys():  # only axes of length 1 change
-        return as_features(replace(grid, axes=tuple(map(str, axes))))
+    if "*" in axes or {axis for axis in axes if axis in sizes} == sizes.keys():  # only axes of length 1 change
+        own = dict(zip(grid.axes, x.axes, strict=True))
+        return as_features(replace(x, axes=tuple(own.get(axis, axis) for axis in axes)))
     grid, free = in_order(reader, grid), fresh(grid.axes)
     named = [(next(free), axis) if isinstance(axis, int) else (axis, sizes.get(axis, 0)) for axis in axes]
     parts = tuple((name, size) for name, size in named if size)
     return as_features(replace(grid, axes=tuple(name for name, _ in named), parts=parts))
 
 
-def _matched(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool) -> list[Any] | None:
+def _fits(label: str, length: Length, entry: Any, strict: bool) -> bool:
+    """Return whether an axis can have a length of a shape."""
+    return entry in (-1, length) or (not strict and isinstance(length, Dim) and label != "F" and entry != 1)
+
+
+def _flattened(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool, split: bool) -> list[Any] | None:
+    """Return the axes of a shape, as `_matched` does, if all axes after the batch become one."""
+    wide = [n for n, entry in enumerate(shape) if n and entry != 1]
+    if items[:1] != ["B"] or len(items) < 3 or len(wide) != 1 or not _fits("B", x.length("B"), shape[0], strict):
+        return None
+    rest = [x.length(axis) for axis in items[1:]]
+    numbers = [length for length in rest if isinstance(length, int)]
+    whole = prod(numbers) if len(numbers) == len(rest) else Dim(("*",))
+    fits = _fits("*", whole, shape[wide[0]], strict)
+    return ["B", *("*" if n == wide[0] else "1" for n in range(1, len(shape)))] if fits else None
+
+
+def _matched(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool, split: bool) -> list[Any] | None:
     """Return for each axis of a shape the value's axis, "1", or the length of a new part; None if nothing matches.
 
     Args:
@@ -116,35 +137,34 @@ def _matched(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool) -
         items: the value's axes that aren't matched yet, without those of length 1.
         shape: the lengths of the shape that aren't matched yet.
         strict: whether a number can't match an unknown length; in files written for one size it can.
+        split: whether several lengths can match one part.
     """
     sizes = dict(x.parts)
     if not shape:
         return None if any(sizes.get(item) != 1 for item in items) else []
     first, rest = shape[0], shape[1:]
-    for axes, left, behind in _ways(x, items, shape, strict):
-        if (tail := _matched(x, left, behind, strict)) is not None:
+    for axes, left, behind in _ways(x, items, shape, strict, split):
+        if (tail := _matched(x, left, behind, strict, split)) is not None:
             return [*axes, *tail]
-    if first == 1 and (tail := _matched(x, items, rest, strict)) is not None:
+    if first == 1 and (tail := _matched(x, items, rest, strict, split)) is not None:
         return ["1", *tail]
     if items and sizes.get(items[0]) == 1:
-        return _matched(x, items[1:], shape, strict)
+        return _matched(x, items[1:], shape, strict, split)
     return None
 
 
-def _ways(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool) -> Iterator[tuple[list[Any], Any, Any]]:
+def _ways(
+    x: Flowing, items: list[str], shape: Sequence[Any], strict: bool, split: bool
+) -> Iterator[tuple[list[Any], Any, Any]]:
     """Yield matches of the first axes: the axes of the shape as `_matched` returns them, the axes and lengths left."""
     sizes = dict(x.parts)
-
-    def fits(length: Length, entry: Any) -> bool:
-        return entry in (-1, length) or (not strict and isinstance(length, Dim) and entry != 1)
-
     if not items:
         return
     if items[0] in sizes:
         run = next((n for n, item in enumerate(items) if item not in sizes), len(items))
         for count in range(1, run + 1):
             total = prod(sizes[item] for item in items[:count])
-            for number in range(1, len(shape) + 1):
+            for number in range(1, len(shape) + 1 if split else 2):
                 entries = shape[:number]
                 if any(isinstance(entry, Dim) for entry in entries):
                     break
@@ -156,18 +176,16 @@ def _ways(x: Flowing, items: list[str], shape: Sequence[Any], strict: bool) -> I
                     [items[0]] if (count, number) == (1, 1) else [length if length > 1 else "1" for length in lengths]
                 )
                 yield axes, items[count:], shape[number:]
-    elif items[0] in MERGED:
-        apart = MERGED[items[0]]
-        if fits(x.length(items[0]), shape[0]):
-            yield items[:1], items[1:], shape[1:]
-        if len(shape) > 1 and all(fits(Dim((axis,)), entry) for axis, entry in zip(apart, shape, strict=False)):
-            yield list(apart), items[1:], shape[2:]
-    else:
-        if fits(x.length(items[0]), shape[0]):
-            yield items[:1], items[1:], shape[1:]
-        for merged, apart in MERGED.items():
-            if items[:2] == list(apart) and fits(Dim(("B", "T")), shape[0]):
-                yield [merged], items[2:], shape[1:]
+        return
+    if _fits(items[0], x.length(items[0]), shape[0], strict):
+        yield items[:1], items[1:], shape[1:]
+    for merged, apart in MERGED.items():
+        if items[0] == merged and len(shape) > 1:
+            pairs = zip(apart, shape, strict=False)
+            if all(_fits(axis, x.length(axis), entry, strict) for axis, entry in pairs):
+                yield list(apart), items[1:], shape[2:]
+        elif items[:2] == list(apart) and _fits(merged, x.length(merged), shape[0], strict):
+            yield [merged], items[2:], shape[1:]
 
 
 def without(x: Flowing, gone: Sequence[int]) -> Flowing:

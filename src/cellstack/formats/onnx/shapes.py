@@ -24,7 +24,6 @@ from cellstack.formats.onnx.values import (
     Symbols,
     Unknown,
     entries_of,
-    reshaped,
     shown,
 )
 from cellstack.nodes import Flatten, GlobalPool, Permute, Reshape
@@ -148,28 +147,22 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
         if takers == {"InstanceNormalization"} and isinstance(channels, int) and channels % entries[1] == 0:
             return [Grouped(x, int(entries[1]))]
     keep_zero = bool(attributes.get("allowzero", 0))
-    axes = None if x.parts else reshaped(x, entries, keep_zero)
-    if axes is None and x.width == 1 and "T" not in x.axes:  # one number per row needs no axis
-        without = replace(x, axes=tuple("1" if axis == "F" else axis for axis in x.axes))
-        axes = reshaped(without, entries, keep_zero)
+    made = None if x.parts else grids.reshaped(reader, x, entries, keep_zero, split=False)
     whole_shape = entries[1:] if all(isinstance(entry, int) for entry in entries[1:]) else []
     plain = x.axes in (("B", "T", "F"), ("B", "F")) and len(whole_shape) in (1, 2)
     row = [x.length(a) for a in x.axes[1:]]
     left = -1 not in whole_shape and all(isinstance(n, int) for n in row) and prod(row) == prod(whole_shape)  # for B
     if (
-        axes is None
+        made is None
         and plain
         and 0 not in whole_shape
         and (entries[0] in (0, x.length("B")) or (entries[0] == -1 and left))
     ):
         return [reader.put(node, Reshape(tuple(whole_shape)), x, axes="BTF" if len(whole_shape) == 2 else "BF")]
-    if axes is None and (made := grids.regrouped(reader, x, entries, keep_zero)) is not None:
-        return [made]
-    if axes is None:
+    made = grids.reshaped(reader, x, entries, keep_zero) if made is None else made
+    if made is None:
         raise Refused(f"the shape must keep batch, time and features separate, found {shown(entries)}")
-    if "*" in axes:
-        return [flattened(reader, node, x, axes)]
-    return [replace(x, axes=axes)]
+    return [flattened(reader, node, x, made.axes) if "*" in made.axes else made]
 
 
 def flatten(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

@@ -14,9 +14,9 @@ serves as it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import ceil, floor, prod
+from math import ceil, floor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -355,75 +355,3 @@ class Squares:
     parts: tuple[Flowing, ...]
     name: str
     epsilon: float = 0.0
-
-
-def reshaped(flow: Flowing, target: Sequence[Any], keep_zero: bool) -> tuple[str, ...] | None:
-    """Return the axes of a value in another shape; None where a wire can't have that shape.
-
-    Axes of length 1 are added and removed. D and F become one axis, B and T become N, N becomes B and T again, and all
-    axes after B become one, `*`, as in Flatten.
-    """
-    lengths = flow.lengths
-    shape = [
-        lengths[n] if entry == 0 and not keep_zero and n < len(lengths) else entry for n, entry in enumerate(target)
-    ]
-    shape = [int(entry) if not isinstance(entry, Dim) else entry for entry in shape]
-    labels = [label for label in flow.axes if label != "1"]
-    for strict in (True, False):
-        for candidate in _candidates(labels):
-            axes = _aligned(candidate, [_length(flow, label, candidate, labels) for label in candidate], shape, strict)
-            if axes is not None:
-                return axes
-    return None
-
-
-def _candidates(labels: list[str]) -> Iterator[list[str]]:
-    """Yield the possible mappings of axes, the simplest first."""
-    merged = _replaced(labels, ["D", "F"], ["F"])
-    for now in (labels, merged):
-        yield now
-        yield _replaced(now, ["B", "T"], ["N"])
-        yield _replaced(now, ["N"], ["B", "T"])
-        yield _replaced(now, ["T", "B"], ["M"])
-        yield _replaced(now, ["M"], ["T", "B"])
-    if labels[:1] == ["B"] and len(labels) > 2:
-        yield ["B", "*"]
-
-
-def _replaced(labels: list[str], old: list[str], new: list[str]) -> list[str]:
-    for n in range(len(labels)):
-        if labels[n : n + len(old)] == old:
-            return [*labels[:n], *new, *labels[n + len(old) :]]
-    return labels
-
-
-def _length(flow: Flowing, label: str, candidate: list[str], labels: list[str]) -> Length:
-    if label == "F" and "D" not in candidate:
-        return Dim(("F",)) if flow.width is None else flow.width
-    if label == "*":
-        rest = [flow.length(other) for other in labels[1:]]
-        numbers = [length for length in rest if isinstance(length, int)]
-        return prod(numbers) if len(numbers) == len(rest) else Dim(("*",))
-    return flow.length(label)
-
-
-def _aligned(labels: list[str], lengths: list[Length], entries: list[Length], strict: bool) -> tuple[str, ...] | None:
-    """Return `labels` with axes of length 1 inserted to match the lengths wanted; None where impossible.
-
-    Not `strict`: a number may match an unknown length of B or T, as in files written for one size.
-    """
-    if not entries:
-        return () if not labels else None
-    first, rest = entries[0], entries[1:]
-    if labels:
-        length = lengths[0]
-        loose = not strict and isinstance(length, Dim) and labels[0] in "BTNM*" and first != 1
-        if first == -1 or first == length or loose:
-            tail = _aligned(labels[1:], lengths[1:], rest, strict)
-            if tail is not None:
-                return (labels[0], *tail)
-    if first == 1:
-        tail = _aligned(labels, lengths, rest, strict)
-        if tail is not None:
-            return ("1", *tail)
-    return None

@@ -1,10 +1,10 @@
 """Reads pickles as data, with placeholders for everything that a pickle would import, create or call.
 
 Python's unpickler imports and calls what a pickle names, allocates as much memory as the pickle claims, and can be made
-to overflow the stack. This reader does none of it: it interprets the opcodes without recursion, checks every length
-against the available bytes, and never imports a name. Classes and functions are returned as `Global`, and objects made
-with them as `Standin`, unless the caller passes a builder for them. Dicts, lists, tuples, text and numbers are returned
-as such; sets as lists, because only text and numbers are hashed.
+to overflow the stack. This reader does none of it: `pickletools` decodes the opcodes, and checks every length against
+the available bytes; they are interpreted here without recursion, and no name is imported. Classes and functions are
+returned as `Global`, and objects made with them as `Standin`, unless the caller passes a builder for them. Dicts,
+lists, tuples, text and numbers are returned as such; sets as lists, because only text and numbers are hashed.
 
 The opcodes are those of protocols 2 to 5; the text protocols 0 and 1, which torch doesn't write, aren't supported.
 Memory and time stay within some hundred times the pickle's length.
@@ -14,8 +14,9 @@ Ref: https://docs.python.org/3/library/pickletools.html
 
 from __future__ import annotations
 
-import struct
+import pickletools
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from typing import Any, NamedTuple, NoReturn
 
 from cellstack.cells.errors import FormatError
@@ -36,7 +37,6 @@ RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "buil
 MOST_KEY = 1 << 60  # larger integers may have equal hashes, and make a dict of them quadratically slow
 LONGEST_NAME = 500  # of a class, including its module
 LONGEST_KEY = 16  # of a tuple as a dict's key, which is hashed at each use
-STOP = 0x2E
 
 
 class Global(NamedTuple):
@@ -96,13 +96,16 @@ def read(
     >>> read("x", pickle.dumps(FormatError("no")))[0]
     Standin('cellstack.cells.errors.FormatError')
     """
-    machine = _Machine(where, data, start, builders or {}, persistent)
+    machine = _Machine(where, data, builders or {}, persistent)
+    machine.file.seek(start)
     try:
         return machine.run(), machine.at
-    except (IndexError, struct.error):
-        raise FormatError(f"{where}: the pickle is damaged: it ends or empties its stack too early") from None
-    except UnicodeError:
-        raise FormatError(f"{where}: the pickle is damaged: its text or numbers can't be decoded") from None
+    except FormatError:
+        raise
+    except IndexError:
+        raise FormatError(f"{where}: the pickle is damaged: it empties its stack too early") from None
+    except (ValueError, DeprecationWarning) as error:  # of `pickletools`; it warns of names with a backslash
+        raise FormatError(f"{where}: the pickle is damaged: {str(error)[:200]}") from None
 
 
 class _Machine:
@@ -112,11 +115,10 @@ class _Machine:
         self,
         where: str,
         data: bytes,
-        start: int,
         builders: Mapping[str, Callable[[tuple[Any, ...]], Any]],
         persistent: Callable[[Any], Any] | None,
     ) -> None:
-        self.where, self.data, self.at = where, data, start
+        self.where, self.size, self.file = where, len(data), BytesIO(data)
         self.builders, self.persistent = builders, persistent
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each mark
@@ -126,41 +128,25 @@ class _Machine:
     def wrong(self, expected: str, found: Any) -> NoReturn:
         raise FormatError(f"{self.where}: byte {self.at}: expected {expected}, found {found}")
 
+    @property
+    def at(self) -> int:
+        """The index of the byte after the last opcode."""
+        return self.file.tell()
+
     def run(self) -> Any:
-        data = self.data
-        while True:
-            code = data[self.at]
-            self.at += 1
-            if code == STOP:
-                return self.stack.pop()
-            operation = OPERATIONS.get(code)
+        for opcode, argument, _ in pickletools.genops(self.file):
+            if opcode.name == "STOP":
+                break
+            operation = OPERATIONS.get(opcode.name)
             if operation is None:
-                self.wrong("an opcode of pickle", f"{bytes((code,))!r}")
-            operation(self)
-
-    # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def take(self, count: int) -> bytes:
-        if not 0 <= count <= len(self.data) - self.at:
-            self.wrong(f"at most {len(self.data) - self.at} bytes, those that are left", f"a length of {count}")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def number(self, layout: struct.Struct) -> Any:
-        return layout.unpack(self.take(layout.size))[0]
-
-    def line(self) -> bytes:
-        end = self.data.find(b"\n", self.at, self.at + LONGEST_NAME)
-        if end < 0:
-            self.wrong(f"a name of at most {LONGEST_NAME} bytes, and the end of its line", "none")
-        text = self.data[self.at : end]
-        self.at = end + 1
-        return text
+                self.wrong("an opcode of pickle's protocols 2 to 5", opcode.name)
+            operation(self, argument)
+        return self.stack.pop()
 
     def charge(self, count: int) -> None:
         """Count copied items: a short pickle could copy the same long object many times."""
         self.copied += count
-        if self.copied > len(self.data):
+        if self.copied > self.size:
             raise FormatError(f"{self.where}: byte {self.at}: the pickle copies more items than it has bytes")
 
     # ── stack and memo ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -257,9 +243,9 @@ class _Machine:
             )
         return Global(f"{module}.{name}")
 
-    def by_line(self) -> Global:
-        module, name = self.line().decode(), self.line().decode()
-        return self.name(module, name)
+    def by_words(self, words: str) -> None:
+        module, _, name = words.partition(" ")
+        self.push(self.name(module, name))
 
     def by_stack(self) -> None:
         name = self.stack.pop()
@@ -332,87 +318,56 @@ class _Machine:
             raise FormatError(f"{self.where}: byte {self.at}: persistent ids aren't supported in this kind of file")
         self.push(self.persistent(key))
 
-    def skip_frame(self) -> None:
-        size = self.number(U8)
-        if size > len(self.data) - self.at:
-            self.wrong(f"a frame of at most {len(self.data) - self.at} bytes, those that are left", f"one of {size}")
 
-
-def _text(data: bytes) -> str | bytes:
+def _text(letters: str) -> str | bytes:
     """Return a string of Python 2, which has one type for text and bytes: as text if it is UTF-8, else as bytes."""
+    data = letters.encode("latin-1")
     try:
         return data.decode()
     except UnicodeDecodeError:
         return data
 
 
-def _long(data: bytes) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
 DICTS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict")
 LISTS = ("builtins.list", "builtins.tuple", "builtins.set", "builtins.frozenset")
-U1, U2, U4, U8 = (struct.Struct(f"<{letter}") for letter in "BHIQ")
-I4, F8 = struct.Struct("<i"), struct.Struct(">d")
-
-OPERATIONS: dict[int, Callable[[_Machine], Any]] = {
-    ord(code): operation
-    for code, operation in {
-        "\x80": lambda m: m.take(1),
-        "\x95": _Machine.skip_frame,
-        # stack and memo
-        "(": _Machine.mark,
-        "0": _Machine.pop,
-        "1": _Machine.since_mark,
-        "2": lambda m: m.push(m.stack[-1]),
-        "q": lambda m: m.put(m.number(U1)),
-        "r": lambda m: m.put(m.number(U4)),
-        "\x94": lambda m: m.put(len(m.memo)),
-        "h": lambda m: m.get(m.number(U1)),
-        "j": lambda m: m.get(m.number(U4)),
-        # numbers
-        "N": lambda m: m.push(None),
-        "\x88": lambda m: m.push(True),
-        "\x89": lambda m: m.push(False),
-        "J": lambda m: m.push(m.number(I4)),
-        "K": lambda m: m.push(m.number(U1)),
-        "M": lambda m: m.push(m.number(U2)),
-        "\x8a": lambda m: m.push(_long(m.take(m.number(U1)))),
-        "\x8b": lambda m: m.push(_long(m.take(m.number(I4)))),
-        "G": lambda m: m.push(m.number(F8)),
-        # text and bytes
-        "T": lambda m: m.push(_text(m.take(m.number(I4)))),
-        "U": lambda m: m.push(_text(m.take(m.number(U1)))),
-        "X": lambda m: m.push(m.take(m.number(U4)).decode("utf-8", "surrogatepass")),
-        "\x8c": lambda m: m.push(m.take(m.number(U1)).decode("utf-8", "surrogatepass")),
-        "\x8d": lambda m: m.push(m.take(m.number(U8)).decode("utf-8", "surrogatepass")),
-        "B": lambda m: m.push(m.take(m.number(U4))),
-        "C": lambda m: m.push(m.take(m.number(U1))),
-        "\x8e": lambda m: m.push(m.take(m.number(U8))),
-        "\x96": lambda m: m.push(m.take(m.number(U8))),
-        # containers
-        ")": lambda m: m.push(()),
-        "t": lambda m: m.push(tuple(m.since_mark())),
-        "\x85": lambda m: m.tuple_of(1),
-        "\x86": lambda m: m.tuple_of(2),
-        "\x87": lambda m: m.tuple_of(3),
-        "]": lambda m: m.push([]),
-        "a": _Machine.append,
-        "e": lambda m: m.extend(m.since_mark()),
-        "}": lambda m: m.push({}),
-        "s": _Machine.set_pair,
-        "u": lambda m: m.set_pairs(m.since_mark()),
-        "\x8f": lambda m: m.push([]),
-        "\x90": lambda m: m.extend(m.since_mark()),
-        "\x91": lambda m: m.push(m.since_mark()),
-        # names and calls
-        "c": lambda m: m.push(m.by_line()),
-        "\x93": _Machine.by_stack,
-        "R": _Machine.reduce,
-        "\x81": _Machine.reduce,
-        "\x92": _Machine.new_with_keywords,
-        "o": _Machine.object_of,
-        "b": _Machine.build,
-        "Q": lambda m: m.persist(m.stack.pop()),
-    }.items()
+ARGUMENTS = (  # opcodes that push their argument
+    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
+    "BINBYTES8"
+)
+OPERATIONS: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
+    # stack and memo
+    "MARK": lambda m, _: m.mark(),
+    "POP": lambda m, _: m.pop(),
+    "POP_MARK": lambda m, _: m.since_mark(),
+    "DUP": lambda m, _: m.push(m.stack[-1]),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.put),
+    "MEMOIZE": lambda m, _: m.put(len(m.memo)),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
+    # numbers, text and bytes
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    **dict.fromkeys(ARGUMENTS.split(), _Machine.push),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), lambda m, letters: m.push(_text(letters))),
+    "BYTEARRAY8": lambda m, data: m.push(bytes(data)),
+    # containers
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
+    **{f"TUPLE{count}": lambda m, _, count=count: m.tuple_of(count) for count in (1, 2, 3)},
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda m, _: m.push([])),
+    "APPEND": lambda m, _: m.append(),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, _: m.extend(m.since_mark())),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "SETITEM": lambda m, _: m.set_pair(),
+    "SETITEMS": lambda m, _: m.set_pairs(m.since_mark()),
+    "FROZENSET": lambda m, _: m.push(m.since_mark()),
+    # names and calls
+    "GLOBAL": _Machine.by_words,
+    "STACK_GLOBAL": lambda m, _: m.by_stack(),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m.reduce()),
+    "NEWOBJ_EX": lambda m, _: m.new_with_keywords(),
+    "OBJ": lambda m, _: m.object_of(),
+    "BUILD": lambda m, _: m.build(),
+    "BINPERSID": lambda m, _: m.persist(m.stack.pop()),
 }
