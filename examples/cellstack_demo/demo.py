@@ -26,7 +26,7 @@ from cellstack_demo.report import report
 
 # Found by threefold cross-validation within the training utterances (blocks of each speaker's, in the order in which
 # they were recorded); the test utterances weren't used.
-OPTIONS = FitOptions(epochs=60, noise=0.6, offset=0.3, patience=0, validation=0.1, device="cpu")
+OPTIONS = FitOptions(epochs=60, patience=0, validation=0.1, device="cpu")
 UNITS, DROPOUT = (48, 48), 0.3
 Say = Callable[..., None]
 
@@ -122,7 +122,7 @@ def _train(name: str, training: Sequences, test: Sequences, options: FitOptions,
         f"\n{name}: a stack of {' and '.join(map(str, UNITS))} units, "
         + ("in both directions" if both else "frame by frame")
     )
-    architecture = Architecture(UNITS, bidirectional=both, dropout=DROPOUT, every_step=not both)
+    architecture = Architecture(UNITS, bidirectional=both, dropout=DROPOUT, every_step=not both, changes=False)
     outcome = workflow.train_sequences(training, test, architecture, options)
     outcome.network.save(folder / f"{name}.safetensors")
     say(f"  {outcome.fit.steps} steps in {outcome.fit.seconds:.1f} s, test accuracy {outcome.scores['accuracy']:.2%}")

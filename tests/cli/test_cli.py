@@ -17,7 +17,8 @@ import torch
 
 from cellstack import Network, load
 from cellstack.cli import main as cli
-from cellstack.nodes import GlobalPool
+from cellstack.nodes import Conv1D, Dense, GlobalPool, Merge
+from cellstack.nodes.recurrent import Bidirectional
 
 DATA = files("cellstack_demo") / "data"
 VOWELS, VOWELS_TEST, CO2 = (
@@ -62,10 +63,10 @@ def test_train_on_sequences_and_measure(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("cell", "summary"),
     [
-        ("gru", "GRU 12 -> 6"),
-        ("rnn", "SimpleRNN 12 -> 6"),
-        ("mingru", "MinGRU 12 -> 6"),
-        ("minlstm", "MinLSTM 12 -> 6"),
+        ("gru", "GRU 24 -> 6"),
+        ("rnn", "SimpleRNN 24 -> 6"),
+        ("mingru", "MinGRU 24 -> 6"),
+        ("minlstm", "MinLSTM 24 -> 6"),
     ],
 )
 def test_train_with_another_cell(capsys, tmp_path, cell, summary):
@@ -73,7 +74,7 @@ def test_train_with_another_cell(capsys, tmp_path, cell, summary):
     status, out, _ = run(capsys, "train", VOWELS, VOWELS_TEST, "-o", output, *SMALL, "--cell", cell, "--json")
     assert status == 0
     report = json.loads(run(capsys, "info", output, "--json")[1])
-    assert report["layers"][1]["summary"] == summary
+    assert report["layers"][3]["summary"] == summary
     measured = json.loads(run(capsys, "run", output, VOWELS_TEST, "--json")[1])
     assert measured["accuracy"] == pytest.approx(json.loads(out)["test"]["accuracy"])
 
@@ -208,11 +209,18 @@ def test_a_column_without_values_is_named(capsys, tmp_path):
 def test_info(capsys, vowels):
     status, out, _ = run(capsys, "info", vowels)
     assert status == 0
-    for part in ("Bidirectional", "12 -> 6", "output shape", "can't be streamed", "plan", "kernel", 'labels: ["1"'):
+    for part in ("Bidirectional", "24 -> 6", "output shape", "can't be streamed", "plan", "kernel", 'labels: ["1"'):
         assert part in out
     report = json.loads(run(capsys, "info", vowels, "--json")[1])
     assert report["input_size"] == 12
-    assert [layer["kind"] for layer in report["layers"]] == ["Standardise", "Bidirectional", "GlobalPool", "Dense"]
+    assert [layer["kind"] for layer in report["layers"]] == [
+        "Standardise",
+        "Conv1D",
+        "Merge",
+        "Bidirectional",
+        "GlobalPool",
+        "Dense",
+    ]
     assert report["parameters"] == sum(layer["parameters"] for layer in report["layers"])
     assert report["layers"][-1]["output"] == "[B, 9]"
     assert report["stream"].startswith("can't be streamed: layer_0 can't run step by step")
@@ -409,7 +417,7 @@ def test_the_wrong_kind_of_file_or_model(capsys, vowels, co2, co2_table, tmp_pat
     narrow.write_text("@classLabel true 1\n@data\n1,2:3,4:1\n")
     status, _, err = run(capsys, "run", vowels, str(narrow))
     assert (status, "expected 12 channels, found 2" in err) == (2, True)
-    cell = load(vowels).nodes[1].forward
+    cell = load(torch.nn.LSTM(12, 4, batch_first=True)).nodes[0]
     Network((cell, GlobalPool("last"))).save(tmp_path / "bare.safetensors")
     status, out, _ = run(capsys, "run", str(tmp_path / "bare"), VOWELS)  # sequences of many lengths
     assert (status, out.count("\n")) == (0, 1 + 270)
@@ -506,8 +514,9 @@ def test_invalid_reading_options_are_one_line(capsys, co2, co2_table, tmp_path):
 
 def test_a_network_without_pooling_is_not_a_trained_classifier(capsys, vowels, tmp_path):
     net = load(vowels)
-    kept = [n for n, node in enumerate(net.nodes) if not isinstance(node, GlobalPool)]
-    Network([net.nodes[n] for n in kept], [net.names[n] for n in kept], net.metadata).save(tmp_path / "a.safetensors")
+    nodes = [node for node in net.nodes if not isinstance(node, (Conv1D, Merge, GlobalPool, Bidirectional))]
+    nodes[-1] = Dense(np.ones((12, 9), np.float32))
+    Network(nodes, metadata={**net.metadata, "changes": False}).save(tmp_path / "a.safetensors")
     status, _, err = run(capsys, "run", str(tmp_path / "a"), VOWELS_TEST)
     assert (status, err.count("\n")) == (2, 1)
     assert "expected a network with one output per sequence" in err
@@ -530,7 +539,7 @@ def test_targets_for_a_classifier_and_classes_for_a_regressor_are_refused(capsys
 def test_resume_of_another_model_is_refused_in_one_line(capsys, tmp_path):
     common = ["train", VOWELS, *SMALL, "-o", str(tmp_path / "a"), "--checkpoint", str(tmp_path / "c")]
     assert run(capsys, *common)[0] == 0
-    for words, name in ((["--pooling", "max"], "pooling"), (["--every-step"], "every_step")):
+    for words, name in ((["--pooling", "mean"], "pooling"), (["--every-step", "--pooling", "max"], "every_step")):
         status, out, err = run(capsys, *common, "--resume", *words)
         assert (status, err.count("\n")) == (2, 1)
         assert "wrote " not in out

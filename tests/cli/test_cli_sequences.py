@@ -61,7 +61,7 @@ def test_the_data_is_described_before_training_and_by_dry_run(capsys, machines):
     said += [
         "25 sequences to train on; 5 to validate on (15% of each class, chosen at random); none to test on",
         "for comparison: the accuracy of always predicting 'fine' is 0.68 on the training part",
-        "1 network: LSTM 2 -> 48 -> 48, 28,514 weights; at most 60 epochs of 2 steps, batches of 16",
+        "1 network: LSTM 4 -> 48 -> 48, 28,898 weights; at most 400 epochs of 2 steps, batches of 16",
     ]
     status, out, err = run(capsys, *words, "--dry-run")
     assert (status, out.splitlines()[:-1], err) == (0, said, "")

@@ -722,7 +722,7 @@ def test_the_sentence_at_the_end(toy):
         f"stopped after {len(stopped.history)} epochs, because the validation loss had not decreased for 2"
         in stopped.sentence
     )
-    assert train.fit(*toy, **how, validation=0).sentence == (
+    assert train.fit(*toy, **how | {"validation": 0}).sentence == (
         "trained for all 2 epochs; kept epoch 2, the last, without a validation part; no data was held out to "
         "measure its accuracy on"
     )

@@ -147,8 +147,6 @@ class Result:
         if rule is None or rule.name not in known:
             return ""
         better = ": better than the network" if rule.wins(known[rule.name]) else ""
-        if better and getattr(self.model, "noisy", False):
-            better += ", which may learn more with noise=0 and offset=0"
         return f"for comparison, {rule.what}: {history.in_words(rule.name)} {rule.score:.4g}{better}"
 
 

@@ -188,11 +188,6 @@ class Model(nn.Module):
             self.check_head(width, outputs)
         self.targets = Standardise(*(targets or (np.zeros(outputs), np.ones(outputs))))
 
-    @property
-    def noisy(self) -> bool:
-        """Whether its inputs have noise in training."""
-        return self.noise.noise > 0 or self.noise.offset > 0
-
     def check_head(self, width: int, outputs: int) -> None:
         """Raise `UsageError` if a user's head has the wrong widths, or can't be written as nodes."""
         try:

@@ -53,7 +53,7 @@ function convolutionSums(node, x) {
 }
 
 const convolutionNode = {
-  settings: ["taps", "input_size", "units", "strides", "dilation", "groups", "padding", "use_bias", "activation"],
+  settings: ["taps", "input_size", "units", "strides", "dilation", "groups", "padding", "use_bias", "activation", "keeps_mask"],
   arrays: ["kernel", "bias"],
   mixesSteps: ({ taps, strides, padding }) => taps > 1 || strides > 1 || Array.isArray(padding),
   run(node, [flow]) {
