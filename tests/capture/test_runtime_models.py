@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import cellstack as cs
 from cellstack.capture import compile_network, export_onnx
+from cellstack.capture.nested import array_of
 from cellstack.formats.onnx.runtime import RuntimeModel
 
 SIZES = ((2, 9), (3, 31), (1, 7), (5, 1))  # the first is that of the example
@@ -108,6 +109,33 @@ def called_as_a_function(m, x):
     return y.cumsum(1), h
 
 
+def of_complex_numbers(m, x, state):
+    """Compute with complex numbers, real ones and both."""
+    y = torch.complex(m.rnn(x.real)[0], m.rnn(x.imag)[0])
+    turned = torch.polar(y.abs() + 1, y.angle()) * y.conj() + 1 - y / 2
+    turned = torch.einsum("btf,bgf->btg", turned, torch.stack([y.mean(1), y[:, 0]], 1))
+    smoothed = torch.fft.irfft(torch.fft.rfft(x.real, dim=2) * y[:, :, :3], 4, dim=2)
+    return turned, torch.view_as_real(turned).flatten(2).cumsum(1) / 9, torch.view_as_complex(state) * smoothed.mean()
+
+
+def of_spectra(m, x):
+    """Filter a signal by a mask of its spectrum."""
+    window = torch.hann_window(6)
+    spectrum = torch.stft(x[..., 0], 6, 2, None, window, True, "constant", True, return_complex=True)
+    mask = m.rnn(spectrum.abs().transpose(1, 2))[0].transpose(1, 2)[:, :4]
+    return torch.istft(spectrum * mask, 6, 2, window=window, normalized=True, length=x.shape[1])
+
+
+def of_small_numbers(m, x):
+    """Divide small numbers by each other, and take a mean over axes in a list."""
+    y = m.rnn(x)[0] * 1e-9
+    return (y / (y.abs() + 1e-8)).cumsum(1), y.mean(torch.arange(1, y.ndim).tolist())
+
+
+def of_several(m, *inputs):
+    return m.rnn(inputs[0])[0].cumsum(1) + sum(one.flatten(1).sum(1) for one in inputs)[:, None, None]
+
+
 def turned(m, x):
     y, _ = m.rnn(x.transpose(0, 1))
     return y.cumsum(0)
@@ -115,6 +143,15 @@ def turned(m, x):
 
 def x_of(rows, steps):
     return (torch.randn(rows, steps, 4),)
+
+
+def complex_numbers(rows, steps):
+    return torch.randn(rows, steps, 4, dtype=torch.complex64), torch.randn(rows, 6, 2)
+
+
+def several(rows, steps):
+    """Return inputs whose number of rows is also the length of other axes."""
+    return *x_of(rows, steps), *(torch.randn(rows, *sizes, 2) for sizes in ((), (2,), (3,), (2, 2)))
 
 
 def with_state(rows, steps):
@@ -155,6 +192,10 @@ MODELS = {
     "lengths in a list": (lengths_in_a_list, with_sorted_lengths, {}),
     "counts": (of_counts, with_sorted_lengths, {}),
     "masks": (of_masked_values, x_of, {}),
+    "complex numbers": (of_complex_numbers, complex_numbers, {}),
+    "spectra": (of_spectra, x_of, {}),
+    "small numbers": (of_small_numbers, x_of, {}),
+    "several inputs": (of_several, several, {}),
     "a squeeze that keeps its axis": (one_feature, with_ids, {}),
 }
 
@@ -243,10 +284,10 @@ def test_every_size_has_the_outputs_of_the_module(name):
         given = inputs(*size)
         with torch.no_grad():
             expected = flat(module.eval()(*given))
-        found = net.compute(dict(zip(net.inputs, (one.numpy() for one in flat(given)), strict=True)))
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours.dtype == theirs.numpy().dtype
-            np.testing.assert_allclose(ours, theirs.numpy(), atol=tolerances.NETWORK, rtol=0)
+        found = net.compute(dict(zip(net.inputs, map(array_of, flat(given)), strict=True)))
+        for ours, theirs in zip(found, map(array_of, expected), strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_allclose(ours, theirs, atol=tolerances.NETWORK, rtol=0)
 
 
 def test_a_branch_on_values_that_random_ones_do_not_take_is_warned_of():

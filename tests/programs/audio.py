@@ -94,7 +94,7 @@ def lstm_masker():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("asteroid: DPRNN", *ASTEROID, served=4, refused="can't export it")
+@program("asteroid: DPRNN", *ASTEROID, served=4, runtime=True)
 def dprnn():
     from asteroid.masknn import DPRNN
 
@@ -103,7 +103,7 @@ def dprnn():
 
 
 @program(
-    "asteroid: DCCRMaskNetRNN", *ASTEROID, served=4, refused="ComplexFloat"
+    "asteroid: DCCRMaskNetRNN", *ASTEROID, served=4, runtime=True
 )  # DCCRNet itself can't be built with this PyTorch
 def dccrn():
     from asteroid.masknn.recurrent import DCCRMaskNetRNN
@@ -364,7 +364,7 @@ def piano():
     "deepfilterlib==0.5.6",
     "loguru==0.7.3",
     served=3,
-    refused="view_as_complex",
+    runtime=True,
 )
 def deepfilternet():
     skip_init("df")

@@ -65,7 +65,7 @@ def kraken():
     return module, lambda rows, width: (torch.randn(rows, 16, 1, width),)
 
 
-@program("kraken: TransposedSummarizingRNN, summary", *KRAKEN, sizes=WIDTHS, refused="expected X with axes")
+@program("kraken: TransposedSummarizingRNN, summary", *KRAKEN, sizes=WIDTHS, runtime=True)
 def kraken_summary():
     from kraken.lib.vgsl.layers import TransposedSummarizingRNN
 

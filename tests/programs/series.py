@@ -171,7 +171,7 @@ def _fields():
     }
 
 
-@program("pytorch-forecasting: RecurrentNetwork", *NEEDS["pytorch-forecasting"], runtime=True, accepts=3)
+@program("pytorch-forecasting: RecurrentNetwork", *NEEDS["pytorch-forecasting"], runtime=True)
 def forecasting_rnn():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import RecurrentNetwork
@@ -180,7 +180,7 @@ def forecasting_rnn():
     return module, _forecasting
 
 
-@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], runtime=True, accepts=3)
+@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], runtime=True)
 def forecasting_deepar():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import DeepAR

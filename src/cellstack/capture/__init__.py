@@ -49,7 +49,8 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
         that `Network.run` returns; a state is an output `[B, H]` if the module uses nothing else of its layer. A module
         that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
         For a module that ONNX Runtime runs in part, a `cellstack.formats.onnx.runtime.RuntimeModel`, which takes
-        and returns the tensors that the module does, with the same axes, and can't stream.
+        and returns the tensors that the module does, with the same axes, and can't stream. A complex tensor has a last
+        axis of 2 there, for the real and the imaginary part.
 
     Outputs of the module that aren't tensors are left out. If the module's code reads values of tensors, as in
     `if x.sum() > 0`, compares sizes of its input, as in `if x.shape[1] > 4`, or turns them into plain numbers, as in

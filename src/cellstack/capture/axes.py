@@ -83,8 +83,9 @@ def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[[int, int], Axes |
         for members in alike.values():
             shape = flat[members[0]].shape
             same = [other for other in range(len(shape)) if shape[other] == flat[n].shape[axis]]
-            choices = [same, *([one] for one in same)] if len(same) > 1 else [same]
-            ways.append([frozenset(itertools.product(members, chosen)) for chosen in [*choices, []]])
+            alone_of_them = sorted(([one] for one in same), key=lambda one: one != [axis])  # mostly the same axis
+            choices = [*alone_of_them, same, []] if axis in same else [same, *alone_of_them, []]
+            ways.append([frozenset(itertools.product(members, chosen)) for chosen in choices])
         for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
             if not takes(frozenset().union(alone, *way)):
                 continue

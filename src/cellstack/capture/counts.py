@@ -17,6 +17,11 @@ from cellstack.capture.axes import is_count
 SYMBOLS = (SymInt, SymFloat, SymBool)
 
 
+def is_open(value: Any) -> bool:
+    """Whether a value holds integers, such as lengths, for an open number of rows, which a list would fix."""
+    return isinstance(value, Tensor) and value.ndim == 1 and is_count(value) and isinstance(value.shape[0], SymInt)
+
+
 class _Conversion(type):
     """A type that stands for one of Python's, also in `isinstance`, but converts symbols by a function of its own."""
 
@@ -26,9 +31,7 @@ class _Conversion(type):
             value = value.item()
         if isinstance(value, SYMBOLS):
             return cls.symbolic(value)
-        if own is list and isinstance(value, Tensor) and value.ndim == 1 and is_count(value):
-            return value if isinstance(value.shape[0], SymInt) else own(value)  # a list has a fixed number of rows
-        return own(*args, **kwargs)
+        return value if own is list and is_open(value) else own(*args, **kwargs)
 
     def __instancecheck__(cls: Any, value: Any) -> bool:
         return isinstance(value, cls.__base__)

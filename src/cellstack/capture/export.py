@@ -181,10 +181,20 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
             input_names=input_names,
             output_names=output_names,
             verbose=False,
+            optimize=False,  # which drops x + eps for eps up to 1e-8, and computes small constants only
         )
-    # The exporter itself only computes small constants; weights are stored in ONNX's order too.
-    most = 1 + max((value.nbytes for value in program.state_dict.values()), default=0)
-    importlib.import_module("onnxscript").optimizer.optimize(made.model, input_size_limit=most, output_size_limit=most)
+    most = 1 + max((value.nbytes for value in program.state_dict.values()), default=0)  # weights in ONNX's order
+    script = importlib.import_module("onnxscript")
+    common = script.ir.passes.common
+    common.InlinePass()(made.model)
+    script.optimizer.fold_constants(made.model, input_size_limit=most, output_size_limit=most)
+    for run in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.RemoveUnusedNodesPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+    ):
+        run(made.model)
     _put_cells(made.model)
     for value in made.model.graph.inputs:  # a size that became fixed while it was recorded has its number as its name
         for axis, size in enumerate(value.shape):

@@ -127,6 +127,7 @@ def in_order(made: Any, value: Any) -> Any:
 
 
 def array_of(value: Any) -> Any:
-    """Return a tensor as a NumPy array; bfloat16 as float32."""
+    """Return a tensor as a NumPy array; bfloat16 as float32, complex numbers with a last axis of 2."""
     value = value.detach().cpu()
+    value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
     return np.asarray(value.float() if value.dtype is torch.bfloat16 else value)

@@ -19,9 +19,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
-from cellstack.capture.axes import is_count
+from cellstack.capture import complexes
 from cellstack.capture.copied import duplicate
-from cellstack.capture.counts import FUNCTIONS
+from cellstack.capture.counts import FUNCTIONS, is_open
 from cellstack.capture.sizes import OURS, Renamed, outside, pytorch
 from cellstack.layers.accelerated import run_stack
 from cellstack.layers.eligibility import KINDS
@@ -87,7 +87,7 @@ class Operators(TorchFunctionMode):
         """Keep lengths a tensor in `pack_padded_sequence(x, lengths.tolist())`: a list has a fixed number of rows."""
         self.renamed.within(torch.nn.modules.rnn.__dict__)
         for kind, own in self.lists.items():
-            kind.tolist = lambda t, own=own: t if t.ndim == 1 and is_count(t) else own(t)  # type: ignore[attr-defined]
+            kind.tolist = lambda t, own=own: t if is_open(t) else own(t)  # type: ignore[attr-defined]
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -102,6 +102,9 @@ class Operators(TorchFunctionMode):
         self.renamed.at(outside(sys._getframe(1), pytorch(), OURS))
         name = getattr(func, "__name__", "")
         first = self.packed.get(id(args[0])) if args else None
+        if complexes.are_in(name, (args, kwargs)):
+            again = partial(self.__torch_function__, func, types)
+            return complexes.run(func, args, kwargs or {}, lambda *own, **named: again(own, named))
         if name in MODES and not kwargs:
             return self._recurrent(MODES[name], *args)
         if name.removesuffix("_cell") in MODES and not kwargs:

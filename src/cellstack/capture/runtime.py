@@ -20,6 +20,7 @@ from torch.export import Dim
 
 from cellstack.capture.attempts import DRAWS, MORE_SCALES, SCALES, caveats
 from cellstack.capture.axes import Axes, axes_in_groups, resized
+from cellstack.capture.complexes import with_real_ends
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import GraphEnds, difference, drawn
 from cellstack.capture.export import example_values, recorded, write
@@ -151,6 +152,7 @@ def _by_export(
 ) -> list[str]:
     """Write what `torch.export` records of a module; return where its code depends on values."""
     shapes, looks = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),), list[str]()
+    module, given = with_real_ends(module, given)
     with example_values(looks):
         write(recorded(module, given, dynamic_shapes=shapes, cut=cut, cells=cells), path, *names)
     return looks
