@@ -70,7 +70,8 @@ def test_the_gallery_has_twelve_short_programs_and_their_pictures():
         title = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
         assert f"grid-item-card}} {title}\n:link: {program.name}\n" in index
         line = re.search(rf":link: {program.name}\n:link-type: doc\n\n(.+)\n\n```", index)
-        assert line and len(line[1]) <= 72, program.name
+        assert line, program.name
+        assert len(line[1]) <= 72, program.name
         assert f"picture\n:doc: {program.name}.md\n" in index
         cells = re.findall(r"^```\{code-cell\}\n(?!:tags: \[remove-input)(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         assert 10 <= sum(bool(line.strip()) for cell in cells for line in cell.splitlines()) <= 40, program.name
