@@ -208,12 +208,14 @@ def test_a_column_without_values_is_named(capsys, tmp_path):
 def test_info(capsys, vowels):
     status, out, _ = run(capsys, "info", vowels)
     assert status == 0
-    for part in ("Bidirectional", "12 -> 6", "plan", "kernel", "bytes", 'labels: ["1"'):
+    for part in ("Bidirectional", "12 -> 6", "output shape", "can't be streamed", "plan", "kernel", 'labels: ["1"'):
         assert part in out
     report = json.loads(run(capsys, "info", vowels, "--json")[1])
     assert report["input_size"] == 12
     assert [layer["kind"] for layer in report["layers"]] == ["Standardise", "Bidirectional", "GlobalPool", "Dense"]
     assert report["parameters"] == sum(layer["parameters"] for layer in report["layers"])
+    assert report["layers"][-1]["output"] == "[B, 9]"
+    assert report["stream"].startswith("can't be streamed: layer_0 can't run step by step")
 
 
 def help_of(capsys, monkeypatch, *words, columns=80, flag="--help"):

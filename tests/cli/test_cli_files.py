@@ -346,7 +346,7 @@ def test_pickled_objects_in_a_sample_aren_t_loaded(capsys, tmp_path, model):
 def test_info_of_the_native_format(capsys, model):
     status, out, _ = run(capsys, "info", model)
     assert status == 0
-    assert "lstm  Recurrent" in out
+    assert "  lstm   Recurrent" in out
     report = json.loads(run(capsys, "info", model, "--json")[1])
     assert report["inputs"] == {"x": "[B, T, 3]"}
     assert report["outputs"] == {"out": "[B, T, 2]"}

@@ -471,11 +471,16 @@ def test_the_input_row_and_the_wires_are_visible_at_390_pixels(open_page, rng):
     assert texts == []
 
 
-def test_nothing_is_cut_or_covered_at_390_pixels(open_page, net, x):
+def test_nothing_is_cut_or_covered_at_390_pixels(open_page, net, x, rng):
     screen = open_page(net.trace(x), width=390, height=800, touch=True)
     inside = "(one) => one.scrollWidth - one.clientWidth"
     assert screen.page.locator(".tabs").evaluate(inside) == 0
     assert screen.page.locator(".numbers .scroll").evaluate(inside) == 0
+    assert screen.texts(".steptable th")[:3] == ["unit", "c_prev", "h_prev"]
+    weak = Network([Recurrent((make_cell(rng, 3, 4, use_bias=False),))])
+    small = open_page(weak.trace(-3e-3 * np.abs(x)), width=390, height=800, touch=True)
+    assert max(map(len, small.texts(".steptable .number"))) == len("−5e−4")  # not −0.0005
+    assert small.page.locator(".numbers .scroll").evaluate(inside) == 0
     steps = [int(re.findall(r"\d+", name)[0]) for name in screen.texts(".network .stepname:not(.head)")]
     said = f"Steps {steps[0]} to {steps[-1]} of 10: move the cursor to see others."
     assert screen.text(".net .note") == said
@@ -496,10 +501,21 @@ def test_a_short_trace_fills_the_width_and_colours_are_explained(open_page, net,
     assert screen.text(".readout").startswith("step 4")
     assert screen.text(".net .note") == ""  # all steps are drawn
     gates, others = (text.split() for text in screen.texts("#panel-cell .legend .scale"))
-    assert gates == ["gates:", "0", "1"]
+    assert gates == ["gates:", "0,", "closed", "1,", "open"]
     assert others == ["other", "values:", f"−{others[-1]}", others[-1]]
     screen.tab("playground")
     screen.page.locator("#panel-playground h3", has_text="Logarithm of the loss, base 10").wait_for()
+    screen.page.locator("#panel-playground .legend", has_text="1, open").wait_for()
+    assert screen.text("#panel-playground .legend .extent") == "f: forget gate: how much of the cell state is kept"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_line_says_what_each_gate_and_state_is(open_page, rng, kind):
+    t = Network([Recurrent((make_cell(rng, 3, 4, kind=kind),))]).trace(rng.normal(size=(1, 4, 3)))
+    screen = open_page(t)
+    names = [*KINDS[kind].trace._fields]
+    assert screen.texts(".meanings dt") == names
+    assert screen.texts(".meanings dd") == [KINDS[kind].meaning(name) for name in names]
 
 
 # ── traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────

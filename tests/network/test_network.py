@@ -719,6 +719,31 @@ def test_a_summary_shows_settings_that_differ_from_the_defaults(summary):
         assert repr(cells[0]) == f"Cell of float32: {summary}"
 
 
+def test_the_summary_is_a_table_with_totals_and_says_what_can_be_streamed(capsys):
+    net = small()
+    net.summary()
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  layer    kind       computes     output shape  parameters",
+        f"  layer_0  Recurrent  LSTM 3 -> 4  [B, T, 4]     {net.nodes[0].parameters:>10}",
+        f"total: {net.nodes[0].parameters} parameters, {net.nodes[0].parameters * 4} bytes",
+        "can be streamed",
+    ]
+    rng, lines = rng_of(), []
+    nodes = [Recurrent((make_cell(rng, 300, 400),)), Recurrent((make_cell(rng, 400, 2),), go_backwards=True)]
+    wires = [["x"], ["layer_0"], ["layer_0", "layer_1"]]
+    graph = Network([*nodes, Merge("concat")], wires=wires, outputs=["layer_2"]).with_weights("bfloat16")
+    graph.summary(print_fn=lines.append)
+    (text,) = lines
+    head, headings, *rows, total, streams = text.splitlines()
+    assert head.startswith("Network of float32: [B, T, 300] -> [B, T, 402]")
+    assert all(len(line) == len(headings) for line in rows)  # the numbers are aligned with their heading
+    assert headings.index("inputs") == rows[2].index("of layer_0, layer_1")
+    bias = sum(cell.stored_arrays["bias"].nbytes for cell in graph.cells)
+    matrices = sum(cell.spec.parameters for cell in graph.cells) - bias // 4
+    assert total == f"total: {matrices + bias // 4:,} parameters, {2 * matrices + bias:,} bytes"
+    assert streams.startswith("can't be streamed: layer_1 can't run step by step: it runs backwards")
+
+
 def test_activations_take_parameters():
     x = np.arange(-3.0, 4.0).reshape(1, 1, 7)
     expected = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]

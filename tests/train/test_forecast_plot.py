@@ -51,9 +51,28 @@ def test_history_forecast_intervals_and_what_the_table_has_after_the_origin():
     assert found["forecast"].get_xdata()[0] == found["actual"].get_xdata()[0] == found["history"].get_xdata()[-1]
     assert found["forecast"].get_markevery() == slice(1, None)  # the row of the history isn't a forecast
     assert [area.get_label() for area in axis.collections] == ["90% interval", "50% interval"]
-    heights = [area.get_datalim(axis.transData).height for area in axis.collections]
-    np.testing.assert_allclose(heights, [3 + 0.9, 3 + 0.5])
+    for area, spread in zip(axis.collections, (0.45, 0.25), strict=True):
+        (path,) = area.get_paths()
+        begin = path.vertices[path.vertices[:, 0] == path.vertices[:, 0].min()]
+        assert set(begin[:, 1]) == {98}  # a point: the last value of the history
+        following = path.vertices[path.vertices[:, 0] == begin[0, 0] + 1]
+        assert {following[:, 1].min(), following[:, 1].max()} == {50 - spread, 50 + spread}
     assert (axis.get_title("left"), axis.get_ylabel()) == ("a, y", "y")
+
+
+def test_a_forecast_after_missing_values_begins_at_the_last_one_that_is_known():
+    one = forecasts([49])
+    one.table.columns["y"][46:50] = np.nan
+    (axis,) = one.plot(history=10).axes
+    found = lines(axis)
+    for name in ("forecast", "actual"):
+        assert (found[name].get_xdata()[0], found[name].get_ydata()[0]) == (np.datetime64("2024-02-15"), 90)
+    assert not np.isnan(found["forecast"].get_ydata()).any()
+    for area in axis.collections:
+        assert area.get_paths()[0].vertices[:, 0].min() == found["forecast"].get_xdata(orig=False)[0]
+    one.table.columns["y"][:50] = np.nan
+    (axis,) = one.plot(history=10).axes
+    np.testing.assert_array_equal(lines(axis)["forecast"].get_ydata(), range(50, 54))
 
 
 def test_after_the_last_row_there_is_only_the_forecast():
@@ -91,6 +110,8 @@ def test_without_dates_rows_are_counted_from_1_in_each_series():
 
 def test_one_step_and_one_quantile():
     (axis,) = forecasts([49], horizon=1).plot().axes
+    np.testing.assert_allclose(axis.collections[0].get_datalim(axis.transData).intervaly, [49.55, 98])
+    (axis,) = forecasts([49], horizon=1).plot(history=0).axes
     np.testing.assert_allclose(axis.collections[0].get_segments()[0][:, 1], [49.55, 50.45])
     (axis,) = forecasts([49], quantiles=(0.5,)).plot().axes
     assert not axis.collections

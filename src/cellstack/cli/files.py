@@ -202,9 +202,11 @@ def info(args: argparse.Namespace) -> int:
         text += [f"  {line}" for name, part in parts.items() for line in (f"{name}:", *_indented(part))]
         show(args, report, text)
         return 0
-    plan = net.plan()
-    report = {"model": path, "bytes": size, **_described(net), "plan": list(plan), "metadata": dict(net.metadata)}
-    text = [head, repr(net), "plan", *("  " + line for line in plan)]
+    plan, text = net.plan(), [head]
+    net.summary(print_fn=text.append)
+    report = {"model": path, "bytes": size, **_described(net), "stream": text[-1].splitlines()[-1]}
+    report |= {"plan": list(plan), "metadata": dict(net.metadata)}
+    text += ["plan", *("  " + line for line in plan)]
     text += [f"{key}: {json.dumps(value)}" for key, value in net.metadata.items()]
     show(args, report, text)
     return 0
@@ -216,6 +218,7 @@ def _described(net: Network) -> dict[str, Any]:
             "name": name,
             "kind": type(node).__name__,
             "summary": node.summary,
+            "output": net.graph.shown(name),
             "parameters": node.parameters,
             "multiplications": node.multiplications,
             "bytes_read": node.bytes_read,

@@ -103,6 +103,37 @@ class Delegated:
 
         return Sessions(self, capacity, threads, weights)
 
+    def summary(self: Any, print_fn: Callable[[str], Any] = print) -> None:
+        """Print a table of the layers, the parameters and bytes of all arrays, and whether the network can be streamed.
+
+        Each node has its name, its inputs unless they are the node before, its kind, what it computes, the shape of its
+        output and its number of parameters. `plan()` has the cost of a step.
+
+        Args:
+            print_fn: called with the whole text, as in Keras.
+
+        >>> import numpy as np
+        >>> from cellstack import CellSpec, Network
+        >>> from cellstack.nodes import Cell, Dense, Recurrent
+        >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16), "f4"), np.ones((4, 16), "f4"))
+        >>> Network([Recurrent((cell,)), Dense(np.ones((4, 2), "f4"))], names=["lstm", "scores"]).summary()
+        Network of float32: [B, T, 3] -> [B, T, 2], 120 numbers
+          layer   kind       computes               output shape  parameters
+          lstm    Recurrent  LSTM 3 -> 4 (no bias)  [B, T, 4]            112
+          scores  Dense      linear                 [B, T, 2]              8
+        total: 120 parameters, 480 bytes
+        can be streamed
+        """
+        from cellstack.network.description import summary_text
+        from cellstack.streaming.eligibility import check_streamable
+
+        streams = "can be streamed"
+        try:
+            check_streamable("can't be streamed", self)
+        except ValueError as error:
+            streams = str(error)
+        print_fn(f"{summary_text(self)}\n{streams}")
+
     @property
     def channels(self: Any) -> tuple[str, ...]:
         """The names of the input's channels, as many as its width; () if they aren't known."""

@@ -209,10 +209,13 @@ def _patch(tensors: Tensors, number: int, said: Any) -> Patch:
 # ── as text ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def as_text(network: Network) -> str:
-    """Return a network as text: its inputs and outputs, a line per node, and its patches."""
+HEADINGS = ("layer", "inputs", "kind", "computes", "output shape", "parameters")
+
+
+def as_text(network: Network, headings: tuple[str, ...] = ()) -> str:
+    """Return a network as text: its inputs and outputs, a line per node, under `headings` if given, and its patches."""
     numbers = [f"{node.parameters:,}" for node in network.nodes]
-    width = max(map(len, numbers))
+    width = max(map(len, (*numbers, *headings[-1:])))
     rows = [
         (name, origin, type(node).__name__, node.summary, network.graph.shown(name), number.rjust(width))
         for name, origin, node, number in zip(network.names, _origins(network), network.nodes, numbers, strict=True)
@@ -220,8 +223,15 @@ def as_text(network: Network) -> str:
     total = sum(node.parameters for node in network.nodes)
     comes, goes = (_ends(network, names) for names in (network.inputs, network.outputs))
     head = f"Network of {network.dtype}: {comes} -> {goes}, {total:,} numbers"
-    lines = [*filter(None, [as_line(network)]), *_table(rows), *(repr(patch) for patch in network.patches)]
+    lines = [*filter(None, [as_line(network)]), *_table(rows, headings), *map(repr, network.patches)]
     return "\n".join([head, *("  " + line for line in lines)])
+
+
+def summary_text(network: Network) -> str:
+    """Return the same with headings and totals: see `Network.summary`."""
+    total = sum(node.parameters for node in network.nodes)
+    size = sum(array.nbytes for array in described(network)[1].values())
+    return f"{as_text(network, HEADINGS)}\ntotal: {total:,} parameters, {size:,} bytes"
 
 
 def plan_lines(network: Network) -> Plan:
@@ -259,9 +269,9 @@ def _cost(multiplications: int, read: int) -> str:
     return f"{multiplications:,} multiplications, {read:,} bytes" if read else ""
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return rows as lines with aligned columns, without empty columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip() for row in rows
-    ]
+def _table(rows: Sequence[tuple[str, ...]], headings: tuple[str, ...] = ()) -> list[str]:
+    """Return rows as lines with aligned columns, without empty columns, under their headings if they have any."""
+    used = [number for number, column in enumerate(zip(*rows, strict=True)) if any(column)]
+    lines = [[row[number] for number in used] for row in (*filter(None, [headings]), *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

@@ -15,10 +15,10 @@ const NARROW = 640; // with less space, in CSS pixels, the drawing is narrower, 
 const NARROWER = 0.68;
 const TIGHT = 480; // with less space, the table has shorter numbers
 
-// A number with as many of these digits as fit into `most` characters.
+// A number with as many of these digits as fit into `most` characters; a small one with an exponent if none fits.
 function shortest(value, digits, most) {
   const texts = digits.map((count) => shown(value, count));
-  return texts.find((text) => text.length <= most) ?? texts.at(-1);
+  return texts.find((text) => text.length <= most) ?? value.toExponential(0).replaceAll("-", "−");
 }
 
 export class CellView {
@@ -30,7 +30,8 @@ export class CellView {
     this.numbers = make("div", { class: "numbers" });
     this.note = make("p", { class: "note" });
     this.legend = make("div", { class: "legend" });
-    this.body = make("div", { class: "cellview" }, make("div", {}, make("div", { class: "scroll" }, this.wires), this.legend), this.numbers);
+    this.meanings = make("dl", { class: "meanings" });
+    this.body = make("div", { class: "cellview" }, make("div", {}, make("div", { class: "scroll" }, this.wires), this.legend, this.meanings), this.numbers);
     this.element = make("div", {}, this.title, this.note, this.body);
     this.open = false;
     this.built = null;
@@ -52,6 +53,7 @@ export class CellView {
       replaceChildren(this.wires);
       replaceChildren(this.numbers);
       replaceChildren(this.legend);
+      replaceChildren(this.meanings);
       this.built = null;
       return;
     }
@@ -121,6 +123,7 @@ export class CellView {
       }),
       ...boxes,
     );
+    replaceChildren(this.meanings, ...cell.form.trace.flatMap((name) => [make("dt", {}, name), make("dd", {}, meaningOf(cell.form, name))]));
     // The table of all values of the step.
     const fields = Object.keys(cell.fields);
     const states = Object.keys(cell.form.states).filter((name) => fields.includes(name));
@@ -128,9 +131,10 @@ export class CellView {
     const columns = [...states.reverse().map((name) => `${name}_prev`), ...fields].filter(several);
     const count = Math.min(MOST_UNITS, each);
     const cells = [];
+    const below = this.tight && !heads; // the word "unit" is then in the heading
     const rows = Array.from({ length: count }, (_, n) => {
       const own = first + n;
-      const head = make("th", { scope: "row" }, button(this.titleOf(place, own), () => this.view.set(heads ? { field: "h", unit: own } : { unit: own }), { class: "plain", title: "Show the wiring of this unit" }));
+      const head = make("th", { scope: "row" }, button(below ? String(cell.units[own] ?? own) : this.titleOf(place, own), () => this.view.set(heads ? { field: "h", unit: own } : { unit: own }), { class: "plain", title: "Show the wiring of this unit" }));
       const row = make("tr", { "data-unit": own }, head);
       for (const name of columns) {
         const number = make("button", { type: "button", class: "number", "data-field": name, "data-unit": own });
@@ -157,7 +161,7 @@ export class CellView {
           "table",
           { class: "steptable" },
           make("caption", {}, count < each ? `All values of this step, for ${count} of ${each} units` : "All values of this step"),
-          make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...columns.map((name) => make("th", { scope: "col", title: meaningOf(cell.form, name) ?? null }, name)))),
+          make("thead", {}, make("tr", {}, make("th", { scope: "col" }, below ? "unit" : ""), ...columns.map((name) => make("th", { scope: "col", title: meaningOf(cell.form, name) ?? null }, name)))),
           make("tbody", {}, ...rows),
         ),
       ),

@@ -47,7 +47,8 @@ export function colourBar(scale, theme) {
   const colours = palette(scale.kind, theme);
   const stops = Array.from({ length: 9 }, (_, n) => cssColour(colours[Math.round((n * 255) / 8)]));
   const bar = make("span", { class: "bar", style: `background: linear-gradient(to right, ${stops.join(", ")})` });
-  return [make("span", {}, shown(scale.low, 3)), bar, make("span", {}, shown(scale.high, 3))];
+  const [low, high] = scale.kind === "gate" ? ["0, closed", "1, open"] : [shown(scale.low, 3), shown(scale.high, 3)];
+  return [make("span", {}, low), bar, make("span", {}, high)];
 }
 
 // Black on light colours, white on dark ones.

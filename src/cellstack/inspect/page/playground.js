@@ -1,8 +1,8 @@
 // The playground: a small network that learns a task live.
 
 import { Plane, planeOf } from "./data.js";
-import { button, choice, make, numberBox, plural, select, shown, table } from "./dom.js";
-import { drawLines, drawTiles, scaleOf } from "./draw.js";
+import { button, choice, make, numberBox, plural, replaceChildren, select, shown, table } from "./dom.js";
+import { colourBar, drawLines, drawTiles, scaleOf } from "./draw.js";
 import { TASKS } from "./engine/training.js";
 import { isGate, keepsOf, meaningOf } from "./view.js";
 
@@ -37,6 +37,7 @@ export class Playground {
     this.answer = make("canvas", { class: "chart", role: "img" });
     this.inputs = make("canvas", { class: "tiles", role: "img" });
     this.gates = make("canvas", { class: "tiles", role: "img" });
+    this.legend = make("div", { class: "legend" });
     this.gate = choice("Gate or state", (field) => { this.field = field; this.draw(); });
     this.table = make("div", { class: "behind" });
     this.behind = make("details", { ontoggle: () => this.draw() }, make("summary", {}, "Show as a table"), this.table);
@@ -51,7 +52,7 @@ export class Playground {
         "div",
         { class: "columns" },
         make("div", {}, group("Logarithm of the loss, base 10", this.loss), group("A sequence outside the training data: the target is dashed", this.answer)),
-        make("div", {}, group("Input", this.inputs), group("Units over time", this.gate.element, this.gates, this.behind)),
+        make("div", {}, group("Input", this.inputs), group("Units over time", this.gate.element, this.gates, this.legend, this.behind)),
       ),
     );
     view.on((changed) => {
@@ -158,7 +159,9 @@ export class Playground {
     drawTiles(this.inputs, view, given, scaleOf(false, given.range), task.inputs);
     this.inputs.setAttribute("aria-label", `The input of the sequence: ${task.inputs.join(", ")}, over ${steps} steps`);
     const shownPlane = planeOf(example.cells[this.field], 0);
-    drawTiles(this.gates, view, shownPlane, scaleOf(isGate(this.form, this.field), shownPlane.range), null);
+    const scale = scaleOf(isGate(this.form, this.field), shownPlane.range);
+    drawTiles(this.gates, view, shownPlane, scale, null);
+    replaceChildren(this.legend, ...colourBar(scale, view.theme), make("span", { class: "extent" }, `${this.field}: ${meaningOf(this.form, this.field)}`));
     this.gates.setAttribute("aria-label", `${this.field} of ${shownPlane.units} units over ${steps} steps`);
     if (!this.behind.open) return;
     const rows = [

@@ -65,6 +65,9 @@ svg g:focus-visible > rect:first-of-type, svg .port:focus-visible rect { stroke:
 .choices { gap: 4px 14px; }
 .choice button { min-width: 32px; padding: 4px 8px; font-weight: 600; }
 .key span { border-bottom: 3px solid var(--line); font-weight: 600; padding: 0 2px; }
+.meanings { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 2px 10px; margin: 10px 0 0; font-size: 13px; }
+.meanings dt { font-weight: 600; }
+.meanings dd { margin: 0; color: var(--muted); }
 canvas { display: block; width: 100%; }
 .ruler { height: 34px; }
 .wave { height: 110px; margin-bottom: 4px; }

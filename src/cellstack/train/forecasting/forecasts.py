@@ -193,7 +193,8 @@ class Forecasts:
     def plot(self, which: int | Sequence[int] | None = None, *, history: int | None = None) -> Figure:
         """Return a matplotlib figure: the last values of the history, the median, and the intervals of the quantiles.
 
-        Each forecast and target has its own panel. Actual values after the origin are drawn where the table has them.
+        Each forecast and target has its own panel. The median and the intervals begin at the last value of the history.
+        Actual values after the origin are drawn where the table has them.
 
         Args:
             which: numbers of the forecasts, of N; None = all, or six of them, evenly spread.

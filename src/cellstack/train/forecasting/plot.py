@@ -84,10 +84,11 @@ def _series(
     rows = table.rows(int(np.searchsorted(table.starts, forecasts.origins[at[0]], side="right")) - 1)
     first, last = forecasts.origins[at[0]], forecasts.origins[at[-1]]
     past = np.arange(max(rows.start, first + 1 - history), first + 1)
-    joined = int(len(past) > 0)  # the lines of what follows begin at the last row of the history
-    later = np.arange(first + 1 - joined, min(rows.stop, last + 1 + recipe.horizon))
     times = np.arange(len(table)) - rows.start + 1 if table.times is None else table.times
     values = table.columns[name]
+    end = past[~np.isnan(values[past])][-1:]  # lines and intervals begin at the last value of the history
+    joined = len(end)
+    later = np.append(end, np.arange(first + 1, min(rows.stop, last + 1 + recipe.horizon)))
     marker = "." if len(past) + len(later) + recipe.horizon <= FEW_POINTS else ""
     if len(past):
         axis.plot(times[past], values[past], color=ACTUAL, linewidth=1.2, label="history")
@@ -98,11 +99,12 @@ def _series(
         ahead = forecasts.origins[n] + np.arange(1, recipe.horizon + 1)
         x = ahead - rows.start + 1 if forecasts.times is None else forecasts.times[n]
         label = {"label": "forecast"} if n == at[0] else {}
-        x = np.append(times[past[-1:]], x)
-        median = np.append(values[past[-1:]], forecasts.median[n, :, target])
+        x = np.append(times[end], x)
+        median = np.append(values[end], forecasts.median[n, :, target])
+        bands = np.concatenate([values[end, None].repeat(len(recipe.quantiles), 1), forecasts.values[n, :, target]])
         look = {"color": FORECAST, "linewidth": 1.8, "marker": marker, "markevery": slice(joined, None)}
         axis.plot(x, median, **look, **label)
-        _intervals(axis, x[joined:], forecasts.values[n, :, target], recipe.quantiles, labelled=bool(label))
+        _intervals(axis, x, bands, recipe.quantiles, labelled=bool(label))
     said = title + ", ".join(part for part in (str(forecasts.ids[at[0]]), name) if part)
     axis.set_title(said, **TITLE)
     axis.set_ylabel(name, parse_math=False)
@@ -163,12 +165,12 @@ def date_labels(times: Sequence[datetime]) -> list[str]:
 
 
 def _intervals(axis: Any, x: Any, values: NDArray, levels: tuple[float, ...], labelled: bool) -> None:
-    """Fill the intervals between quantiles, `[horizon, quantiles]`, from the outermost pair to the innermost."""
+    """Fill the intervals between quantiles, `[steps, quantiles]`, from the outermost pair to the innermost."""
     for n in range(len(levels) // 2):
         low, high = levels[n], levels[-1 - n]
         label = {"label": interval(low, high)} if labelled else {}
         look = {"color": FORECAST, "alpha": min(0.2 + 0.15 * n, 0.5), "zorder": 1}
-        if len(values) == 1:  # one step has no area
+        if len(values) == 1:  # one step without a history has no area
             axis.vlines(x, values[:, n], values[:, -1 - n], linewidth=5, **look, **label)
         else:
             axis.fill_between(x, values[:, n], values[:, -1 - n], linewidth=0, **look, **label)
