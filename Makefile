@@ -72,7 +72,7 @@ stubs: $(VENV)/tested  ## write what follows from declarations: stubs, the table
 	$(BIN)/python web/write_kinds.py
 	$(BIN)/python kernel/declared.py
 
-site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
+site: $(VENV)/installed  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
 	$(DEPENDENCIES) docs
 	$(BIN)/sphinx-build -W --keep-going -E -b html -j auto -d build/site-cache docs build/site
 	! grep -rlE '<(script|img|iframe|link rel="stylesheet")[^>]*(src|href)="https?:' build/site --include='*.html'

@@ -2,12 +2,17 @@
 
 import os
 import re
+import shutil
+import sys
+from hashlib import sha256
+from importlib.metadata import distributions
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from jupyter_cache import get_cache
 from sphinx.addnodes import pending_xref
 from sphinx.domains.python import PyXRefRole
 from sphinx.ext.napoleon import GoogleDocstring
@@ -17,6 +22,28 @@ from sphinx.util.nodes import make_refnode
 from cellstack.inspect import html
 
 os.environ["KERAS_BACKEND"] = "torch"  # which cellstack.keras needs
+os.environ["OMP_NUM_THREADS"] = "1"  # several notebooks run at the same time
+
+
+def outputs() -> Path:
+    """Return the folder of the notebooks' outputs; outputs by other sources or versions of packages are deleted.
+
+    jupyter-cache compares only the code of a notebook; its outputs also depend on the sources and data of the package,
+    and on the packages that it runs with.
+    """
+    root = Path(__file__).parents[1]
+    parts = [sys.version, *sorted({f"{one.name} {one.version}" for one in distributions()})]
+    digest = sha256("\n".join(parts).encode())
+    for path in sorted(path for folder in ("src", "kernel", "examples") for path in (root / folder).rglob("*")):
+        if path.is_file() and path.suffix not in (".pyc", ".so"):  # which follow from the sources
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    folder = root / "build/site-outputs" / digest.hexdigest()[:16]
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other)
+    _ = get_cache(folder).db  # creates it, which processes that read pages must not do at the same time
+    return folder
+
 
 project = "cellstack"
 author = "the cellstack authors"
@@ -41,7 +68,8 @@ root_doc = "index"
 # Markdown and notebooks
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4  # links such as inspect.md#patches, as on GitHub
-nb_execution_mode = "force"  # stored outputs could be those of an earlier version
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(outputs())
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True

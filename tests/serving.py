@@ -11,7 +11,7 @@ import numpy as np
 
 from cellstack import CellSpec, Network
 from cellstack.nodes import Cell, Recurrent
-from cellstack.serve import Limits, Model, Models
+from cellstack.serve import Limits, Model, Models, frames
 from cellstack.serve.server import Server, ServerSettings, listen
 
 WIDTH, UNITS = 3, 5
@@ -112,3 +112,14 @@ def running(*paths, limits=None, threads=1, options=None, **settings):
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def unpack_refused(message):
+    """Return what `frames.pack_refused` was given."""
+    start = frames.HEADER.size + frames.header(message)[2] * frames.REFUSAL.itemsize
+    records = frames.unpack(message[:start], frames.REFUSAL)
+    ends = start + np.cumsum(records["length"], dtype=np.int64)
+    if len(message) != (ends[-1] if len(ends) else start):
+        raise ValueError("expected a message that ends with its last reason")
+    found = zip(records["number"].tolist(), records["frame"].tolist(), records["length"].tolist(), ends, strict=True)
+    return [(number, frame, message[end - length : end].decode()) for number, frame, length, end in found]

@@ -69,6 +69,9 @@ def test_the_gallery_has_twelve_short_programs_and_their_pictures():
         text = program.with_suffix(".md").read_text(encoding="utf-8")
         title = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
         assert f"grid-item-card}} {title}\n:link: {program.name}\n" in index
+        line = re.search(rf":link: {program.name}\n:link-type: doc\n\n(.+)\n\n```", index)
+        assert line, program.name
+        assert len(line[1]) <= 72, program.name
         assert f"picture\n:doc: {program.name}.md\n" in index
         cells = re.findall(r"^```\{code-cell\}\n(?!:tags: \[remove-input)(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         assert 10 <= sum(bool(line.strip()) for cell in cells for line in cell.splitlines()) <= 40, program.name

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import uvicorn
-from serving import UNITS, WIDTH, lstm, running, wait_until
+from serving import UNITS, WIDTH, lstm, running, unpack_refused, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -60,7 +60,7 @@ def received(socket, count):
     while len(found) < count:
         data = socket.recv(timeout=60)
         if frames.header(data)[0] == frames.REFUSED:
-            found |= {(number, frame): why for number, frame, why in frames.unpack_refused(data)}
+            found |= {(number, frame): why for number, frame, why in unpack_refused(data)}
         else:
             for record in frames.unpack(data, ANSWERED):
                 found[int(record["number"]), int(record["frame"])] = record["row"]["layer_0"].copy()
@@ -474,7 +474,7 @@ def test_messages_wait_for_those_before_them(served):
                 if isinstance(data, str):
                     said.append(json.loads(data))
                 elif frames.header(data)[0] == frames.REFUSED:
-                    said += frames.unpack_refused(data)
+                    said += unpack_refused(data)
                 else:
                     found |= {int(one["frame"]): one["row"]["layer_0"] for one in frames.unpack(data, ANSWERED)}
             assert said == [{"id": None, "closed": [t]}, (t, 3, f"no session of this connection has the number {t}")]

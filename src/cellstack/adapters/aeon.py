@@ -34,55 +34,49 @@ TAGS = {
 SMALL: dict[str, Any] = {"units": 4, "epochs": 2, "random_state": 0}
 
 
-class SequenceClassifier(BaseClassifier):
+class _OfSequences:
+    """What the classifier and the regressor share; `_usual` is the estimator's class."""
+
+    _tags = TAGS
+    _usual: ClassVar[Any]
+
+    def __init__(self, estimator: Any = None):
+        self.estimator = estimator
+        super().__init__()
+
+    def _fit(self, X: list[NDArray], y: NDArray) -> None:
+        copy: Any = clone(self.estimator or self._usual())
+        self.estimator_ = copy.fit(_turned(X), y)
+
+    def _predict(self, X: list[NDArray]) -> NDArray:
+        return self.estimator_.predict(_turned(X))
+
+    @classmethod
+    def _get_test_params(cls, parameter_set: str = "default") -> dict[str, Any]:
+        return {"estimator": cls._usual(**SMALL)}
+
+
+class SequenceClassifier(_OfSequences, BaseClassifier):
     """`cellstack.sklearn.SequenceClassifier` as an aeon classifier.
 
     Args:
         estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters.
     """
 
-    _tags = TAGS
-
-    def __init__(self, estimator: sklearn.SequenceClassifier | None = None):
-        self.estimator = estimator
-        super().__init__()
-
-    def _fit(self, X: list[NDArray], y: NDArray) -> None:
-        self.estimator_ = _fitted(self.estimator or sklearn.SequenceClassifier(), X, y)
-
-    def _predict(self, X: list[NDArray]) -> NDArray:
-        return self.estimator_.predict(_turned(X))
+    _usual = sklearn.SequenceClassifier
 
     def _predict_proba(self, X: list[NDArray]) -> NDArray[np.float64]:
         return self.estimator_.predict_proba(_turned(X))
 
-    @classmethod
-    def _get_test_params(cls, parameter_set: str = "default") -> dict[str, Any]:
-        return {"estimator": sklearn.SequenceClassifier(**SMALL)}
 
-
-class SequenceRegressor(BaseRegressor):
+class SequenceRegressor(_OfSequences, BaseRegressor):
     """`cellstack.sklearn.SequenceRegressor` as an aeon regressor.
 
     Args:
         estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters.
     """
 
-    _tags = TAGS
-
-    def __init__(self, estimator: sklearn.SequenceRegressor | None = None):
-        self.estimator = estimator
-        super().__init__()
-
-    def _fit(self, X: list[NDArray], y: NDArray) -> None:
-        self.estimator_ = _fitted(self.estimator or sklearn.SequenceRegressor(), X, y)
-
-    def _predict(self, X: list[NDArray]) -> NDArray[np.float64]:
-        return self.estimator_.predict(_turned(X))
-
-    @classmethod
-    def _get_test_params(cls, parameter_set: str = "default") -> dict[str, Any]:
-        return {"estimator": sklearn.SequenceRegressor(**SMALL)}
+    _usual = sklearn.SequenceRegressor
 
 
 class SequenceForecaster(
@@ -143,11 +137,6 @@ class SequenceForecaster(
     def _get_test_params(cls, parameter_set: str = "default") -> dict[str, Any]:
         small = {"members": 1, "seasons": (), "validation": 0.0}
         return {"estimator": sklearn.SequenceForecaster(**small, **SMALL)}
-
-
-def _fitted(estimator: Any, X: list[NDArray], y: NDArray) -> Any:
-    copy: Any = clone(estimator)
-    return copy.fit(_turned(X), y)
 
 
 def _turned(X: list[NDArray]) -> list[NDArray]:

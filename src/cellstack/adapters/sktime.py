@@ -38,7 +38,35 @@ SMALL: tuple[dict[str, Any], ...] = (
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # those of sktime's default coverage, and quartiles
 
 
-class SequenceClassifier(BaseClassifier):
+class _OfSequences:
+    """What the classifier and the regressor share; `_usual` is the estimator's class."""
+
+    _tags: ClassVar = TAGS
+    _usual: ClassVar[Any]
+
+    def __init__(self, estimator: Any = None):
+        self.estimator = estimator
+        super().__init__()
+
+    def _fit(self, X: list[Any], y: NDArray) -> Any:
+        copy: Any = clone(self.estimator or self._usual())
+        self.estimator_ = copy.fit(_arrays(X), y)
+        return self
+
+    def _predict(self, X: list[Any]) -> NDArray:
+        return self.estimator_.predict(_arrays(X))
+
+    @classmethod
+    def get_test_params(cls, parameter_set: str = "default") -> Any:
+        """Return parameters for sktime's estimator checks.
+
+        Args:
+            parameter_set: ignored, as there is one set.
+        """
+        return [{"estimator": cls._usual(**small)} for small in SMALL]
+
+
+class SequenceClassifier(_OfSequences, BaseClassifier):
     """`cellstack.sklearn.SequenceClassifier` as an sktime classifier.
 
     Args:
@@ -55,32 +83,13 @@ class SequenceClassifier(BaseClassifier):
     """
 
     _tags: ClassVar = {**TAGS, "capability:predict_proba": True}
-
-    def __init__(self, estimator: sklearn.SequenceClassifier | None = None):
-        self.estimator = estimator
-        super().__init__()
-
-    def _fit(self, X: list[Any], y: NDArray) -> Any:
-        self.estimator_ = _fitted(self.estimator or sklearn.SequenceClassifier(), X, y)
-        return self
-
-    def _predict(self, X: list[Any]) -> NDArray:
-        return self.estimator_.predict(_arrays(X))
+    _usual = sklearn.SequenceClassifier
 
     def _predict_proba(self, X: list[Any]) -> NDArray[np.float64]:
         return self.estimator_.predict_proba(_arrays(X))
 
-    @classmethod
-    def get_test_params(cls, parameter_set: str = "default") -> Any:
-        """Return parameters for sktime's estimator checks.
 
-        Args:
-            parameter_set: ignored, as there is one set.
-        """
-        return [{"estimator": sklearn.SequenceClassifier(**small)} for small in SMALL]
-
-
-class SequenceRegressor(BaseRegressor):
+class SequenceRegressor(_OfSequences, BaseRegressor):
     """`cellstack.sklearn.SequenceRegressor` as an sktime regressor.
 
     Args:
@@ -96,27 +105,7 @@ class SequenceRegressor(BaseRegressor):
         (20,)
     """
 
-    _tags = TAGS
-
-    def __init__(self, estimator: sklearn.SequenceRegressor | None = None):
-        self.estimator = estimator
-        super().__init__()
-
-    def _fit(self, X: list[Any], y: NDArray) -> Any:
-        self.estimator_ = _fitted(self.estimator or sklearn.SequenceRegressor(), X, y)
-        return self
-
-    def _predict(self, X: list[Any]) -> NDArray[np.float64]:
-        return self.estimator_.predict(_arrays(X))
-
-    @classmethod
-    def get_test_params(cls, parameter_set: str = "default") -> Any:
-        """Return parameters for sktime's estimator checks.
-
-        Args:
-            parameter_set: ignored, as there is one set.
-        """
-        return [{"estimator": sklearn.SequenceRegressor(**small)} for small in SMALL]
+    _usual = sklearn.SequenceRegressor
 
 
 class SequenceForecaster(BaseForecaster):
@@ -333,11 +322,6 @@ class SequenceForecaster(BaseForecaster):
         # The checks' series are as short as ten rows, too short for a validation part.
         small = {"members": 1, "seasons": (), "validation": 0.0, "quantiles": (0.01, 0.25, 0.75, 0.99)}
         return [{"estimator": sklearn.SequenceForecaster(**small, **each)} for each in SMALL]
-
-
-def _fitted(estimator: Any, X: list[Any], y: NDArray) -> Any:
-    copy: Any = clone(estimator)
-    return copy.fit(_arrays(X), y)
 
 
 def _arrays(X: list[Any]) -> list[NDArray]:

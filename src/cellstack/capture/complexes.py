@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import fold, pad
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from cellstack.capture.copied import duplicate
 
@@ -67,11 +67,6 @@ def paired(x: Tensor) -> Pair:
     return Pair(x[..., 0], x[..., 1])
 
 
-def are_in(name: str, values: Any) -> bool:
-    """Whether a function, by its name, makes complex tensors, or its arguments have pairs among them."""
-    return name in MADE or name.startswith(TRANSFORM) or any(isinstance(one, Pair) for one in tree_leaves(values))
-
-
 def run(func: Any, args: Any, kwargs: Any, again: Any) -> Any:
     """Return what a function of PyTorch returns, with pairs in the place of complex tensors.
 
@@ -80,6 +75,9 @@ def run(func: Any, args: Any, kwargs: Any, again: Any) -> Any:
         args, kwargs: its arguments.
         again: calls the function with other arguments.
 
+    Returns:
+        NotImplemented for a function that neither takes nor makes complex tensors.
+
     Raises:
         NotImplementedError: a function of complex tensors that isn't among those above.
     """
@@ -87,15 +85,15 @@ def run(func: Any, args: Any, kwargs: Any, again: Any) -> Any:
     if name in MADE:
         return MADE[name](*args, **kwargs)
     if name.startswith(TRANSFORM):
-        own, named = tree_map(_whole, (args, kwargs))
+        own, named = tree_map(lambda one: torch.complex(*one.parts) if isinstance(one, Pair) else one, (args, kwargs))
         return tree_map(lambda one: paired(one) if one.is_complex() else one, func(*own, **named))
     values, structure = tree_flatten((args, kwargs))
     pairs = [one for one in values if isinstance(one, Pair)]
+    if not pairs:
+        return NotImplemented
     made = OF_ONE.get(func, OF_ONE.get(name))
-    if made is not None:
-        return made(pairs[0])
-    if name in FACTS:
-        return func(*args, **kwargs)
+    if made is not None or name in FACTS:
+        return func(*args, **kwargs) if made is None else made(pairs[0])
 
     def of(*parts: int) -> Any:
         """Call the function with these parts of its pairs, in order."""
@@ -115,10 +113,6 @@ def run(func: Any, args: Any, kwargs: Any, again: Any) -> Any:
         im = of(*[1] * len(pairs))
         return type(re)(map(Pair, re, im)) if isinstance(re, (tuple, list)) else Pair(re, im)
     raise NotImplementedError(f"{name} of complex tensors")
-
-
-def _whole(value: Any) -> Any:
-    return torch.complex(*value.parts) if isinstance(value, Pair) else value
 
 
 def as_real(value: Any) -> Any:

@@ -102,9 +102,10 @@ class Operators(TorchFunctionMode):
         self.renamed.at(outside(sys._getframe(1), pytorch(), OURS))
         name = getattr(func, "__name__", "")
         first = self.packed.get(id(args[0])) if args else None
-        if complexes.are_in(name, (args, kwargs)):
-            again = partial(self.__torch_function__, func, types)
-            return complexes.run(func, args, kwargs or {}, lambda *own, **named: again(own, named))
+        again = partial(self.__torch_function__, func, types)
+        made = complexes.run(func, args, kwargs or {}, lambda *own, **named: again(own, named))
+        if made is not NotImplemented:
+            return made
         if name in MODES and not kwargs:
             return self._recurrent(MODES[name], *args)
         if name.removesuffix("_cell") in MODES and not kwargs:

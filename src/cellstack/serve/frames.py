@@ -73,18 +73,3 @@ def pack_refused(model: int, refused: Sequence[tuple[int, int, str]]) -> bytes:
         [(number, frame, len(reason)) for (number, frame, _), reason in zip(refused, reasons, strict=True)], REFUSAL
     )
     return pack(REFUSED, model, records) + b"".join(reasons)
-
-
-def unpack_refused(message: bytes) -> list[tuple[int, int, str]]:
-    """Return what `pack_refused` was given.
-
-    Raises:
-        ValueError: a length that doesn't match the records.
-    """
-    start = HEADER.size + header(message)[2] * REFUSAL.itemsize
-    records = unpack(message[:start], REFUSAL)
-    ends = start + np.cumsum(records["length"], dtype=np.int64)
-    if len(message) != (ends[-1] if len(ends) else start):
-        raise ValueError("expected a message that ends with its last reason")
-    found = zip(records["number"].tolist(), records["frame"].tolist(), records["length"].tolist(), ends, strict=True)
-    return [(number, frame, message[end - length : end].decode()) for number, frame, length, end in found]

@@ -135,10 +135,9 @@ def test_silero_vad(name, rate, by_rate, unpacked, recording):
 
 def test_silero_vad_reports_missing_options(unpacked):
     path = str(unpacked("silero-vad", "6.2.3") / "silero_vad" / "data" / "silero_vad.onnx")
-    with pytest.raises(
-        cs.FormatError, match=r"branches depend on 'sr' \(int64\): pass the values.*constants=\{'sr': \.\.\.\}"
-    ):
-        cs.load(path)
+    says = r"branches depend on 'sr' \(int64\): pass the values.*constants=\{'sr': \.\.\.\}"
+    with pytest.warns(UserWarning, match=says):  # without them, ONNX Runtime runs all but the LSTMs
+        assert cs.load(path).kernels
     with pytest.raises(cs.FormatError, match=r"frames=\{'input': 512\}"):
         cs.load(path, constants={"sr": 16000})
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.cells.layout import Array
-from cellstack.formats.onnx.attributes import axes_of
-from cellstack.formats.onnx.decomposed.linear import sizes_of
+from cellstack.formats.onnx.decomposed.linear import axes_in, sizes_of
 from cellstack.formats.onnx.file import DOMAINS, ODD, Model, Scope, declared, onnx_package
 from cellstack.formats.onnx.specialize import KnownLengths
 
@@ -88,7 +87,7 @@ class _Known(KnownLengths):
         if kind == "Gather" and -len(x) <= axis < len(x) and shapes[1] == []:
             return [[size for n, size in enumerate(x) if n != axis % len(x)]]
         if kind in ("Squeeze", "Unsqueeze"):
-            return self._squeezed(node, x, attributes)
+            return self._squeezed(node, x)
         if kind == "Slice" and len(node.input) > 3:
             bounds = [_integers(self.value(name)) if name else None for name in node.input[1:4]]
             if all(bound is not None and bound.shape == (1,) for bound in bounds):
@@ -100,12 +99,9 @@ class _Known(KnownLengths):
             return [_sizes(self.value(node.input[1]))]
         return None
 
-    def _squeezed(self, node: Any, x: Shape, attributes: dict[str, Any]) -> list[Shape | None] | None:
+    def _squeezed(self, node: Any, x: Shape) -> list[Shape | None] | None:
         """Return the shape of a Squeeze or Unsqueeze of a value of shape `x`; None if its axes aren't known."""
-        values = [None, *(self.scope.constant(name) for name in node.input[1:])]
-        if any(value is not None and not isinstance(value, np.ndarray) for value in values):
-            return None
-        axes = axes_of(attributes, values)
+        axes = axes_in(self.scope, node)
         total = len(x) + (len(axes or ()) if node.op_type == "Unsqueeze" else 0)
         if not axes or any(not -total <= axis < total for axis in axes):
             return None

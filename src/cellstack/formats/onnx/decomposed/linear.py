@@ -234,9 +234,15 @@ def _mean_of(scope: Scope, name: str) -> str | None:
     node = scope.producers.get(name)
     if node is None or node.op_type != "ReduceMean" or not node.input:
         return None
-    attributes = scope.model.attributes(node)
-    axes = axes_of(attributes, [None, *(scope.constant(one) for one in node.input[1:])])
-    return node.input[0] if axes == [-1] and attributes.get("keepdims", 1) else None
+    keeps = scope.model.attributes(node).get("keepdims", 1)
+    return node.input[0] if axes_in(scope, node) == [-1] and keeps else None
+
+
+def axes_in(scope: Scope, node: Any) -> list[int] | None:
+    """Return the axes of a Squeeze, an Unsqueeze or a reduction; None where the graph computes them."""
+    values = [None, *(scope.constant(name) for name in node.input[1:])]
+    known = all(value is None or isinstance(value, np.ndarray) for value in values)
+    return axes_of(scope.model.attributes(node), values) if known else None
 
 
 def inputs_of(scope: Scope, name: str, operator: str) -> list[str]:
@@ -362,6 +368,20 @@ def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
         return known[name]
     located = _located(scope, path)
     return None if located is None else Place(path[located[2] - 1][0].input[0], *located[:2])
+
+
+def sequence_of(places: Sequence[Place | None]) -> tuple[str, int, bool, bool] | None:
+    """Return the sequence of which these are the steps, from the first to the last or backwards; None without one.
+
+    Returns:
+        Its name, its time axis, whether the steps run backwards, and whether they are counted from its end.
+    """
+    placed = [place for place in places if place is not None]
+    if len(placed) < len(places) or len({(place.root, place.axis) for place in placed}) != 1:
+        return None
+    steps, ahead, (root, axis, _) = [place.step for place in placed], list(range(len(placed))), placed[0]
+    backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
+    return (root, axis, backwards, steps[0] == -1) if (steps == ahead or backwards) and axis in (0, 1) else None
 
 
 def _located(scope: Scope, path: list[tuple[Any, str]]) -> tuple[int, int, int] | None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.attributes import axes_of
 from cellstack.formats.onnx.cells import Operator, operator_of
 from cellstack.formats.onnx.decomposed.chains import Chain, find_chains
 from cellstack.formats.onnx.decomposed.found import find_steps
-from cellstack.formats.onnx.decomposed.linear import Place, place_of
+from cellstack.formats.onnx.decomposed.linear import Place, axes_in, place_of, sequence_of
 from cellstack.formats.onnx.decomposed.match import cell_of
 from cellstack.formats.onnx.decomposed.rows import Added, Loop
 from cellstack.formats.onnx.decomposed.sums import stripped
@@ -59,24 +58,16 @@ class _Roller(Added):
     def _taken(self) -> tuple[str, bool] | None:
         """Return the name of the sequence that the steps run over, and whether backward; None where there is none."""
         terms = [step.x for step in self.chain.steps]
-        places = [place_of(self.scope, term, self.known) for term in terms]
-        count = len(places)
-        placed = [place for place in places if place is not None]
-        steps, roots = [place.step for place in placed], {(place.root, place.axis) for place in placed}
-        ahead = list(range(count))
-        backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
-        if len(roots) != 1 or (steps != ahead and not backwards):
+        found = sequence_of([place_of(self.scope, term, self.known) for term in terms])
+        if found is None:
             taken = None if any(term.moves for term in terms) else self.loop.taken([term.value for term in terms])
             return None if taken is None else (self.put("Transpose", [taken.name], perm=[1, 0, 2]), taken.backwards)
-        ((x, axis),) = roots
-        if axis not in (0, 1):
-            return None
+        x, axis, backwards, last = found
         if self.loop.ranks.get(x) == 2:  # one number per step
             x = self.loop.squeezed(x, 2, "Unsqueeze")
         x = self.put("Transpose", [x], perm=[1, 0, 2]) if axis else x
         if not self.loop.whole:  # only the steps that the file unrolls
-            last = steps[0] == -1
-            x = self.sliced(x, 0, -count if last else 0, 2**63 - 1 if last else count)
+            x = self.sliced(x, 0, -len(terms) if last else 0, 2**63 - 1 if last else len(terms))
         return x, backwards
 
     def roll_step(self, starts: Sequence[str]) -> None:
@@ -178,9 +169,7 @@ class _Roller(Added):
             inner = [self.scope.producers.get(name) for name in names]
             if any(one is None or one.op_type != "Unsqueeze" for one in inner):
                 return
-            values = [[None, *map(self.scope.constant, one.input[1:])] for one in inner if one is not None]
-            axes = [axes_of(self.scope.model.attributes(one), v) for one, v in zip(inner, values, strict=True)]
-            if any(each != [axis] for each in axes):
+            if any(axes_in(self.scope, one) != [axis] for one in inner):
                 return
             names = [one.input[0] for one in inner if one is not None]
         if axis not in ((0,) if deep else (0, 1)) or names not in (in_order, in_order[::-1]):

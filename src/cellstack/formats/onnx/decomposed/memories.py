@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.decomposed.scans import KNOWN
-from cellstack.formats.onnx.decomposed.sums import bare
 from cellstack.formats.onnx.file import DOMAINS, Budget, Graph, Model, Scope, Tensors, declared, label, onnx_package
 from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.scan import body_of
 from cellstack.nodes import MLSTM
 
-EPSILON = 2.0  # of the memory that we write to compare with: no other number in it is as large
 FORM_OPSET = 17
+MOST_NUMBERS = 64  # of a constant that is compared; those in a memory's step are smaller
 SYMMETRIC = ("Add", "Max", "Mul")
 DTYPES = {1: np.dtype(np.float32), 11: np.dtype(np.float64)}
 
@@ -37,13 +36,17 @@ def memory_of(scope: Scope, node: Any) -> MLSTM | None:
     dtype = DTYPES.get(body.input[0].type.tensor_type.elem_type)
     if sizes is None or dtype is None:
         return None
-    form = MLSTM(*sizes[:3], epsilon=EPSILON, output_gate=sizes[3])
-    graph = Graph.of(body_of("step", form.memory_in(dtype)))
-    ours = Model("", graph, FORM_OPSET, (), "", None, Tensors(""), Budget(0)).scope()
-    comparison = _Comparison(ours, Scope(scope.model, body, scope, label(node)))
-    if not comparison.same_graph() or len(comparison.epsilons) != 1:
-        return None
-    return MLSTM(*sizes[:3], epsilon=comparison.epsilons.pop(), output_gate=sizes[3])
+    theirs, kept = Scope(scope.model, body, scope, label(node)), dict[Any, int]()
+    found = _computed(theirs, kept)
+    constants = [numbers(theirs.constant(name)) for name in {name for one in body.node for name in one.input}]
+    floats = [one for one in constants if isinstance(one, np.ndarray) and one.dtype.kind == "f" and one.size == 1]
+    for number in {float(str(one.flat[0])) for one in floats}:  # the shortest decimal number: 1e-6 also in float32
+        form = MLSTM(*sizes[:3], epsilon=abs(number), output_gate=sizes[3])
+        graph = Graph.of(body_of("step", form.memory_in(dtype)))
+        ours = Model("", graph, FORM_OPSET, (), "", None, Tensors(""), Budget(0)).scope()
+        if _computed(ours, kept) == found:
+            return form
+    return None
 
 
 def _sizes(body: Any) -> tuple[int, int, int, bool] | None:
@@ -56,52 +59,30 @@ def _sizes(body: Any) -> tuple[int, int, int, bool] | None:
     return heads, keys, values, gated
 
 
-class _Comparison:
-    """Compares the values of a graph with ours, from the outputs on.
+def _computed(scope: Scope, kept: dict[Any, int]) -> list[int]:
+    """Return numbers for a graph's outputs, equal where the same operators compute them from the same inputs.
 
-    Attributes:
-        epsilons: the numbers in place of `EPSILON`.
+    Args:
+        scope: the graph.
+        kept: a number for each computation; what other graphs compute keeps its number.
     """
+    known = {name: kept.setdefault(place, len(kept)) for place, name in enumerate(scope.inputs)}
 
-    def __init__(self, ours: Scope, theirs: Scope) -> None:
-        self.ours, self.theirs = ours, theirs
-        self.epsilons: set[float] = set()
-        self.known = dict(zip(zip(ours.inputs, theirs.inputs, strict=True), [True] * len(ours.inputs), strict=True))
+    def number(name: str) -> int:
+        if name not in known:  # of a constant, or a value of an enclosing graph
+            constant, key = numbers(scope.constant(name)), name
+            if isinstance(constant, np.ndarray) and constant.size <= MOST_NUMBERS:
+                key = constant.dtype.kind, *(f"{entry:.6g}" for entry in constant.ravel().tolist())
+            known[name] = kept.setdefault(key, len(kept))
+        return known[name]
 
-    def same_graph(self) -> bool:
-        """Return whether all outputs are the same."""
-        outputs = ([value.name for value in scope.graph.output] for scope in (self.ours, self.theirs))
-        return all(self.same(one, other) for one, other in zip(*outputs, strict=True))
-
-    def same(self, one: str, other: str) -> bool:
-        """Return whether two values are the same."""
-        one, other = bare(self.ours, one), bare(self.theirs, other)
-        if (one, other) not in self.known:
-            constant = numbers(self.ours.constant(one))
-            self.known[one, other] = False  # should a graph have a cycle
-            self.known[one, other] = (
-                self._same_operation(one, other) if constant is None else self._same_number(constant, other)
-            )
-        return self.known[one, other]
-
-    def _same_number(self, constant: Any, other: str) -> bool:
-        found = numbers(self.theirs.constant(other))
-        if not isinstance(found, np.ndarray) or found.size != constant.size or found.dtype.kind not in "fi":
-            return False
-        if constant.dtype.kind == "f" and float(constant.flat[0]) == EPSILON:
-            self.epsilons.add(float(str(found.flat[0])))  # the shortest decimal number: 1e-6 also in float32
-            return True
-        return bool(np.allclose(found.ravel(), constant.ravel(), rtol=1e-6, atol=0))
-
-    def _same_operation(self, one: str, other: str) -> bool:
-        ours, theirs = self.ours.producers.get(one), self.theirs.producers.get(other)
-        if ours is None or theirs is None or theirs.domain not in DOMAINS:
-            return False
-        if (ours.op_type, len(ours.input)) != (theirs.op_type, len(theirs.input)):
-            return False
-        if self.ours.model.attributes(ours) != self.theirs.model.attributes(theirs):
-            return False
-        orders = [list(theirs.input)]
-        if ours.op_type in SYMMETRIC:
-            orders.append(orders[0][::-1])
-        return any(all(map(self.same, ours.input, order)) for order in orders)
+    for node in scope.graph.node:
+        taken = [number(name) for name in node.input]
+        key: Any = id(node)
+        if node.domain in DOMAINS:
+            attributes = sorted(scope.model.attributes(node).items())
+            key = node.op_type, repr(attributes), *(sorted(taken) if node.op_type in SYMMETRIC else taken)
+        for place, name in enumerate(node.output):
+            if scope.constant(name) is None:
+                known[name] = taken[0] if node.op_type == "Identity" else kept.setdefault((key, place), len(kept))
+    return [number(value.name) for value in scope.graph.output]

@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from cellstack.formats.onnx.decomposed.linear import inputs_of, pairs
+from cellstack.formats.onnx.decomposed.linear import inputs_of, pairs, scalar
 from cellstack.formats.onnx.file import Model, Scope, onnx_package
-from cellstack.formats.onnx.fold import numbers
 
 MOST_FACTORS = 4
 
@@ -44,9 +41,9 @@ def _factors(scope: Scope, name: str) -> tuple[list[str], float]:
     while waiting and left:
         left -= 1
         one = waiting.pop()
-        number = _number(scope, one)
-        product, quotient = inputs_of(scope, one, "Mul"), inputs_of(scope, one, "Div")
-        divisor = _number(scope, quotient[1]) if len(quotient) == 2 else None
+        number = scalar(scope, one)
+        product, quotient, power = (inputs_of(scope, one, operator) for operator in ("Mul", "Div", "Pow"))
+        divisor = scalar(scope, quotient[1]) if len(quotient) == 2 else None
         if number is not None:
             times *= number
         elif len(product) == 2:
@@ -54,21 +51,17 @@ def _factors(scope: Scope, name: str) -> tuple[list[str], float]:
         elif divisor:
             times /= divisor
             waiting.append(quotient[0])
+        elif power and scalar(scope, power[1]) == 3.0:
+            factors += [power[0]] * 3
         else:
             factors.append(one)
     return ([], 1.0) if waiting else (factors, times)
 
 
-def _number(scope: Scope, name: str) -> float | None:
-    """Return a constant that is a single number without additional axes."""
-    value: Any = numbers(scope.constant(name)) if name else None
-    return float(value) if isinstance(value, np.ndarray) and not value.ndim and value.dtype.kind == "f" else None
-
-
 def _bell(scope: Scope, name: str, x: str) -> str | None:
     """Return the Gelu's `approximate` attribute, given its factor other than x; None where it isn't a Gelu."""
     for curve, one in pairs(scope, name, "Add"):
-        if _number(scope, one) != 1.0:
+        if scalar(scope, one) != 1.0:
             continue
         erf, tanh = inputs_of(scope, curve, "Erf"), inputs_of(scope, curve, "Tanh")
         if erf and _is(_factors(scope, erf[0]), [x], math.sqrt(0.5)):
@@ -84,15 +77,8 @@ def _is_bend(scope: Scope, name: str, x: str) -> bool:
     if len(factors) != 1 or not math.isclose(times, math.sqrt(2.0 / math.pi), rel_tol=1e-6):
         return False
     return any(
-        one == x and (_is(_factors(scope, cube), [x] * 3, 0.044715) or _is_power(scope, cube, x))
-        for one, cube in pairs(scope, factors[0], "Add")
+        one == x and _is(_factors(scope, cube), [x] * 3, 0.044715) for one, cube in pairs(scope, factors[0], "Add")
     )
-
-
-def _is_power(scope: Scope, name: str, x: str) -> bool:
-    factors, times = _factors(scope, name)
-    power = inputs_of(scope, factors[0], "Pow") if len(factors) == 1 else []
-    return math.isclose(times, 0.044715, rel_tol=1e-6) and power[:1] == [x] and _number(scope, power[1]) == 3.0
 
 
 def _is(found: tuple[list[str], float], factors: list[str], times: float) -> bool:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.onnx.attributes import axes_of
 from cellstack.formats.onnx.axis_rules import BY_NUMBER, TOGETHER
-from cellstack.formats.onnx.decomposed.linear import Place, Term, place_of
+from cellstack.formats.onnx.decomposed.linear import Place, Term, axes_in, place_of, sequence_of
 from cellstack.formats.onnx.file import DOMAINS, Scope, declared, onnx_package
 from cellstack.formats.onnx.fold import Broadcast
 
@@ -154,14 +153,8 @@ class Loop(Added):
     def _unsqueezed(self, name: str) -> int | None:
         """Return the axis that an Unsqueeze adds; None where it adds several, or for another operator."""
         node = self.scope.producers.get(name)
-        axes = self._axes(node) if node is not None and node.op_type == "Unsqueeze" else None
+        axes = axes_in(self.scope, node) if node is not None and node.op_type == "Unsqueeze" else None
         return axes[0] if axes is not None and len(axes) == 1 else None
-
-    def _axes(self, node: Any) -> list[int] | None:
-        values = [None, *(self.scope.constant(name) for name in node.input[1:])]
-        if any(value is not None and not isinstance(value, np.ndarray) for value in values):
-            return None
-        return axes_of(self.scope.model.attributes(node), values)
 
     def _parted(self, name: str, of: Steps) -> str:
         """Return rows `[B·T, F]` as a sequence."""
@@ -212,20 +205,15 @@ class Loop(Added):
         looked_up = self._looked_up(values)
         if looked_up is not None:
             return looked_up
-        places = [place_of(self.scope, Term(name, "", False, 0, 0), self.known) for name in values]
-        placed = [place for place in places if place is not None]
-        if len(placed) < len(values) or len({(place.root, place.axis) for place in placed}) != 1:
+        found = sequence_of([place_of(self.scope, Term(name, "", False, 0, 0), self.known) for name in values])
+        if found is None:
             return None
-        steps, (root, axis, _) = [place.step for place in placed], placed[0]
-        ahead = list(range(len(values)))
-        backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
-        if (steps != ahead and not backwards) or axis not in (0, 1):
-            return None
+        root, axis, backwards, last = found
         thick = self._thick(values[0], root, axis)
         rank = self.ranks.get(root, 3)
         if thick is None or rank not in (2, 3) or (rank == 2 and not thick):
             return None
-        of = self._steps(root, axis, rank, len(values), backwards, steps[0] == -1)
+        of = self._steps(root, axis, rank, len(values), backwards, last)
         name = self.put("Flatten", [of.name], axis=2)
         if not thick:
             return Rows(name, of, 2)
@@ -244,12 +232,10 @@ class Loop(Added):
         if tables or axes != {0} or not isinstance(self.scope.constant(table), np.ndarray):
             return None
         terms = [Term(node.input[1], "", False, 0, 0) for node in nodes if node is not None]
-        placed = [place_of(self.scope, term, self.known) for term in terms]
-        places = [place for place in placed if place is not None]
-        steps = [place.step for place in places]
-        if steps != list(range(len(values))) or {(p.root, p.axis) for p in places} != {(places[0].root, 1)}:
+        found = sequence_of([place_of(self.scope, term, self.known) for term in terms])
+        if found is None or found[1:3] != (1, False):
             return None
-        ids = places[0].root
+        ids = found[0]
         thick = self._thick(terms[0].value, ids, 1)
         if self.ranks.get(ids) != 2 or thick is None:
             return None
@@ -267,7 +253,7 @@ class Loop(Added):
                 index = self.scope.constant(node.input[1])
                 gone = isinstance(index, np.ndarray) and not index.ndim
             elif node.op_type in ("Squeeze", "Unsqueeze"):
-                if self._axes(node) != [axis]:
+                if axes_in(self.scope, node) != [axis]:
                     return None
                 gone = node.op_type == "Squeeze"
                 if not gone and thick is False:  # added after it was removed
@@ -353,7 +339,7 @@ class Loop(Added):
         if kind == "Transpose" and rank == 3:
             return (rank, frozenset()) if attributes.get("perm") == [0, 2, 1] else None
         if kind in ("Squeeze", "Unsqueeze", *REDUCED) and first:
-            axes = self._axes(node)
+            axes = axes_in(self.scope, node)
             total = rank + (len(axes or ()) if kind == "Unsqueeze" else 0)
             if not axes or any(not -total <= axis < total or axis % total == 0 for axis in axes):
                 return None
