@@ -58,7 +58,7 @@ def trained(net: Network, path: str) -> Task:
         raise FormatError(f"{path}: expected a network with one output per {expected}, found {found}")
     inputs = raw_inputs(first, net.metadata.get("observed"), path)
     if net.metadata.get("changes"):
-        inputs = replace(inputs, changes=inputs.scale / _factors(net, len(inputs.mean), path))
+        inputs = replace(inputs, changes=inputs.scale / _factors(net, len(first.mean), len(inputs.mean), path))
     labels = _labels(net.metadata.get("labels"), task, outputs, path)
     return Task(task, labels, inputs, per_step)
 
@@ -73,9 +73,9 @@ def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:
     return Inputs(first.mean[:raw], first.scale[:raw], tuple(observed))
 
 
-def _factors(net: Network, raw: int, path: str) -> NDArray[np.float32]:
+def _factors(net: Network, width: int, raw: int, path: str) -> NDArray[np.float32]:
     """Return by what the second node multiplies the changes of the raw channels."""
-    node, width = net.nodes[1], len(net.nodes[0].mean)
+    node = net.nodes[1]
     if not isinstance(node, Conv1D) or node.kernel.shape != (2, width, raw):
         raise FormatError(f"{path}: expected the changes of {raw} channels after the first node, found {node.summary}")
     factors = np.diagonal(node.kernel[1])
