@@ -34,7 +34,7 @@ class Job:
     def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
         """Return the fewest and the most epochs of each fit to come, and whether they include a validation."""
         early = options.patience + 1 if self.validates and options.patience else options.epochs
-        return [(min(early, options.epochs), options.epochs, self.validates)]
+        return [(min(early, options.epochs), options.epochs, self.validates)] * (1 + (options.search or 0))
 
     def checkpoints(self, path: str) -> list[str]:
         """Return the files of the checkpoints that `--checkpoint` names."""

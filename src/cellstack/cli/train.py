@@ -349,8 +349,16 @@ def _report(job: Job, result: Any, output: Path) -> tuple[dict[str, Any], list[s
         "notes": fit.notes,
         "test": scores,
         "history": fit.history,
+        "trials": [trial._asdict() for trial in result.trials],
     }
-    lines = [repr(result.network), f"{fit.steps} steps in {fit.seconds:.1f} s, {_threads(fit)}", *fit.notes, *scored]
+    trials = [repr(result.trials)] if result.trials else []
+    lines = [
+        *trials,
+        repr(result.network),
+        f"{fit.steps} steps in {fit.seconds:.1f} s, {_threads(fit)}",
+        *fit.notes,
+        *scored,
+    ]
     if fit.checkpoint_error:
         lines.append(f"the last checkpoint could not be written: {fit.checkpoint_error}")
     return report, [*lines, result.sentence]

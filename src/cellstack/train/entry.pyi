@@ -48,6 +48,7 @@ def fit(
     scheduler: Callable[[Any], Any] | str = 'cosine',
     metrics: Mapping[str, Callable[[Any, Any], float]] | None = None,
     baseline: bool = True,
+    search: int | None = None,
     callbacks: Sequence[Callable[[Any], Any]] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,

@@ -26,6 +26,7 @@ from cellstack.train.options import FitOptions
 from cellstack.train.predict import predict
 from cellstack.train.processes import processes
 from cellstack.train.recurrent import check_supported
+from cellstack.train.search import Trials
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +49,7 @@ class Result:
         summary: the text of `sentence`, if several fits made the network.
         understood: how the data was read, a sentence each.
         baseline: what a simple rule achieves on the same held-out sequences; None without any, and for other data.
+        trials: the trials of a search, the best one first; a list that is shown as a table.
     """
 
     network: Network
@@ -59,6 +61,7 @@ class Result:
     summary: str = ""
     understood: list[str] = field(default_factory=list)
     baseline: Baseline | None = None
+    trials: Trials = field(default_factory=Trials)
 
     def __repr__(self) -> str:
         """Describe the result in about six lines, without the history."""

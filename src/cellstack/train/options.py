@@ -34,7 +34,7 @@ from cellstack.train.forecasting.recipe import SCALES
 
 POOLINGS = ("mean", "max", "last", "none")
 SEQUENCE_CLASSIFIER = "{} for one class per sequence, else {}"
-NOISE, OFFSET = 0.6, 0.3  # for classifiers; targets often depend on the level of the input, which noise hides
+NOISE, OFFSET_SHARE = 0.6, 0.5  # for classifiers; targets often depend on the level of the input, which noise hides
 FEWEST = 20  # validation targets from which on they select the epoch: fewer choose badly
 EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
 NAMES, TABLES = "str | Sequence[str]", ("sequences", "forecasts")
@@ -243,7 +243,7 @@ class Architecture(Record):
         "the same, for noise that is constant over a sequence and channel",
         NOT_NEGATIVE,
         of="sequences",
-        unset=SEQUENCE_CLASSIFIER.format(OFFSET, 0),
+        unset=SEQUENCE_CLASSIFIER.format(NOISE * OFFSET_SHARE, 0),
         rare=True,
     )
     init: Any = option(
@@ -270,7 +270,7 @@ class Architecture(Record):
             "pooling": "max" if classes and not self.every_step else "mean",
             "changes": classes,
             "noise": NOISE * classes,
-            "offset": OFFSET * classes,
+            "offset": NOISE * OFFSET_SHARE * classes,
         }
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
@@ -370,6 +370,14 @@ class FitOptions(Optimisation):
         "compare with boosting on summary statistics (scikit-learn), or one answer for all, on the held-out part",
         of="sequences",
         flag=False,
+    )
+    search: int | None = option(
+        None,
+        "settings to try on the validation part before the training: units, layers, cell, lr, pooling and noise that "
+        "aren't given",
+        at_least(2),
+        of="sequences",
+        unset="none",
     )
     callbacks: Sequence[Callable[[Any], Any]] = option(
         (),

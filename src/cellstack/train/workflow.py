@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cellstack.train.model import Model
 from cellstack.train.options import FEWEST, Architecture, FitOptions
 from cellstack.train.parts import check, parts_of, per_step
 from cellstack.train.processes import uses_gpu
+from cellstack.train.search import best_settings
 from cellstack.train.sizes import check_memory
 from cellstack.train.trained import metadata
 from cellstack.train.warm import Start
@@ -54,6 +56,16 @@ def train_sequences(
     """
     check(training, validation, test, class_weight)
     classify = bool(training.labels)
+    if options.search and not options.timing:
+        if not options.validation and validation is None:
+            raise UsageError("search: expected a validation part, to compare the settings on")
+        fit = partial(train_sequences, training, None, validation=validation, class_weight=class_weight)
+        shape = per_step(architecture) if training.per_step else architecture
+        found, how, trials = best_settings(fit, shape, options, "classify" if classify else "regress")
+        found = replace(found, pooling=None) if training.per_step else found
+        how = replace(how, search=None, checkpoint=None, resume=False, overwrite=False)
+        best = train_sequences(training, test, found, how, validation=validation, class_weight=class_weight)
+        return replace(best, trials=trials)
     if training.per_step:
         architecture = per_step(architecture)
     elif architecture.pooling == "none":
