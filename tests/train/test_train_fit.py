@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import FormatError, Network, layers, train
+from cellstack import FormatError, Network, layers, load, train
 from cellstack.nodes import GlobalPool
 from cellstack.train import Sequences, custom
 from cellstack.train import checkpoint as checkpoints
@@ -854,7 +854,7 @@ def test_a_resumed_run_takes_the_threads_of_its_checkpoint(sequences, tmp_path, 
             torch.save({**state, "threads": 2}, path)
 
 
-def test_a_network_sees_changes_and_holds_values_over_gaps(rng):
+def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
     """Its input stays the raw values; the change at a gap is 0, after it the one since the last observed value."""
     x = [rng.normal(size=(8, 2)).astype(np.float32).cumsum(0) for _ in range(24)]
     x[0][3], x[1][2:4, 0] = np.nan, np.nan
@@ -876,6 +876,8 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng):
     )
     used = ~np.isnan(x[0]).all(1)
     np.testing.assert_allclose(result.predict([x[0]]).outputs, result.predict([x[0][used]]).outputs, rtol=1e-5)
+    net.save(tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(load(tmp_path / "net.safetensors").predict(x).outputs, result.predict(x).outputs)
     assert train.fit(x, y, units=3, epochs=1, changes=False, baseline=False).network.names[1] == "layer_0"
     assert train.fit(x, y + 0.5, units=3, epochs=1, baseline=False).network.names[1] == "layer_0"
 

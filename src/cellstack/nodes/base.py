@@ -173,6 +173,7 @@ class Node:
         file_type: its type in files.
         arrays: its array arguments, each with the file keys for the lengths of its axes; an optional array also has
             the key `use_…`.
+        added: its flags that files have only where they are True, because older versions don't know them.
         multiplied: the names of the arrays that are multiplied with the input.
         why_whole: why a stream can't run it, as a format string over the node.
         about: its `summary`, as a format string over the node, such as `"{0.times} times"`.
@@ -193,6 +194,7 @@ class Node:
     heeds_mask: bool = False
     file_type: ClassVar[str] = ""
     arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    added: ClassVar[tuple[str, ...]] = ()
     multiplied: ClassVar[tuple[str, ...]] = ()
     why_whole: ClassVar[str] = ""
     about: ClassVar[str] = ""
@@ -346,7 +348,7 @@ class Node:
         return {
             field.name: FILE_TYPES.get(str(field.type), list)
             for field in fields(cls)  # pyright: ignore[reportArgumentType]
-            if field.name not in cls.arrays
+            if field.name not in cls.arrays and field.name not in cls.added
         }
 
     @classmethod
@@ -394,7 +396,10 @@ class Node:
     def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | BFloat16Array]]:
         """Return the node's entry in a file: its JSON values, and its arrays by their names within the node."""
         values = self.values()
-        return {"type": self.file_type, **values}, {name: getattr(self, name) for name in self.array_shapes(values)}
+        added = {name: True for name in self.added if getattr(self, name)}
+        return {"type": self.file_type, **values, **added}, {
+            name: getattr(self, name) for name in self.array_shapes(values)
+        }
 
     @classmethod
     def restored(cls, entry: Entry) -> Node:
@@ -403,9 +408,9 @@ class Node:
         Raises:
             FormatError, ValueError, TypeError: the entry isn't valid for such a node.
         """
-        values = entry.take(cls.keys())
+        values = entry.take(cls.keys(), dict.fromkeys(cls.added, bool))
         arrays = {name: entry.array(name, shape) for name, shape in cls.array_shapes(values).items()}
-        return cls(**arrays, **{key: values[key] for key in cls.settings()})
+        return cls(**arrays, **{key: values[key] for key in (*cls.settings(), *cls.added) if key in values})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies contain only the arguments, which are checked and made read-only again."""

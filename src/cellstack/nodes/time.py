@@ -76,6 +76,7 @@ class Conv1D(Node):
     keeps_mask: bool = False
     file_type = "conv1d"
     arrays: ClassVar = {"kernel": ("taps", "input_size", "units"), "bias": ("units",)}
+    added = ("keeps_mask",)
     multiplied = ("kernel",)
     axes = (2, 2)
 
