@@ -227,7 +227,7 @@ class Architecture(Record):
         None,
         "also use the change of each channel since the previous step as an input channel",
         of="sequences",
-        unset=SEQUENCE_CLASSIFIER.format("yes", "no"),
+        unset=SEQUENCE_CLASSIFIER.format("yes", "no, also with `every_step`"),
         rare=True,
     )
     noise: float | None = option(
@@ -268,7 +268,7 @@ class Architecture(Record):
         classes = task == "classify" and self.pooling != "none"
         usual = {
             "pooling": "max" if classes and not self.every_step else "mean",
-            "changes": classes,
+            "changes": classes and not self.every_step,
             "noise": NOISE * classes,
             "offset": NOISE * OFFSET_SHARE * classes,
         }
