@@ -1,5 +1,6 @@
 """The search for settings: what it tries, keeps, stores and refuses."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 
 from cellstack import train
 from cellstack.cells import errors
@@ -51,6 +53,38 @@ def test_what_is_given_is_kept(data):
     result = train.fit(data[0], per_step, units=5, lr=0.01, search=2, **QUICK)
     assert {*result.trials[0].settings} == {"cell", "noise"}
     assert result.network(np.zeros((1, 3, 2), np.float32)).shape[:2] == (1, 3)
+
+
+def test_settings_that_fail_are_left_out(data):
+    count, most = itertools.count(), 10_000
+
+    def loss(out, y):
+        return torch.nn.functional.cross_entropy(out, y, reduction="none") * (torch.nan if next(count) > most else 1)
+
+    how = {"units": 4, "cell": "gru", "pooling": "last", "noise": 0, "loss": loss, **QUICK}
+    train.fit(*data, **how)
+    most = 2 * next(count)  # calls of the first two trials
+    count = itertools.count()
+    with pytest.raises(UsageError, match="the loss is no longer finite"):  # in the final training
+        train.fit(*data, search=4, **how)
+    assert next(count) == most + 4  # one in each of the other trials, and in the final training
+    count, most = itertools.count(), -1
+    with pytest.raises(UsageError, match="the loss is no longer finite in epoch 1"):  # in the first trial
+        train.fit(*data, search=4, **how)
+    assert next(count) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "searched"),
+    [
+        ({"cell": "mlstm", "heads": 2}, {"lr", "pooling", "noise"}),
+        ({"cell": "mlstm"}, {"layers", "width", "lr", "pooling", "noise"}),
+        ({"bidirectional": True, "every_step": True, "cell": "gru"}, {"layers", "width", "lr", "noise"}),
+        ({"offset": 0.1, "cell": "gru"}, {"layers", "width", "lr", "pooling"}),
+    ],
+)
+def test_settings_that_do_not_go_together_are_not_tried(data, how, searched):
+    assert {*train.fit(*data, search=3, **how, **QUICK | {"epochs": 1}).trials[0].settings} == searched
 
 
 def test_a_search_is_resumed(data, tmp_path):

@@ -20,6 +20,7 @@ from cellstack.train.learner import Epoch
 from cellstack.train.options import OFFSET_SHARE, Architecture, FitOptions, declared
 
 WIDTHS, DEPTHS, RATES = (16, 128), (1, 3), (1e-3, 2e-2)  # fewest and most units, layers; lowest and highest rate
+WIDTH_STEP = 8  # the default heads of each kind of cell divide the units
 CHOICES = {"cell": ("lstm", "gru"), "pooling": ("mean", "max", "last"), "noise": (0.0, 0.3, 0.6)}
 SHOWN = 10  # trials in the table
 STUDY = "cellstack"
@@ -106,7 +107,12 @@ def best_settings(
         name = f"trial {len(study.trials)} of {options.search}"
         alone = {"checkpoint": None, "resume": False, "overwrite": False, "log": None, "inspect": False}
         how = replace(options, search=None, baseline=False, callbacks=(report,), name=name, **alone)
-        done = fit(*_applied(settings, architecture, how)).fit
+        try:
+            done = fit(*_applied(settings, architecture, how)).fit
+        except UsageError:
+            if not trial.number:  # also with the defaults
+                raise
+            raise optuna.TrialPruned from None  # such as a loss that isn't finite, with a high rate
         if done.interrupted:
             study.stop()
             raise KeyboardInterrupt
@@ -139,6 +145,10 @@ def _usual(architecture: Architecture, options: FitOptions, task: str) -> dict[s
     unset = {name for name, value in given.items() if value == declared()[name].defaults["sequences"]}
     if architecture.offset is not None:
         unset -= {"noise"}
+    if architecture.heads is not None:  # they have to divide the units
+        unset -= {"units"}
+    if architecture.every_step and architecture.bidirectional:  # refuses one of the ways of pooling
+        unset -= {"pooling"}
     usual: dict[str, Any] = {"layers": len(settled.units), "width": settled.units[0]} if "units" in unset else {}
     usual |= {"lr": options.lr} if "lr" in unset else {}
     return usual | {name: getattr(settled, name) for name in CHOICES if name in unset}
@@ -149,7 +159,7 @@ def _suggested(trial: Any, name: str) -> Any:
         return trial.suggest_categorical(name, CHOICES[name])
     if name == "lr":
         return trial.suggest_float(name, *RATES, log=True)
-    return trial.suggest_int(name, *(WIDTHS if name == "width" else DEPTHS), log=name == "width")
+    return trial.suggest_int(name, *WIDTHS, step=WIDTH_STEP) if name == "width" else trial.suggest_int(name, *DEPTHS)
 
 
 def _applied(

@@ -75,9 +75,9 @@ def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:
 
 def _factors(net: Network, width: int, raw: int, path: str) -> NDArray[np.float32]:
     """Return by what the second node multiplies the changes of the raw channels."""
-    node = net.nodes[1]
+    node = next(iter(net.nodes[1:]), None)
     if not isinstance(node, Conv1D) or node.kernel.shape != (2, width, raw):
-        raise FormatError(f"{path}: expected the changes of {raw} channels after the first node, found {node.summary}")
+        raise FormatError(f"{path}: expected the changes of {raw} channels after the first node, found {node}")
     factors = np.diagonal(node.kernel[1])
     if not (factors > 0).all():
         raise FormatError(f"{path}: expected the factors of changes to be above 0, found {factors.min():g}")
