@@ -374,6 +374,7 @@ NODES = {
     "conv rank": (lambda: Conv1D(floats(3, 2)), ShapeError, r"kernel \[K, C/groups, F\], got \(3, 2\)"),
     "conv bias": (lambda: Conv1D(floats(3, 2, 4), floats(3)), ShapeError, r"bias \[4\], got \(3,\)"),
     "groups": (lambda: Conv1D(floats(3, 2, 4), groups=3), ValueError, "groups to divide F=4, got 3"),
+    "mask": (lambda: Conv1D(floats(3, 2, 4), keeps_mask=True), ValueError, "causal windows .* keeps_mask, got valid"),
     "strides": (lambda: Conv1D(floats(3, 2, 4), strides=0), ValueError, "strides to be an integer from 1"),
     "dilation": (lambda: Conv1D(floats(3, 2, 4), dilation=1.0), ValueError, "dilation to be an integer from 1"),
     "padding": (

@@ -100,6 +100,7 @@ EVERY = [
     StepMask(),
     Conv1D(floats(2, 3, 4)),
     Conv1D(floats(2, 3, 4), padding="causal"),
+    Conv1D(floats(2, 3, 4), padding="causal", keeps_mask=True),
     Conv1D(floats(1, 3, 4)),
     Conv1D(floats(4, 1, 3), floats(3), padding="causal", groups=3),
     Conv1D(floats(2, 1, 3), None, 2, dilation=2, groups=3),
@@ -196,7 +197,7 @@ def test_properties_of_a_node_match_a_run(node):
     assert flow.x.shape[1:] == net.shapes["node"]
     made = node.mask_after([None] * len(given), len(net.shapes["x0"]), Counted())
     assert (made is not None) == node.makes_mask == (flow.mask is not None)
-    assert {*node.settings(), *node.arrays} == {field.name for field in fields(node)}
+    assert {*node.settings(), *node.arrays, *node.added} == {field.name for field in fields(node)}
 
 
 class Counted:
