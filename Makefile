@@ -74,6 +74,7 @@ stubs: $(VENV)/tested  ## write what follows from declarations: stubs, the table
 
 site: $(VENV)/installed  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
 	$(DEPENDENCIES) docs
+	rm -rf docs/reference/generated  # it may have names that are gone
 	$(BIN)/sphinx-build -W --keep-going -E -b html -j auto -d build/site-cache docs build/site
 	! grep -rlE '<(script|img|iframe|link rel="stylesheet")[^>]*(src|href)="https?:' build/site --include='*.html'
 
