@@ -22,22 +22,8 @@ QUOTIENTS = ("div", "__truediv__", "divide")  # by real numbers
 # Functions that compute each part of the result from the same part of the arguments
 EACH = (
     *("permute", "transpose", "reshape", "view", "flatten", "unsqueeze", "squeeze", "expand", "repeat", "contiguous"),
-    *(
-        "clone",
-        "detach",
-        "narrow",
-        "slice",
-        "select",
-        "__getitem__",
-        "chunk",
-        "split",
-        "unbind",
-        "unfold",
-        "pad",
-        "roll",
-        "flip",
-    ),
-    *("cat", "stack", "neg", "sum", "mean"),
+    *("clone", "detach", "narrow", "slice", "select", "__getitem__", "chunk", "split", "unbind", "unfold", "pad"),
+    *("roll", "flip", "cat", "stack", "neg", "sum", "mean"),
 )
 TRANSFORM = "fft_"  # which ONNX computes of pairs
 FACTS = ("__get__", "size", "dim", "numel", "is_complex", "is_floating_point")  # of a tensor's type and shape

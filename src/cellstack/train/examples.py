@@ -240,7 +240,8 @@ class Inputs:
         missing = np.isnan(x)
         indicators = 1.0 - missing[..., list(self.observed)].astype(np.float32)
         known = x if self.changes is None else held(x)
-        filled = np.concatenate([np.where(np.isnan(known), self.mean, known), indicators], axis=-1, dtype=np.float32)
+        empty = missing if known is x else np.isnan(known)
+        filled = np.concatenate([np.where(empty, self.mean, known), indicators], axis=-1, dtype=np.float32)
         used = np.asarray(~missing.all(axis=-1))
         return filled, None if used.all() else used
 

@@ -62,7 +62,6 @@ def train_sequences(
         fit = partial(train_sequences, training, None, validation=validation, class_weight=class_weight)
         shape = per_step(architecture) if training.per_step else architecture
         found, how, trials = best_settings(fit, shape, options, "classify" if classify else "regress")
-        found = replace(found, pooling=None) if training.per_step else found
         how = replace(how, search=None, checkpoint=None, resume=False, overwrite=False)
         best = train_sequences(training, test, found, how, validation=validation, class_weight=class_weight)
         return replace(best, trials=trials)
