@@ -152,3 +152,13 @@ def test_the_command_line(data, tmp_path, capsys):
     assert cli.main([*words, "--json", "--quiet"]) == 0
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert [{*trial["settings"]} for trial in trials] == [{"lr", "cell", "pooling", "noise"}] * 2
+
+
+def test_the_command_line_names_what_is_not_installed(data, tmp_path, capsys, monkeypatch):
+    x = np.stack([np.resize(one, (6, 2)) for one in data[0]]).astype(np.float32)
+    np.savez(tmp_path / "toy.npz", x=x, y=np.array(data[1]))
+    monkeypatch.setattr("cellstack.cli.train.find_spec", lambda name: None)
+    assert cli.main(["train", str(tmp_path / "toy.npz"), "-o", str(tmp_path / "net"), "--search", "2"]) == 2
+    assert capsys.readouterr().err == (
+        "cellstack train: error: train --search needs optuna: pip install 'cellstack[search]'\n"
+    )

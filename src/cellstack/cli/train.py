@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -248,13 +249,16 @@ def _choices(args: argparse.Namespace, job: Job, events: Path | None = None) -> 
         events: folder for the events of --inspect.
 
     Raises:
-        UsageError: an option out of range, or a checkpoint that exists without --resume or --overwrite.
+        UsageError: an option out of range, a checkpoint that exists without --resume or --overwrite, or --search
+            without Optuna.
         FileNotFoundError: no network to start from.
     """
     values = job.given | {"progress": False if args.quiet else None, "events": events}
     if args.init is not None:
         values["init"] = existing_file(args.init)
     options, architecture = record_of(FitOptions, values), record_of(Architecture, values)
+    if options.search and find_spec("optuna") is None:
+        raise UsageError("train --search needs optuna: pip install 'cellstack[search]'")
     if args.checkpoint is not None and not (args.resume or args.overwrite):
         for path in job.checkpoints(args.checkpoint):
             check_replaceable(path)
