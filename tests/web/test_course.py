@@ -261,7 +261,8 @@ def test_shapes(opened):
         return 0.8 * np.sin(3 * np.arange(count) + count).reshape(shape)
 
     def check(rows, steps, features, units, cut=0, passed=True):
-        y, states, left = waves(rows, steps, features), [], []
+        row, step, feature = np.indices((rows, steps, features))
+        y, states, left = 0.8 * np.sin(3 * (64 * row + 8 * step + feature)), [], []
         later = y[:, cut:]
         for width in units:
             spec = CellSpec(y.shape[2], width)
@@ -332,7 +333,7 @@ def test_stack(opened):
     check(12, 1, 0, 0, "c")
     figure.choose("Layer", 1)
     figure.choose("Gate or state", "f")
-    figure.tick("a pulse at the changed step", True)
+    figure.tick("add a pulse at the changed step", True)
     figure.move("changed step", 15)
     figure.move("change of the wave", -0.8)
     check(15, -0.8, 1, 1, "f")
@@ -383,7 +384,7 @@ def test_training(opened, browser):
     figure.click("Restart")
     page.locator(".readout", has_text="It hasn't learned yet").wait_for()
     for count in (1, 2, 3):
-        figure.click("One step")
+        figure.click("One batch")
         page.locator(f'.readout[data-batches="{count}"]').wait_for()
     other = browser.new_page()
     options = {"task": "adding", "kind": "lstm", "units": 5, "delay": 4, "rate": 0.03, "seed": 3}
@@ -417,8 +418,9 @@ def test_units(opened):
     kinds = [0 if letter == '"' else 1 if letter == " " else 2 if letter.isalpha() else 3 for letter in page_text]
     x = np.eye(4, dtype="f4")[kinds][None]
     inside = np.cumsum(np.array(kinds) == 0) % 2 > 0
-    figure.moved.add("Text")
-    figure.page.get_by_label("Text", exact=True).fill(page_text)
+    text = "Text, at most 120 characters"
+    figure.moved.add(text)
+    figure.page.get_by_label(text, exact=True).fill(page_text)
     figure.choose("Unit", 2)
 
     def right(network):
@@ -452,10 +454,9 @@ def test_units(opened):
             [number(title.split("= ")[1]) for title in spans], getattr(trace, field)[0, :, 2], rtol=SHOWN, atol=1e-3
         )
     rows = figure.page.locator(".behind").last.locator("tbody tr").all_inner_texts()
-    expected = {
-        f"unit {unit}\t{right(net.edit(Patch(net.names[0], 'c', units=[unit], value=0.0)))}" for unit in range(6)
-    }
-    assert set(rows) == expected
+    means = trace.h[0].mean(0)
+    without = [net.edit(Patch(net.names[0], "h", units=[unit], value=float(means[unit]))) for unit in range(6)]
+    assert set(rows) == {f"unit {unit}\t{right(edited)}" for unit, edited in enumerate(without)}
 
 
 def test_use(opened):
@@ -474,11 +475,16 @@ def test_use(opened):
         == "14 of 80 steps. Every output is that of the whole sequence, to the last bit."
     )
     figure.click("Forget the state")
+    assert figure.page.locator(".readout").inner_text().endswith("The next part starts from zeros.")
     figure.click("All others")
     parts = [by_reference(net, part)[0][0, :, 0] for part in (x[:, :14], x[:, 14:])]
     near(figure.table()["in parts"], np.concatenate(parts))
     near(figure.table()["whole sequence"], whole)
     far = abs(np.concatenate(parts) - whole).max()
+    last = abs(parts[1] - whole[14:])[-1]
+    np.testing.assert_allclose(
+        number(figure.named()["its difference from the whole sequence"]), last, rtol=1e-2, atol=1e-6
+    )
     assert figure.page.locator(".readout").inner_text().endswith(f"by up to {far:.4f}.")
     figure.click("Start again")
     assert figure.page.locator(".readout").inner_text().startswith("0 of 80 steps")

@@ -5,7 +5,7 @@ import { scaleOf } from "../../../src/cellstack/inspect/page/draw.js";
 import { run } from "../../../src/cellstack/inspect/page/engine/engine.js";
 import { cellOf, figure, networkOf } from "./common.js";
 
-// Arbitrary weights and inputs, always the same.
+// Arbitrary weights, always the same.
 const waves = (name, count) => Array.from({ length: count }, (_, n) => (name === "bias" ? 0 : 0.8 * Math.sin(3 * n + count)));
 
 figure("shapes", (page) => {
@@ -17,15 +17,16 @@ figure("shapes", (page) => {
   const passed = page.checkbox("pass the state to the second part", true);
   const tell = page.numbers();
   const say = page.sentence();
-  const tiles = page.tiles("h of the last layer in the first row: steps to the right. With return_sequences=False, only the last one is returned");
+  const tiles = page.tiles("h of the last layer for the first sequence: a line for each unit, steps to the right. With return_sequences=False, only the last step is returned");
   return () => {
     const [B, T, I, H, second] = sliders.map((slider) => slider.value);
     const widths = second ? [H, second] : [H];
     const network = networkOf(...widths.map((units, n) => cellOf("lstm", units, n ? widths[n - 1] : I, waves)));
-    const input = waves("x", B * T * I);
+    const number = (row, step, feature) => 0.8 * Math.sin(3 * (64 * row + 8 * step + feature)); // whatever T is
     const part = (from, to, state) => {
-      const rows = Array.from({ length: B }, (_, row) => input.slice((row * T + from) * I, (row * T + to) * I));
-      return run(network, { input: { data: Float64Array.from(rows.flat()), shape: [B, to - from, I] } }, { state });
+      const steps = Array.from({ length: B * (to - from) }, (_, n) => [Math.floor(n / (to - from)), from + (n % (to - from))]);
+      const data = Float64Array.from(steps.flatMap(([row, step]) => Array.from({ length: I }, (_, feature) => number(row, step, feature))));
+      return run(network, { input: { data, shape: [B, to - from, I] } }, { state });
     };
     const whole = part(0, T, null);
     const shape = (...axes) => `[${axes.join(", ")}]`;
@@ -35,7 +36,7 @@ figure("shapes", (page) => {
     tell(named);
     tiles(planeOf(whole.values[network.outputs[0]], 0), scaleOf(false, { low: -1, high: 1 }), null);
     if (cut.value === 0 || cut.value >= T) {
-      say("One part: the state begins with zeros.");
+      say(cut.value === 0 ? "One part: the state begins with zeros." : `One part: a sequence of ${T} steps can't be cut after step ${cut.value}.`);
       return;
     }
     const { state } = part(0, cut.value, null);

@@ -14,11 +14,11 @@ figure("stack", (page) => {
   const { form } = layers[0].cells[0];
   const layer = page.select("Layer", layers.map((_, n) => [String(n), `layer ${n + 1}`]), "0");
   const field = page.select("Gate or state", ["f", "i", "g", "o", "c", "h"].map((name) => [name, `${name}, ${meaningOf(form, name).split(":")[0]}`]), "c");
-  const pulse = page.checkbox("a pulse at the changed step", false);
+  const pulse = page.checkbox("add a pulse at the changed step", false);
   const at = page.slider("changed step", [0, steps - 1, 1], 12);
   const by = page.slider("change of the wave at this step", [-2, 2, 0.1], 1);
   const output = page.chart("Input and output");
-  const change = page.chart("Size of the change of h at each step");
+  const change = page.chart("Size of the change of h at each step, over all units of a layer");
   const tell = page.numbers();
   const inputs = page.tiles("What the layer sees");
   const units = page.tiles("Its units");
