@@ -11,13 +11,13 @@ const waves = (name, count) => Array.from({ length: count }, (_, n) => (name ===
 figure("shapes", (page) => {
   const sizes = [["rows, B", [1, 4, 1], 2], ["steps, T", [1, 8, 1], 3], ["features, I", [1, 8, 1], 6], ["units, H", [1, 8, 1], 4], ["units of a second layer, 0 for none", [0, 8, 1], 0]];
   const sliders = sizes.map(([label, range, value]) => page.slider(label, range, value));
-  const cut = page.slider("cut after step, 0 for one part", [0, 7, 1], 0);
+  const cut = page.slider("steps in the first part, 0 for one part", [0, 7, 1], 0);
   const sequences = page.checkbox("return_sequences", true);
   const states = page.checkbox("return_state", true);
   const passed = page.checkbox("pass the state to the second part", true);
   const tell = page.numbers();
   const say = page.sentence();
-  const tiles = page.tiles("h of the last layer for the first sequence: a line for each unit, steps to the right. With return_sequences=False, only the last step is returned");
+  const tiles = page.tiles("The output for the first sequence: a line for each unit, steps to the right");
   return () => {
     const [B, T, I, H, second] = sliders.map((slider) => slider.value);
     const widths = second ? [H, second] : [H];
@@ -34,9 +34,11 @@ figure("shapes", (page) => {
     const named = { x: shape(B, T, I), output: sequences.checked ? shape(B, T, last) : shape(B, last) };
     if (states.checked) widths.forEach((units, n) => ["h", "c"].forEach((name) => { named[widths.length > 1 ? `${name} of layer ${n + 1}` : name] = shape(B, units); }));
     tell(named);
-    tiles(planeOf(whole.values[network.outputs[0]], 0), scaleOf(false, { low: -1, high: 1 }), null);
+    const { data } = whole.values[network.outputs[0]];
+    const first = sequences.checked ? data.slice(0, T * last) : data.slice((T - 1) * last, T * last);
+    tiles(planeOf({ data: first, shape: [1, first.length / last, last] }, 0), scaleOf(false, { low: -1, high: 1 }), null);
     if (cut.value === 0 || cut.value >= T) {
-      say(cut.value === 0 ? "One part: the state begins with zeros." : `One part: a sequence of ${T} steps can't be cut after step ${cut.value}.`);
+      say(cut.value === 0 ? "One part: the state begins with zeros." : `One part: a sequence of ${T} steps has no second part after ${cut.value}.`);
       return;
     }
     const { state } = part(0, cut.value, null);

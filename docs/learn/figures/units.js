@@ -55,7 +55,8 @@ figure("units", (page) => {
     }));
     replaceChildren(legend, ...colourBar(scale, page.theme));
     const { warm, muted, ink } = page.colours;
-    chart([{ name: "inside", values: target, colour: muted }, { name: "output, unchanged", values: plain.data, colour: ink, dash: [4, 3] }, { name: "output", values: after.data, colour: warm }]);
+    const lines = [{ name: "inside", values: target, colour: muted }, { name: "output, unchanged", values: plain.data, colour: ink, dash: [4, 3] }, { name: "output", values: after.data, colour: warm }];
+    chart(lines, [["character", text], [`${field.value} of unit ${unit.value}`, line]]);
     say(`${after.right} of ${text.length} characters are right${change.value ? `, ${plain.right} without the change` : ""}.`);
     const mean = (numbers) => numbers.reduce((sum, number) => sum + number) / numbers.length;
     const h = planeOf(plain.cells[name][0].h, 0);
