@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from cellstack.inspect.diagnostics import Report, Shares, spectral_radii
 from cellstack.inspect.differences import TraceDifference
-from cellstack.inspect.files import load
 from cellstack.inspect.interventions import Ablation, ActivationPatching, ablate, activation_patch
 from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
@@ -39,7 +38,6 @@ __all__ = [
     "ablate",
     "activation_patch",
     "lightning_callback",
-    "load",
     "spectral_radii",
     "watch",
 ]
