@@ -83,7 +83,7 @@ def test_train_inspects_its_layers(capsys, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     plain, looked, folder = tmp_path / "plain", tmp_path / "looked", tmp_path / "looked-inspect"
-    small = [*SMALL, "--epochs", "3", "--bidirectional"]
+    small = [*SMALL, "--epochs", "3", "--bidirectional", "--noise", "0"]
     assert run(capsys, "train", VOWELS, "-o", str(plain), *small)[0] == 0
     assert list(tmp_path.iterdir()) == [tmp_path / "plain.safetensors"]
     for _ in range(2):  # the second run replaces the first
@@ -592,6 +592,8 @@ def test_training_continues_on_a_full_disk(tmp_path):
         *SMALL,
         "--units",
         "16",
+        "--noise",
+        "0",
     ]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     why = f"{tmp_path / 'run.ckpt'}: File too large"

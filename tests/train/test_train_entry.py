@@ -16,6 +16,7 @@ from cellstack import FormatError, load, train
 from cellstack.train import UsageError
 from cellstack.train.custom import as_sequences
 from cellstack.train.data.frames import grouped
+from cellstack.train.model import Noise
 from cellstack.train.trained import trained
 
 SMALL = {"units": 4, "epochs": 2, "threads": 1}
@@ -771,8 +772,40 @@ def test_no_output_and_no_warnings_by_default(toy, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_noise_is_chosen_by_the_validation_loss(toy, tmp_path):
+    """Of two networks, with and without noise, the one with the lower validation loss is kept."""
+    names = []
+    how = {**SMALL, "validation": 0.5, "seed": 3, "checkpoint": tmp_path / "run.ckpt", "log": tmp_path / "log.json"}
+    callbacks = [lambda epoch: names.append((epoch.entry["epoch"], epoch.model.noise.noise))]
+    chosen = train.fit(*toy, **how, callbacks=callbacks)
+    assert names == [(1, 0.6), (2, 0.6), (1, 0.0), (2, 0.0)]
+    alone = [
+        train.fit(*toy, **{**SMALL, "validation": 0.5, "seed": 3}, **noise)
+        for noise in ({"noise": 0.6, "offset": 0.3}, {"noise": 0.0, "offset": 0.0})
+    ]
+    losses = [result.fit.best["validation_loss"] for result in alone]
+    better = int(np.argmin(losses))
+    assert chosen.history == alone[better].history == json.loads((tmp_path / "log.json").read_text())
+    kept, other = (("with", "without"), ("without", "with"))[better]
+    said = f"trained {kept} noise: validation loss {losses[better]:.4g}, {other} noise {losses[1 - better]:.4g}"
+    assert said in chosen.sentence
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"run.ckpt", "run-without-noise.ckpt"}
+    (tmp_path / "run.ckpt").unlink()
+    with pytest.raises(ValueError, match=r"run-without-noise\.ckpt: the checkpoint already exists"):
+        train.fit(*toy, **how)
+
+
+def test_noise_falls_to_zero():
+    noise, x = Noise(2.0, 1.0, np.array([True, False])), torch.zeros(200, 30, 2)
+    sizes = []
+    for noise.progress in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        sizes.append(noise(x)[..., 0].std().item())
+    np.testing.assert_allclose(sizes, [5**0.5, 5**0.5 / 2, 0.0], rtol=0.03, atol=1e-12)
+
+
 def test_the_sentence_at_the_end(toy):
-    how = {**SMALL, "lr": 1e-9, "validation": 0.5}
+    how = {**SMALL, "lr": 1e-9, "validation": 0.5, "noise": 0.1}
     assert re.match(
         r"trained for all 2 epochs; kept epoch \d, with the lowest validation loss; "
         r"on the 20 validation examples, which also selected the epoch: accuracy 0\.",

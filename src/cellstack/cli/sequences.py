@@ -32,6 +32,7 @@ class SequencesJob(Job):
     described: dict[str, Any]
     given: dict[str, Any]
     validated: int = 0
+    candidates: int = 1
 
     def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come."""
@@ -41,7 +42,9 @@ class SequencesJob(Job):
             architecture = per_step(architecture)
         parts = parts_of(training, None, self.given["class_weight"], options)
         self.validated = parts.validated
-        usual = architecture.of("classify" if training.labels else "regress")
+        task = "classify" if training.labels else "regress"
+        self.candidates = 1 if options.search else len(architecture.candidates(task, parts.targets))
+        usual = architecture.of(task)
         inputs = parts.measure(changes=bool(usual.changes))
         steps = parts.data(inputs).steps
         outputs = len(training.labels) or (1 if parts.y.ndim == 1 else parts.y.shape[1])
@@ -58,7 +61,8 @@ class SequencesJob(Job):
         lines += [
             said,
             f"1 network: {size.layers}, {weights:,} weights; at most {options.epochs} "
-            f"epoch{'s' * (options.epochs != 1)} of {steps} step{'s' * (steps != 1)}, batches of {options.batch}",
+            f"epoch{'s' * (options.epochs != 1)} of {steps} step{'s' * (steps != 1)}, batches of {options.batch}"
+            f"{'; trained with and without noise' * (self.candidates > 1)}",
         ]
         return lines, sizes | {
             "baselines": baseline,
@@ -74,6 +78,10 @@ class SequencesJob(Job):
     def validates(self) -> bool:
         """See `Job`."""
         return self.validated > 0
+
+    def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
+        """See `Job`."""
+        return super().fits(options) * self.candidates
 
     def fit(self, architecture: Architecture, options: FitOptions) -> Any:
         """Train on the sequences."""

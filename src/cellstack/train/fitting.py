@@ -50,6 +50,7 @@ class Result:
         understood: how the data was read, a sentence each.
         baseline: what a simple rule achieves on the same held-out sequences; None without any, and for other data.
         trials: the trials of a search, the best one first; a list that is shown as a table.
+        chosen: why this fit was kept, if there were several; "" otherwise.
     """
 
     network: Network
@@ -62,6 +63,7 @@ class Result:
     understood: list[str] = field(default_factory=list)
     baseline: Baseline | None = None
     trials: Trials = field(default_factory=Trials)
+    chosen: str = ""
 
     def __repr__(self) -> str:
         """Describe the result in about six lines, without the history."""
@@ -109,7 +111,7 @@ class Result:
     @property
     def sentence(self) -> str:
         """What stopped the training, which epoch was kept, its scores on held-out data, and those of a simple rule."""
-        parts = (self._stopped(), self._kept(), self._measured(), self._compared())
+        parts = (self._stopped(), self._kept(), self.chosen, self._measured(), self._compared())
         return self.summary or "; ".join(part for part in parts if part)
 
     def _stopped(self) -> str:

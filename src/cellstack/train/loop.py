@@ -170,6 +170,7 @@ class _Run(FitState):
         rows = np.arange(size) if rows is None else rows
         for part in self.random:
             part.rows = (torch.from_numpy(rows), size)
+            part.progress = (self.epoch + self.step / self.data.steps) / self.options.epochs
         self.model.train()
         mine = batch if len(rows) == size else pytree.tree_map_only(np.ndarray, lambda a: a[rows], batch)
         x, y, weight, mask = self.tensors(mine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -86,6 +87,7 @@ class Random(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rows: tuple[Tensor, int] | None = None  # this process's rows of the batch, and the batch's size
+        self.progress = 0.0  # of the training, from 0 to 1
 
     def drawn(self, draw: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
         """Return this process's rows of `draw` of ones in the shape of the whole batch, with `steps` steps."""
@@ -109,10 +111,10 @@ class Dropout(Random):
 
 
 class Noise(Random):
-    """Gaussian noise on standardised inputs, in training.
+    """Gaussian noise on standardised inputs, in training. It decreases to 0 along half a cosine, as the learning rate.
 
     Args:
-        noise, offset: standard deviations of noise at each step, and of noise that is constant over a sequence.
+        noise, offset: first standard deviations of noise at each step, and of noise that is constant over a sequence.
         noisy: which channels have it, `[W]` bool; indicators of missing values don't.
     """
 
@@ -127,9 +129,10 @@ class Noise(Random):
         """Return `x [B, T, W]` with noise."""
         if not self.training:
             return x
+        left = (1.0 + math.cos(math.pi * self.progress)) / 2.0
         for deviation, steps in ((self.noise, x.shape[1]), (self.offset, 1)):
             if deviation:
-                x = x + self.drawn(torch.randn_like, x, steps) * (deviation * self.noisy)
+                x = x + self.drawn(torch.randn_like, x, steps) * (left * deviation * self.noisy)
         return x
 
 

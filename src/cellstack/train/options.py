@@ -233,10 +233,10 @@ class Architecture(Record):
     )
     noise: float | None = option(
         None,
-        "standard deviation of noise on each input in training, in units of its channel's scale",
+        "first standard deviation of noise on each input in training, in units of its channel's scale; it falls to 0",
         NOT_NEGATIVE,
         of="sequences",
-        unset=SEQUENCE_CLASSIFIER.format(NOISE, 0),
+        unset=SEQUENCE_CLASSIFIER.format(f"{NOISE} or 0, by the validation loss,", 0),
         rare=True,
     )
     offset: float | None = option(
@@ -244,7 +244,7 @@ class Architecture(Record):
         "the same, for noise that is constant over a sequence and channel",
         NOT_NEGATIVE,
         of="sequences",
-        unset=SEQUENCE_CLASSIFIER.format(NOISE * OFFSET_SHARE, 0),
+        unset=SEQUENCE_CLASSIFIER.format(f"{NOISE * OFFSET_SHARE} or 0", 0),
         rare=True,
     )
     model: Any = option(
@@ -290,6 +290,19 @@ class Architecture(Record):
             "offset": NOISE * OFFSET_SHARE * classes,
         }
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+
+    def candidates(self, task: str, targets: int) -> list[Architecture]:
+        """Return the architectures of which the validation part chooses one, with and without noise, or this one alone.
+
+        Noise hides small differences, which tell some classes apart, so it isn't always better.
+
+        Args:
+            task: see `of`.
+            targets: in the validation part.
+        """
+        if targets < FEWEST or not self.of(task).noise or (self.noise, self.offset) != (None, None):
+            return [self]
+        return [self, replace(self, noise=0.0, offset=0.0)]
 
     def described(self) -> dict[str, Any]:
         """Return what a checkpoint's model must match, as plain values; `init` may differ."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 
 from cellstack.train import predict
 from cellstack.train.baseline import baseline
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.understood import understood
-from cellstack.train.examples import GAP, target_scaling
+from cellstack.train.examples import GAP, Data, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
+from cellstack.train.history import is_file, write
+from cellstack.train.learner import Fit
 from cellstack.train.model import Model
 from cellstack.train.options import FEWEST, Architecture, FitOptions
 from cellstack.train.parts import check, parts_of, per_step
@@ -88,13 +91,15 @@ def train_sequences(
     if architecture.model is None:
         check_memory(architecture, inputs.width, outputs)
 
-    def make() -> Model:
-        model = Model(inputs, outputs, architecture, task, targets)
+    def make(tried: Architecture) -> Model:
+        model = Model(inputs, outputs, tried, task, targets)
         if start is not None:
-            start.into(model, architecture.head is not None)
+            start.into(model, tried.head is not None)
         return model
 
-    model, fit, rank = fitted(make, parts.data(inputs), options)
+    (model, fit, rank), chosen = best_of(
+        architecture.candidates(task, parts.targets), make, parts.data(inputs), options
+    )
     more = {
         "data": training.name,
         "columns": list(training.columns),
@@ -110,7 +115,46 @@ def train_sequences(
     compared = None
     if options.baseline and measured is not None and rank == 0:
         compared = baseline(parts.kept, parts.weight, measured, options.seed)
-    return Result(net, model, fit, scores, rank, parts.validated, understood=said, baseline=compared)
+    return Result(net, model, fit, scores, rank, parts.validated, understood=said, baseline=compared, chosen=chosen)
+
+
+def best_of(
+    candidates: list[Architecture], make: Callable[[Architecture], Model], data: Data, options: FitOptions
+) -> tuple[tuple[Model, Fit, int], str]:
+    """Fit a model with and without noise, or the only candidate; return the best fit, and why it was chosen.
+
+    The second fit has its own checkpoint, with `-without-noise` in its name. A log in a file ends with the chosen
+    fit; folders for TensorBoard have a run for each.
+    """
+    if options.timing or len(candidates) == 1:
+        return fitted(partial(make, candidates[0]), data, options), ""
+    names, checkpoint, log = ("with noise", "without noise"), options.checkpoint, options.log
+    stages = [replace(options, name=name) for name in names]
+    if checkpoint is not None:
+        other = Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-without-noise")
+        if not (options.resume or options.overwrite):
+            refuse_existing(other)
+        stages[1] = replace(stages[1], checkpoint=other)
+    folders = {"log": None if log is None or is_file(log) else log, "events": options.events}
+    for name, folder in folders.items():
+        if folder is not None:
+            stages = [replace(stage, **{name: Path(folder, stage.name.replace(" ", "-"))}) for stage in stages]
+    fits: list[tuple[Model, Fit, int]] = []
+    for tried, stage in zip(candidates, stages, strict=True):
+        fits.append(fitted(partial(make, tried), data, stage))
+        if fits[-1][1].interrupted:
+            break
+    losses = [np.inf if fit.best is None else fit.best["validation_loss"] for _, fit, _ in fits]
+    best = int(np.argmin(losses))
+    model, fit, rank = fits[best]
+    fit.stopped = fits[-1][1].stopped if fits[-1][1].interrupted else fit.stopped
+    fit.seconds, fit.steps = sum(one.seconds for _, one, _ in fits), sum(one.steps for _, one, _ in fits)
+    if log is not None and is_file(log) and rank == 0:
+        write(log, fit.history)
+    if len(fits) == 1:
+        return fits[0], ""
+    said = f"trained {names[best]}: validation loss {losses[best]:.4g}, {names[1 - best]} {losses[1 - best]:.4g}"
+    return (model, fit, rank), said
 
 
 def gap_of(device: str) -> float:
