@@ -1401,7 +1401,7 @@ def test_the_playground_learns(open_page, net, x):
     said.filter(has_text="hasn't learned").wait_for()
     chart = screen.page.locator("#panel-playground canvas").first
     assert not chart.evaluate(BLUE)  # no cross, which marks a loss of NaN
-    screen.page.get_by_role("button", name="One step").click()
+    screen.page.get_by_role("button", name="One batch").click()
     said.filter(has_text="after 1 batch:").wait_for()
     assert chart.evaluate(BLUE)
     first = numbers_in(said.inner_text().split("loss")[1])[0]
@@ -1423,7 +1423,7 @@ def test_the_playground_learns(open_page, net, x):
         for kind in ("lstm", "rnn"):
             screen.choose("Task", task)
             screen.choose("Cell", kind)
-            screen.page.get_by_role("button", name="One step").click()
+            screen.page.get_by_role("button", name="One batch").click()
             said.filter(has_text="after 1 batch:").wait_for()
 
 
@@ -1580,7 +1580,7 @@ def test_a_node_that_the_engine_lacks_is_named(open_page, net, x, monkeypatch):
 def test_traces_without_rows_or_steps(open_page, net, shape):
     screen = open_page(net.trace(np.zeros(shape)))
     assert ("no row" if shape[0] == 0 else "no step") in screen.text(".warning")
-    screen.page.get_by_role("button", name="One step").click()
+    screen.page.get_by_role("button", name="One batch").click()
     screen.page.locator(".readout").filter(has_text="after 1 batch:").wait_for()
 
 
