@@ -21,7 +21,7 @@ from cellstack.train import predict, workflow
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.ts import read_ts
 from cellstack.train.fitting import Result
-from cellstack.train.options import Architecture, FitOptions
+from cellstack.train.options import NOISE, OFFSET_SHARE, Architecture, FitOptions
 from cellstack_demo.report import report
 
 # Found by threefold cross-validation within the training utterances (blocks of each speaker's, in the order in which
@@ -122,7 +122,8 @@ def _train(name: str, training: Sequences, test: Sequences, options: FitOptions,
         f"\n{name}: a stack of {' and '.join(map(str, UNITS))} units, "
         + ("in both directions" if both else "frame by frame")
     )
-    architecture = Architecture(UNITS, bidirectional=both, dropout=DROPOUT, every_step=not both, changes=False)
+    noise = {"noise": NOISE, "offset": OFFSET_SHARE * NOISE}
+    architecture = Architecture(UNITS, bidirectional=both, dropout=DROPOUT, every_step=not both, changes=False, **noise)
     outcome = workflow.train_sequences(training, test, architecture, options)
     outcome.network.save(folder / f"{name}.safetensors")
     say(f"  {outcome.fit.steps} steps in {outcome.fit.seconds:.1f} s, test accuracy {outcome.scores['accuracy']:.2%}")

@@ -229,10 +229,10 @@ def test_one_epoch_and_the_test_score_are_said_once(capsys, machines, tmp_path):
 def test_it_ends_with_a_sentence(capsys, tmp_path):
     _, out, _ = run(capsys, "train", VOWELS, "-o", tmp_path / "net", *SMALL)
     assert re.search(
-        r"\ntrained for all 2 epochs; kept epoch \d, with the lowest validation loss; trained with(out)? noise: validation "
-        r"loss [\d.]+, with(out)? noise [\d.]+; on the 36 validation examples, which also selected the epoch: accuracy "
-        r"0\.\d+; for comparison, boosting on summary statistics: "
-        r"accuracy [01]\.?\d*: better than the network\nwrote ",
+        r"\ntrained for all 2 epochs; kept epoch \d, with the lowest validation loss; "
+        r"trained with(out)? noise: validation loss [\d.]+, with(out)? noise [\d.]+; "
+        r"on the 36 validation examples, which also selected the epoch: accuracy 0\.\d+; "
+        r"for comparison, boosting on summary statistics: accuracy [01]\.?\d*: better than the network\nwrote ",
         out,
     )
     assert re.search(r"\n\d+ steps in [\d.]+ s, on 1 thread\n", out)
