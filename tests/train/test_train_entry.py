@@ -802,6 +802,8 @@ def test_noise_falls_to_zero():
         torch.manual_seed(0)
         sizes.append(noise(x)[..., 0].std().item())
     np.testing.assert_allclose(sizes, [5**0.5, 5**0.5 / 2, 0.0], rtol=0.03, atol=1e-12)
+    noise.falls = False
+    assert noise(x)[..., 0].std() > 2
 
 
 def test_the_sentence_at_the_end(toy):

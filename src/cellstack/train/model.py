@@ -111,25 +111,26 @@ class Dropout(Random):
 
 
 class Noise(Random):
-    """Gaussian noise on standardised inputs, in training. It decreases to 0 along half a cosine, as the learning rate.
+    """Gaussian noise on standardised inputs, in training.
 
     Args:
         noise, offset: first standard deviations of noise at each step, and of noise that is constant over a sequence.
         noisy: which channels have it, `[W]` bool; indicators of missing values don't.
+        falls: whether it decreases to 0 along half a cosine, as the learning rate does.
     """
 
     noisy: Tensor
 
-    def __init__(self, noise: float, offset: float, noisy: np.ndarray):
+    def __init__(self, noise: float, offset: float, noisy: np.ndarray, falls: bool = True):
         super().__init__()
-        self.noise, self.offset = noise, offset
+        self.noise, self.offset, self.falls = noise, offset, falls
         self.register_buffer("noisy", torch.as_tensor(noisy, dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x [B, T, W]` with noise."""
         if not self.training:
             return x
-        left = (1.0 + math.cos(math.pi * self.progress)) / 2.0
+        left = (1.0 + math.cos(math.pi * self.progress)) / 2.0 if self.falls else 1.0
         for deviation, steps in ((self.noise, x.shape[1]), (self.offset, 1)):
             if deviation:
                 x = x + self.drawn(torch.randn_like, x, steps) * (left * deviation * self.noisy)
@@ -190,7 +191,8 @@ class Model(nn.Module):
         self.changes = None if changed is None else Changes(inputs.scale / changed)
         noisy = np.arange(inputs.width)
         noisy = (noisy < raw) | (noisy >= raw + indicators)
-        self.noise = Noise(architecture.noise or 0.0, architecture.offset or 0.0, noisy)
+        # Answers at every step, of few steps each, measured better with noise to the end.
+        self.noise = Noise(architecture.noise or 0.0, architecture.offset or 0.0, noisy, falls=not every_step)
         self.recurrent = nn.ModuleList() if self.whole else recurrent_layers(architecture, inputs.width)
         width = inputs.width if self.whole else architecture.units[-1] * (1 + self.bidirectional)
         self.dropout = Dropout(architecture.dropout)
