@@ -233,7 +233,8 @@ class Architecture(Record):
     )
     noise: float | None = option(
         None,
-        "first standard deviation of noise on each input in training, in units of its channel's scale; it falls to 0, except with `every_step`",
+        "standard deviation of noise on each input in training, in units of its channel's scale; it falls to 0, except "
+        "with `every_step`",
         NOT_NEGATIVE,
         of="sequences",
         unset=SEQUENCE_CLASSIFIER.format(f"{NOISE} or 0, by the validation loss,", 0),
