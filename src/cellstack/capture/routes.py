@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from torch.nn import RNNCellBase
 
 from cellstack.capture.axes import free_axes
-from cellstack.capture.copied import duplicate
 from cellstack.capture.exported import export
 from cellstack.capture.nested import fresh, tensors_in
 from cellstack.capture.probes import calls
@@ -78,13 +76,14 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
     names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
     outs = [f"output_{n}" for n in range(len(answers))]
     shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
-    stepped, reasons = _as_one_step(module, inputs), list[FormatError]()
+    cells, reasons = [part for part in module.modules() if isinstance(part, RNNCellBase)], list[FormatError]()
+    one_step = flat[0].ndim == 2 and calls(module, cells, inputs) == 1
     for way in _ways(free_axes(module, inputs)):
         axes = {name: {axis: f"{name}_{axis}" for axis in free} for name, free in zip(names, way, strict=True) if free}
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "module.onnx")
             options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
-            looks += (line for line in export(stepped, fresh(inputs), path, options) if line not in looks)
+            looks += (line for line in export(module, fresh(inputs), path, options, one_step) if line not in looks)
             try:
                 network = onnx.read_whole(path, whole_loops=True, example=shapes)
                 break
@@ -104,28 +103,3 @@ def _ways(free: list[list[int]]) -> Iterator[list[list[int]]]:
     for n, axes in enumerate(free):
         for axis in axes[2:]:
             yield [[axes[0], axis] if m == n else other[:2] for m, other in enumerate(free)]
-
-
-def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
-    """Return a module whose call is one step, changed so that its cells are exported as operators with known states.
-
-    PyTorch exports an nn.GRUCell and an nn.RNNCell as sums and products, in which states can't be recognised.
-    """
-    flat = tensors_in(inputs)
-    cells = [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)]
-    if flat[0].ndim != 2 or calls(module, cells, inputs) != 1:
-        return module
-
-    def once(cell: Any, input: Any, hx: Any = None) -> Any:
-        if hx is None or input.ndim != 2:
-            return type(cell).forward(cell, input, hx)
-        mode = "gru" if isinstance(cell, torch.nn.GRUCell) else f"rnn_{cell.nonlinearity}"
-        weights = [cell.weight_ih, cell.weight_hh, *((cell.bias_ih, cell.bias_hh) if cell.bias else ())]
-        run = getattr(torch._VF, mode)
-        return run(input[None], hx[None], weights, cell.bias, 1, 0.0, False, False, False)[1][0]
-
-    stepped = duplicate(module)
-    for part in stepped.modules():
-        if isinstance(part, (torch.nn.GRUCell, torch.nn.RNNCell)):
-            part.forward = functools.partial(once, part)
-    return stepped
