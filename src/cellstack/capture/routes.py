@@ -20,7 +20,7 @@ from cellstack.formats.build import HINT
 from cellstack.formats.pytorch import network_of_module
 from cellstack.formats.pytorch.torch_modules import KNOWN
 from cellstack.network import Network
-from cellstack.network.layouts import KEY, Layout, noted
+from cellstack.network.layouts import KEY
 
 
 def directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
@@ -31,39 +31,10 @@ def directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
         raise TypeError(str(error).replace(KNOWN, "a custom class without to_nodes()")) from error
     if len(tensors_in(inputs)) != len(network.inputs):
         raise TypeError("it takes states or other inputs in addition to x")
-    return _time_in_the_middle(network)
-
-
-def _time_in_the_middle(network: Network) -> Network:
-    """Return a network of `[B, C, T]`, which begins with a Permute, as one of `[B, T, C]`."""
-    wires = dict(zip(network.names, network.wires, strict=True))
-    turned = {n for n, node in zip(network.names, network.nodes, strict=True) if getattr(node, "dims", None) == (2, 1)}
-    x = network.inputs[0]
-    first = {name for name, sources in wires.items() if x in sources}
-    if len(network.inputs) > 1 or not first <= turned or first & set(network.outputs):
-        return network
-    ends = {name: wires[name][0] for name in network.outputs if name in turned}
-    gone = first | {name for name in ends if all(name not in sources for sources in wires.values())}
-    kept = [(name, node) for name, node in zip(network.names, network.nodes, strict=True) if name not in gone]
-    names, nodes = zip(*kept, strict=True)
-    outputs = [ends.get(name, name) for name in network.outputs]
-    if len(set(outputs)) < len(outputs):
-        return network
-    made = Network(
-        nodes,
-        names,
-        network.metadata,
-        inputs=network.inputs,
-        wires=[[x if source in first else source for source in wires[name]] for name in names],
-        outputs=outputs,
-        _warn=False,
-    )
-    layouts = [
-        {name: Layout("BFT", (None, made.shapes[name][-1], None)) for name in ends}
-        for ends in ([x], [ends[name] for name in network.outputs if name in ends])
-    ]
-    made.metadata.update(noted("module", *layouts))
-    return made
+    takers = [node for node, wires in zip(network.nodes, network.wires, strict=True) if network.inputs[0] in wires]
+    if any(getattr(node, "dims", None) == (2, 1) for node in takers):
+        raise TypeError("it takes [B, C, T], of which the graph gives a network of [B, T, C]")
+    return network
 
 
 def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: list[str]) -> Network:
