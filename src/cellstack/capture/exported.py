@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import sys
@@ -60,7 +59,7 @@ def export(
     """Write a module in evaluation mode as an ONNX file, by tracing it once.
 
     Args:
-        module: the module.
+        module: the module, which takes tensors as arguments, as `flattened` returns it.
         inputs: the example.
         path: the file.
         options: options of `torch.onnx.export`.
@@ -91,7 +90,7 @@ def export(
             looks.extend([line] if line else [])
 
     def run(inlining: bool) -> None:
-        with _traceable(one_step), _rounding(), _positional(module):
+        with _traceable(one_step), _rounding():
             torch.onnx.export(module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=inlining)
 
     try:
@@ -117,24 +116,6 @@ def export(
         if handle is not None:
             handle.remove()
     return list(dict.fromkeys(looks))
-
-
-@contextmanager
-def _positional(module: Any) -> Iterator[None]:
-    """Hide the arguments of a module's forward with defaults: the exporter passes these by position, as tensors."""
-    forward = module.forward
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    if scripted or all(each.default is each.empty for each in inspect.signature(forward).parameters.values()):
-        yield
-        return
-    own = vars(module).get("forward")
-    module.forward = lambda *args: forward(*args)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _traceable(one_step: bool) -> Any:

@@ -12,7 +12,7 @@ from torch.nn import RNNCellBase
 
 from cellstack.capture.axes import free_axes
 from cellstack.capture.exported import export
-from cellstack.capture.nested import fresh, tensors_in
+from cellstack.capture.nested import fresh
 from cellstack.capture.probes import calls
 from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx
@@ -23,32 +23,33 @@ from cellstack.network import Network
 from cellstack.network.layouts import KEY
 
 
-def directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
-    """Return the network that `cellstack.load` returns."""
+def directly(module: Any, inputs: int) -> Network | Exception:
+    """Return the network that `cellstack.load` returns for a module of this number of inputs, or why there is none."""
     try:
         network = network_of_module(module)
     except TypeError as error:  # most modules are custom classes, which may still be exported to ONNX
-        raise TypeError(str(error).replace(KNOWN, "a custom class without to_nodes()")) from error
-    if len(tensors_in(inputs)) != len(network.inputs):
-        raise TypeError("it takes states or other inputs in addition to x")
+        return TypeError(str(error).replace(KNOWN, "a custom class without to_nodes()"))
+    except ValueError as error:
+        return error
+    if inputs != len(network.inputs):
+        return TypeError("it takes states or other inputs in addition to x")
     takers = [node for node, wires in zip(network.nodes, network.wires, strict=True) if network.inputs[0] in wires]
     if any(getattr(node, "dims", None) == (2, 1) for node in takers):
-        raise TypeError("it takes [B, C, T], of which the graph gives a network of [B, T, C]")
+        return TypeError("it takes [B, C, T], of which the graph gives a network of [B, T, C]")
     return network
 
 
-def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: list[str]) -> Network:
+def by_onnx(module: Any, inputs: tuple[Any, ...], answers: int, looks: list[str]) -> Network:
     """Return the network of a module's ONNX graph, for any batch size and number of steps if the graph allows it.
 
     The graph's inputs and outputs are named `input_n` and `output_n`, by their index among the tensors. The places
     where the module's code reads values are added to `looks`.
     """
-    flat = tensors_in(inputs)
-    names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
-    outs = [f"output_{n}" for n in range(len(answers))]
-    shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
+    names = [f"input_{n}" for n in range(len(inputs))] if len(inputs) > 1 else ["input"]
+    outs = [f"output_{n}" for n in range(answers)]
+    shapes = {name: list(value.shape) for name, value in zip(names, inputs, strict=True)}
     cells, reasons = [part for part in module.modules() if isinstance(part, RNNCellBase)], list[FormatError]()
-    one_step = flat[0].ndim == 2 and calls(module, cells, inputs) == 1
+    one_step = inputs[0].ndim == 2 and calls(module, cells, inputs) == 1
     for way in _ways(free_axes(module, inputs)):
         axes = {name: {axis: f"{name}_{axis}" for axis in free} for name, free in zip(names, way, strict=True) if free}
         with tempfile.TemporaryDirectory() as folder:
