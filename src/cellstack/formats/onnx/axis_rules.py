@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.attributes import axes_of, order_of, pads_of, slices, within
+from cellstack.formats.onnx.attributes import axes_of, order_of, pads_of, slices, split_sizes, within
 from cellstack.formats.onnx.axes import Axes, Axis, Rule, Shaped
 from cellstack.formats.onnx.cells import KIND_OF, NAMES
 from cellstack.formats.onnx.values import Dim, Symbols
@@ -198,8 +198,9 @@ def _sliced(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[A
 def _split(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x = values[0]
     axis = x.at(attributes.get("axis", 0))
-    lengths = [None if n == axis else length for n, length in enumerate(x.lengths)]
-    return [Shaped(x.axes, lengths)] * len(axes.node.output)
+    length, count = x.lengths[axis], len(axes.node.output)
+    sizes = [None] * count if length is None else split_sizes(attributes, values, length, count)
+    return [Shaped(x.axes, [*x.lengths[:axis], size, *x.lengths[axis + 1 :]]) for size in sizes]
 
 
 def _joined(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
