@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from cellstack.cells.layout import Array
-from cellstack.formats.onnx.axes import Axes, Shaped
-from cellstack.formats.onnx.axis_rules import RULES
 from cellstack.formats.onnx.decomposed.linear import sizes_of
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, onnx_package
 from cellstack.formats.onnx.specialize import KnownLengths
@@ -30,24 +28,12 @@ def fix_lengths(model: Model) -> Model:
     scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split, "Add": _add}
     if not any(_hides(scope, node) for node in model.graph.node):
         return model
-    lengths, tensors = _Known(scope), dict[str, Any]()
+    lengths, tensors = KnownLengths(model, {}), dict[str, Any]()
     nodes = []
     for node in model.graph.node:
         change = changes.get(node.op_type) if node.domain in DOMAINS else None
         nodes.append(node if change is None else change(lengths, node, tensors))
     return model.changed(nodes, tensors.values())
-
-
-class _Known(KnownLengths):
-    """Lengths that follow from the shapes of weights, through the operators of a step.
-
-    The onnx package's own inference isn't used for this, as it ends the process for invalid files.
-    """
-
-    def __init__(self, scope: Scope) -> None:
-        self.scope, self.values = scope, dict[str, Any]()
-        axes = Axes(scope, RULES, {id(node) for node in scope.graph.node}, set(), set())
-        self.shapes = {name: value.lengths for name, value in axes.values.items() if isinstance(value, Shaped)}
 
 
 def _hides(scope: Scope, node: Any) -> bool:
