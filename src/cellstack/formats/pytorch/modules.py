@@ -176,8 +176,6 @@ class Reader:
         torch = sys.modules.get("torch")
         if not isinstance(module, Saved) and (torch is None or not isinstance(module, torch.nn.Module)):
             raise refuse(path, module, "expected a torch module; cs.load reads files")
-        if isinstance(module, Saved) and module.changed:
-            raise refuse(path, module, module.changed)
         if hooked(module):
             raise refuse(path, module, "forward hooks aren't supported")
         if is_a(module, "Sequential", *WRAPPERS[:1]) or is_a(module, *WRAPPERS, package="torch.nn.parallel"):
