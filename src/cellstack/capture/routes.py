@@ -45,11 +45,11 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: int, looks: list[str]
     The graph's inputs and outputs are named `input_n` and `output_n`, by their index among the tensors. The places
     where the module's code reads values are added to `looks`.
     """
+    cells, reasons = [part for part in module.modules() if isinstance(part, RNNCellBase)], list[FormatError]()
+    one_step = inputs[0].ndim == 2 and calls(module, cells, inputs) == 1
     names = [f"input_{n}" for n in range(len(inputs))] if len(inputs) > 1 else ["input"]
     outs = [f"output_{n}" for n in range(answers)]
     shapes = {name: list(value.shape) for name, value in zip(names, inputs, strict=True)}
-    cells, reasons = [part for part in module.modules() if isinstance(part, RNNCellBase)], list[FormatError]()
-    one_step = inputs[0].ndim == 2 and calls(module, cells, inputs) == 1
     for way in _ways(free_axes(module, inputs)):
         axes = {name: {axis: f"{name}_{axis}" for axis in free} for name, free in zip(names, way, strict=True) if free}
         with tempfile.TemporaryDirectory() as folder:
