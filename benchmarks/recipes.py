@@ -289,7 +289,7 @@ def tensors_of(results):
     return [tensor for one in results for tensor in tensors_of(one)]
 
 
-# ── NeuralHydrology's CustomLSTM ──────────────────────────────────────────────────────────────────────────────────────
+# ── NeuralHydrology ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def hydrology(rounds, _):
@@ -297,10 +297,8 @@ def hydrology(rounds, _):
     from neuralhydrology.modelzoo.customlstm import CustomLSTM
     from neuralhydrology.utils.config import Config
 
-    from cellstack.adapters import neuralhydrology
-
     show_versions(["neuralhydrology"])
-    for rows, steps, units in ((32, 365, 20), (32, 365, 64), (256, 365, 256)):
+    for rows, steps, units in ((32, 365, 20), (32, 365, 64)):
         settings = {
             "model": "customlstm",
             "dynamic_inputs": ["prcp", "srad", "tmax", "tmin", "vp"],
@@ -329,25 +327,20 @@ def hydrology(rounds, _):
             model(inputs())["y_hat"][:, -1].square().mean().backward()
             return [p.grad for p in model.parameters()]
 
-        def both(kind, accelerate, settings=settings):
-            before, after = (torch.manual_seed(0) and kind(Config(settings)).eval() for _ in range(2))
-            if kind is CustomLSTM:  # start from the weights of an nn.LSTM, as when trained ones are copied
-                for model in (before, after):
-                    model.copy_weights(torch.manual_seed(0) and CudaLSTM(Config(settings)))
-            return before, accelerate(after)
+        def made(kind, settings=settings):
+            return torch.manual_seed(0) and kind(Config(settings)).eval()
 
         print(f"{rows} rows of {steps} days, {units} units")
-        for kind, accelerate in ((CustomLSTM, neuralhydrology.accelerate), (CudaLSTM, cs.accelerate)):
-            with float64():
-                before, after = both(kind, accelerate)
-                one, other = inferred(before), inferred(after)
-                agree(", ".join(one), ((one[name], other[name]) for name in one))
-                agree("gradients", zip(trained(before), trained(after), strict=True))
-            before, after = both(kind, accelerate)
-            for what, way in (("inference", inferred), ("forward and backward", trained)):
-                runs = {"before": lambda way=way: way(before), "after": lambda way=way: way(after)}  # noqa: B023
-                turns(f"  {kind.__name__}, {what}", runs, rounds)
-        custom, _ = both(CustomLSTM, neuralhydrology.accelerate)
+        with float64():
+            before, after = made(CudaLSTM), cs.accelerate(made(CudaLSTM))
+            one, other = inferred(before), inferred(after)
+            agree(", ".join(one), ((one[name], other[name]) for name in one))
+            agree("gradients", zip(trained(before), trained(after), strict=True))
+        before, after, custom = made(CudaLSTM), cs.accelerate(made(CudaLSTM)), made(CustomLSTM)
+        custom.copy_weights(before)
+        for what, way in (("inference", inferred), ("forward and backward", trained)):
+            runs = {"before": lambda way=way: way(before), "after": lambda way=way: way(after)}  # noqa: B023
+            turns(f"  CudaLSTM, {what}", runs, rounds)
 
         @torch.no_grad()
         def active(model=after, inputs=inputs):

@@ -1,14 +1,13 @@
-"""Voice detection for many calls in one process: `PipecatVAD` and `LiveKitVAD` compared with the originals.
+"""Voice detection for many calls in one process: `PipecatVAD` compared with pipecat's `SileroVADAnalyzer`.
 
-    pip install pipecat-ai livekit-agents livekit-plugins-silero
-    python benchmarks/voice.py [pipecat] [livekit] [--streams 500] [--originals 50] [--seconds 10] [--frame 20]
-                               [--rate 16000] [--phases 20]
+    pip install pipecat-ai
+    python benchmarks/voice.py [--streams 500] [--originals 50] [--seconds 10] [--frame 20] [--rate 16000] [--phases 20]
 
 Each stream receives speech in real time, a frame every --frame milliseconds; the streams of a phase receive theirs at
-once, and the phases follow each other evenly. The states (pipecat) or events (livekit) of some streams are compared
-first. Every variant is a process of its own: ours uses one core, the originals as many as there are. "nothing" only
-sends the audio: its processor time is subtracted. Latency is from the time at which the frame that completes a window
-was due to the answer in the caller, so that a late process counts.
+once, and the phases follow each other evenly. The states of some streams are compared first. Every variant is a process
+of its own: ours uses one core, the original as many as there are. "nothing" only sends the audio: its processor time is
+subtracted. Latency is from the time at which the frame that completes a window was due to the answer in the caller, so
+that a late process counts.
 """
 
 import argparse
@@ -96,85 +95,33 @@ class Pipecat:
         return found
 
 
-class LiveKit:
-    """A task per stream, which receives the events."""
-
-    def __init__(self, name, args):
-        from livekit import rtc
-
-        self.frame, self.rate, self.vad = rtc.AudioFrame, args.rate, None
-        if name == "LiveKitVAD":
-            from cellstack.adapters.voice import LiveKitVAD
-
-            self.vad = LiveKitVAD()
-        elif name != "nothing":
-            from livekit.plugins import silero
-
-            self.vad = silero.VAD.load()
-
-    def start(self, answered):
-        stream = None if self.vad is None else self.vad.stream()
-
-        def send(data):
-            if data is None:
-                if stream is not None:
-                    stream.end_input()
-                return
-            frame = self.frame(data, self.rate, 1, len(data) // 2)
-            if stream is None:
-                answered()
-            else:
-                stream.push_frame(frame)
-
-        async def work():
-            if stream is not None:
-                async for event in stream:
-                    if event.type == "inference_done":
-                        answered()
-                await stream.aclose()
-
-        return send, asyncio.ensure_future(work())
-
-    async def results(self, frames):
-        found, stream = [], self.vad.stream()
-        for data in frames:
-            stream.push_frame(self.frame(data, self.rate, 1, len(data) // 2))
-        stream.end_input()
-        async for event in stream:
-            found.append((event.type.value, event.samples_index, event.speaking))  # noqa: PERF401
-        await stream.aclose()
-        return found
-
-
 # ── a run ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compare(kind, name, args):
+def compare(name, args):
     """Return what a variant answers to `COMPARED` streams."""
 
     async def run():
-        variant = kind(name, args)
+        variant = Pipecat(name, args)
         return await asyncio.gather(*(variant.results(frames_of(args, seed)) for seed in range(COMPARED)))
 
     return asyncio.run(run())
 
 
-def load(kind, name, streams, args):
+def load(name, streams, args):
     """Run streams in real time; return processor seconds per second of audio, latencies in seconds, and megabytes."""
     frames, period, size = frames_of(args), args.frame / 1000, 0.032
-    by_window = kind is LiveKit and name != "nothing"  # answers are per window; otherwise per frame
 
     async def run():
-        variant, loop, latencies, counts = kind(name, args), asyncio.get_running_loop(), [], [0] * streams
+        variant, loop, latencies, counts = Pipecat(name, args), asyncio.get_running_loop(), [], [0] * streams
         phases = [n % args.phases * period / args.phases for n in range(streams)]
 
         def answered(n):
             number = counts[n]
             counts[n] += 1
-            frame = int(np.ceil((number + 1) * size / period - 1e-9)) - 1 if by_window else number
-            completes = by_window or int((number + 1) * period / size + 1e-9) > int(number * period / size + 1e-9)
-            if completes and frame * period > WARM:
-                latencies.append(loop.time() - begun - phases[n] - frame * period)
+            completes = int((number + 1) * period / size + 1e-9) > int(number * period / size + 1e-9)
+            if completes and number * period > WARM:
+                latencies.append(loop.time() - begun - phases[n] - number * period)
 
         begun = loop.time()
         started = [variant.start(lambda n=n: answered(n)) for n in range(streams)]
@@ -201,13 +148,13 @@ def load(kind, name, streams, args):
     return asyncio.run(run())
 
 
-def in_process(function, kind, name, *args):
+def in_process(function, name, *args):
     cores = os.sched_getaffinity(0)
-    if name not in ("silero", "SileroVADAnalyzer"):
+    if name != "SileroVADAnalyzer":
         os.sched_setaffinity(0, {max(cores)})  # before NumPy is loaded, which starts a thread per core
     try:
         with get_context("spawn").Pool(1, quiet) as pool:
-            return pool.apply(function, (kind, name, *args))
+            return pool.apply(function, (name, *args))
     finally:
         os.sched_setaffinity(0, cores)
 
@@ -220,39 +167,35 @@ def quiet():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=["pipecat", "livekit"], metavar="pipecat|livekit")
     parser.add_argument("--streams", type=int, default=500)
-    parser.add_argument("--originals", type=int, default=50, help="streams of the originals; 0: leave them out")
+    parser.add_argument("--originals", type=int, default=50, help="streams of the original; 0: leave it out")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--frame", type=int, default=20, help="milliseconds")
-    parser.add_argument("--rate", type=int, default=16000, help="of the audio; pipecat: 8000 or 16000")
+    parser.add_argument("--rate", type=int, default=16000, help="of the audio: 8000 or 16000")
     parser.add_argument("--phases", type=int, default=20, help="1: all streams at once")
     args = parser.parse_args()
-    packages = ("cellstack", "pipecat-ai", "livekit-agents", "livekit", "onnxruntime", "numpy")
+    packages = ("cellstack", "pipecat-ai", "onnxruntime", "numpy")
     print(", ".join(f"{name} {version(name)}" for name in packages), "on", platform.processor() or platform.machine())
     print(f"frames of {args.frame} ms at {args.rate} Hz, {args.phases} phases, {args.seconds:g} s", flush=True)
-    kinds = {"pipecat": (Pipecat, "PipecatVAD", "SileroVADAnalyzer"), "livekit": (LiveKit, "LiveKitVAD", "silero")}
-    for kind, ours, original in map(kinds.__getitem__, args.kinds):
-        if args.originals:
-            expected, found = (in_process(compare, kind, name, args) for name in (original, ours))
-            if found != expected:
-                sys.exit(f"{ours}: the results differ from those of {original}")
-            kinds_found = len({one if kind is Pipecat else one[0] for stream in found for one in stream})
-            print(f"{ours}: {COMPARED} streams have the results of {original}, of {kinds_found} kinds")
-        runs = [("nothing", args.streams), (ours, args.streams)]
-        runs += [("nothing", args.originals), (original, args.originals)] if args.originals else []
-        sender = 0.0
-        for name, streams in runs:
-            cost, latencies, memory, late = in_process(load, kind, name, streams, args)
-            sender = cost if name == "nothing" else sender
-            line = (
-                f"{name:<18}{streams:>5} streams {100 * cost * streams:>7.1f} % of a core, {1e3 * cost:>6.3f} ms per "
-            )
-            line += f"stream-second, {1e3 * (cost - sender):>6.3f} without the sender; {memory:.0f} MB"
-            if name != "nothing":
-                middle, most = np.percentile(latencies, [50, 99]) * 1e3
-                line += f"; latency {middle:.1f} ms, 99th percentile {most:.1f} ms; at the end {1e3 * late:.0f} ms late"
-            print(line, flush=True)
+    ours, original = "PipecatVAD", "SileroVADAnalyzer"
+    if args.originals:
+        expected, found = (in_process(compare, name, args) for name in (original, ours))
+        if found != expected:
+            sys.exit(f"{ours}: the results differ from those of {original}")
+        kinds_found = len({one for stream in found for one in stream})
+        print(f"{ours}: {COMPARED} streams have the results of {original}, of {kinds_found} kinds")
+    runs = [("nothing", args.streams), (ours, args.streams)]
+    runs += [("nothing", args.originals), (original, args.originals)] if args.originals else []
+    sender = 0.0
+    for name, streams in runs:
+        cost, latencies, memory, late = in_process(load, name, streams, args)
+        sender = cost if name == "nothing" else sender
+        line = f"{name:<18}{streams:>5} streams {100 * cost * streams:>7.1f} % of a core, {1e3 * cost:>6.3f} ms per "
+        line += f"stream-second, {1e3 * (cost - sender):>6.3f} without the sender; {memory:.0f} MB"
+        if name != "nothing":
+            middle, most = np.percentile(latencies, [50, 99]) * 1e3
+            line += f"; latency {middle:.1f} ms, 99th percentile {most:.1f} ms; at the end {1e3 * late:.0f} ms late"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cellstack.adapters.frameworks import accelerate, packed_weights, plan, restore
     from cellstack.capture import compile
     from cellstack.formats.verify import verify
-    from cellstack.inspect.interventions import ablate, activation_patch
+    from cellstack.inspect.interventions import ablate
 
 __version__: str
 
@@ -47,7 +47,6 @@ __all__ = [
     "Stream",
     "ablate",
     "accelerate",
-    "activation_patch",
     "compile",
     "extract",
     "load",
@@ -62,7 +61,6 @@ __all__ = [
 LATER = {
     "ablate": "inspect.interventions",
     "accelerate": "adapters.frameworks",
-    "activation_patch": "inspect.interventions",
     "compile": "capture",
     "packed_weights": "adapters.frameworks",
     "plan": "adapters.frameworks",

@@ -72,14 +72,13 @@ OUTSIDE = {"numpy"}
 OUTSIDE_ALSO = {
     "capture": {"torch"},
     "formats": {"safetensors"},
-    "inspect": {"safetensors"},
     "layers": {"torch"},
     "onnxruntime": {"onnxruntime"},
     "views": {"torch"},
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
-    "adapters": {"aeon", "livekit", "pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
+    "adapters": {"pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
     "scale": {"pyarrow", "tqdm"},
     "serve": {"prometheus_client", "starlette", "uvicorn", "websockets"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each

@@ -249,19 +249,6 @@ def test_traces_without_a_report():
         Network([Dense(rng.normal(size=(3, 2)))]).trace(x).report()
 
 
-def test_a_trace_from_a_file_has_the_same_report(tmp_path):
-    rng = rng_of(2)
-    net = Network([Recurrent((make_cell(rng, 3, 6), make_cell(rng, 6, 4, kind="gru")), go_backwards=True)])
-    x, mask, reset = rng.normal(size=(2, 8, 3)), rng.random((2, 8)) < 0.8, rng.random((2, 8)) < 0.3
-    t = net.trace(x, make_states(rng, net, 2), mask, reset=reset)
-    t.save(tmp_path / "t")
-    read = inspect.load(tmp_path / "t")
-    assert read.report() == t.report()
-    for one, other in zip(read["layer_0"].cells, t["layer_0"].cells, strict=True):
-        np.testing.assert_array_equal(one.contributions(3), other.contributions(3))
-        assert all(np.array_equal(one.pre[gate], other.pre[gate]) for gate in other.pre)
-
-
 # ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -289,17 +289,6 @@ def test_torch_gives_the_same():
     np.testing.assert_allclose(found["x" if "x" in found else net.inputs[0]], x.grad.numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_trace_of_a_file_has_gradients_too(tmp_path):
-    rng = rng_of(7)
-    net = Network([Recurrent((make_cell(rng, 3, 4),)), GlobalPool("mean"), Dense(rng.normal(size=(4, 2)).astype("f"))])
-    t = net.trace(rng.normal(size=(2, 6, 3)), lengths=[4, 6])
-    t.save(tmp_path / "t.safetensors")
-    read = cs.inspect.load(tmp_path / "t.safetensors")
-    for name, array in t.gradient(1).items():
-        assert np.array_equal(read.gradient(1)[name], array)
-    assert not t.gradient(1)["x"][0, 4:].any()
-
-
 def test_what_is_refused():
     rng = rng_of(8)
     net = Network([Recurrent((make_cell(rng, 3, 4),)), Dense(np.ones((4, 2), "f"))])

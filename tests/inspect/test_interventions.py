@@ -1,6 +1,4 @@
-"""Ablation, activation patching and differences of traces, each compared with single edited runs."""
-
-from itertools import product
+"""Ablation and differences of traces, each compared with single edited runs."""
 
 import numpy as np
 import pytest
@@ -76,48 +74,6 @@ def test_the_default_metric_is_the_change_of_the_output():
     assert found.effects["above", 1][1] == pytest.approx(np.abs(y - net(x)).mean(), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "over", [("node", "gate", "unit", "step"), ("unit", "step"), ("step",), ("node",), ("gate", "node")]
-)
-def test_activation_patching_equals_edited_runs(over, monkeypatch):
-    net, clean, rng = classifier(3)
-    corrupted = clean + rng.normal(0, 0.5, size=clean.shape)
-    monkeypatch.setattr(interventions, "AT_ONCE", 20000)
-    found = cs.activation_patch(net, clean, corrupted, metric, over)
-    before, places = net.trace(clean), [found.labels[axis] for axis in over]
-    assert found.values.shape == tuple(map(len, places))
-    assert (found.clean, found.corrupted) == (metric(net(clean)), metric(net(corrupted)))
-    cells = {f"{name}.{number}": (name, number) for name in ("both", "above") for number in range(2)}
-    gates = ["i", "f", "g", "o", "c", "h", "z", "r"]
-    chosen = list(product(*(range(len(labels)) for labels in places)))
-    for place in (chosen[k] for k in rng.choice(len(chosen), min(len(chosen), 60), replace=False)):
-        at = {axis: found.labels[axis][n] for axis, n in zip(over, place, strict=True)}
-        patches = []
-        for name, number in [cells[at["node"]]] if "node" in at else cells.values():
-            cell = before[name].cells[number]
-            for gate in [at["gate"]] if "gate" in at else gates if "gate" in over else ["h"]:
-                if gate not in cell or at.get("unit", 0) >= cell[gate].shape[2]:
-                    continue
-                step, unit = at.get("step"), at.get("unit")
-                steps = slice(step, step + 1) if step is not None else slice(6)
-                units = slice(unit, unit + 1) if unit is not None else None
-                value = cell[gate][:, steps, slice(None) if units is None else units]
-                patches.append(Patch(name, gate, units, None, steps, value, cell=number))
-        if not patches:
-            assert np.isnan(found.values[place])
-            continue
-        assert found.values[place] == pytest.approx(metric(net.edit(patches)(corrupted)), abs=1e-12)
-    share = (found.values - found.corrupted) / (found.clean - found.corrupted)
-    assert np.array_equal(found.recovered, share, equal_nan=True)
-    assert f"{found.ranked[0][1]:+.1%}" in repr(found).splitlines()[1]
-
-
-def test_patching_all_of_the_last_h_recovers_the_clean_output():
-    net, clean, rng = classifier(4)
-    found = cs.activation_patch(net, clean, rng.normal(size=clean.shape), metric, "node")
-    assert found.recovered[-1] == pytest.approx(1.0)
-
-
 def test_networks_of_several_inputs_and_outputs():
     done = 0
     for seed in range(12):
@@ -163,14 +119,9 @@ def test_differences_of_two_traces():
 
 
 def test_plots():
-    net, x, rng = classifier(6)
+    net, x, _ = classifier(6)
     pytest.importorskip("matplotlib")
     assert cs.ablate(net, x).plot(5).axes[0].get_xlabel() == "change of the metric, h by mean"
-    corrupted = rng.normal(size=x.shape)
-    assert cs.activation_patch(net, x, corrupted, metric, ("node", "step")).plot().axes[0].get_xlabel() == "step"
-    assert len(cs.activation_patch(net, x, corrupted, metric, "step").plot().axes[0].patches) == 6
-    with pytest.raises(ValueError, match="at most two axes"):
-        cs.activation_patch(net, x, corrupted, metric, ("node", "unit", "step")).plot()
 
 
 def test_what_is_refused():
@@ -188,14 +139,6 @@ def test_what_is_refused():
         ),
         (ShapeError, "at least one row and one step", lambda: cs.ablate(net, x[:0])),
         (ShapeError, "at least one row and one step", lambda: cs.ablate(net, x[:, :0])),
-        (ValueError, "over to be one of", lambda: cs.activation_patch(net, x, x, metric, "layer")),
-        (ValueError, "expected distinct axes", lambda: cs.activation_patch(net, x, x, metric, ("step", "step"))),
-        (ValueError, "a gate of both out of", lambda: cs.activation_patch(net, x, x, metric, gates=["c"])),
-        (
-            ShapeError,
-            "clean and corrupted must have the same shape",
-            lambda: cs.activation_patch(net, x, x[:, :3], metric),
-        ),
         (ValueError, "the network has no cells", lambda: cs.ablate(Network([Dense(np.ones((3, 1)))]), x)),
     ):
         with pytest.raises(error, match=match):
@@ -230,15 +173,6 @@ def test_patches_of_some_rows_apply_in_every_run():
         for unit in range(4):
             one = patched.edit(Patch("above", "h", unit, value=0.0, cell=1))
             np.testing.assert_allclose(found[unit], metric(one(x)) - metric(patched(x)), atol=1e-12)
-        other = x + 1.0
-        values = cs.activation_patch(patched, x, other, metric, over="unit", nodes="both").values
-        seen = patched.trace(x)["both"].cells
-        for unit in range(4):
-            own = [(n, c) for n, c in enumerate(seen) if unit < c.h.shape[2]]
-            one = patched.edit(
-                [Patch("both", "h", unit, None, slice(6), c.h[:, :, unit : unit + 1], cell=n) for n, c in own]
-            )
-            np.testing.assert_allclose(values[unit], metric(one(other)), atol=1e-12)
 
 
 def test_traces_that_do_not_fit_are_not_compared():
@@ -255,7 +189,6 @@ def test_traces_that_do_not_fit_are_not_compared():
 
 def test_what_has_no_effect_says_why():
     net, x, _ = classifier(3)
-    assert "there is nothing to recover" in repr(cs.activation_patch(net, x, x, metric, over="unit"))
     with pytest.raises(ValueError, match="none of the nodes has cells"):
         cs.ablate(net, x, [])
     with pytest.raises(ShapeError, match="at least one row and one step"):

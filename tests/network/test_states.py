@@ -16,7 +16,6 @@ from cellstack import Network, ShapeError
 from cellstack.cells.base import HiddenState, State
 from cellstack.cells.errors import FormatError
 from cellstack.cells.spec import GATES
-from cellstack.inspect.files import load as load_trace
 from cellstack.inspect.payload import payload_of
 from cellstack.nodes import Bidirectional, Dense, Merge, Pool1D, Recurrent, StepMask
 
@@ -373,8 +372,7 @@ def test_a_trace_matches_the_run_and_is_restored_from_a_file(rng, tmp_path):
     after[0].h[:] = 9.0
     trace.state[0].h[:] = 9.0
     np.testing.assert_array_equal(trace["decoder"].f, alone["layer_0"].f)
-    trace.save(tmp_path / "a.trace")
-    again = load_trace(tmp_path / "a.trace")
+    again = pickle.loads(pickle.dumps(trace))
     np.testing.assert_array_equal(again["decoder"].x[1], trace["decoder"].x[1])
     trace.save_html(tmp_path / "a.html")
     assert "start from the states of others, or pass on their own" in (tmp_path / "a.html").read_text()

@@ -139,26 +139,16 @@ def test_an_id_in_two_folders_is_refused(score, tmp_path):
 # ── formats ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_csv_and_npz_give_the_same_as_parquet(score, tmp_path):
+def test_csv_gives_the_same_as_parquet(score, tmp_path):
     table, whole = make_rows(0, (4, 4, 2))
     write(tmp_path / "p/rows.parquet", table)
     for top, suffix, mark in (("c", "csv", ","), ("t", "tsv", "\t")):
         (tmp_path / top).mkdir()
         options = pyarrow.csv.WriteOptions(delimiter=mark)
         pyarrow.csv.write_csv(table, tmp_path / top / f"rows.{suffix}", options)
-    (tmp_path / "n").mkdir()
-    x = np.zeros((3, 4, 3), "f4")
-    for n, steps in enumerate(whole.values()):
-        x[n, : len(steps)] = steps
-    np.savez(tmp_path / "n/rows.npz", x=x, lengths=[4, 4, 2], id=list(whole), more=[1])
-    for top in "pctn":
+    for top in "pct":
         score(top, f"out-{top}")
         same(outputs(read(tmp_path / f"out-{top}/rows.parquet")), expected(make_net(), whole))
-    np.savez(tmp_path / "n/rows.npz", x=x, time=np.arange(12).reshape(3, 4) * 10)
-    score("n", "out-numbered")
-    found = read(tmp_path / "out-numbered/rows.parquet")
-    assert found["meter"].to_pylist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert found["hour"].to_pylist() == list(range(0, 120, 10))
 
 
 def test_csv_in_several_blocks(score, tmp_path, monkeypatch):
@@ -175,9 +165,8 @@ def test_csv_in_several_blocks(score, tmp_path, monkeypatch):
 def test_files_without_rows(score, tmp_path):
     write(tmp_path / "data/a.parquet", make_rows()[0][:0])
     (tmp_path / "data/b.csv").write_text("meter,hour,load,heat,wind\n")
-    np.savez(tmp_path / "data/c.npz", x=np.zeros((0, 5, 3)))
     report = score()
-    assert (report.files, report.rows, report.failed) == (3, 0, {})
+    assert (report.files, report.rows, report.failed) == (2, 0, {})
     assert read(tmp_path / "out/b.parquet").column_names == ["meter", "hour", "predicted_1", "predicted_2"]
 
 
@@ -201,7 +190,6 @@ HEAD = "meter,hour,load,heat,wind\n"
         ),
         ("rows.csv", f"{HEAD}a,8am,1,2,3\n", "expected numbers, dates or timestamps in column 'hour'"),
         ("rows.csv", f"{HEAD}NA,0,1,2,3\n", "row 0: column 'meter' has no value"),
-        ("rows.npz", lambda good: good, "expected a complete NumPy's .npz file|expected arrays written by np.savez"),
     ],
 )
 def test_a_file_that_can_not_be_read_is_named_and_the_others_are_scored(score, tmp_path, name, content, message):
@@ -233,22 +221,6 @@ def test_rows_out_of_order_in_a_later_row_group(score, tmp_path):
     report = score(batch_rows=2)
     said = "row 6: meter 'meter-0' at hour 2 isn't after the last row of this meter before: sort the rows by hour"
     assert report.failed == {str(tmp_path / "data/a.parquet"): said}
-
-
-def test_arrays_of_another_shape(score, tmp_path):
-    (tmp_path / "data").mkdir()
-    arrays = {
-        "a": ({"x": np.zeros((2, 5, 4))}, r"expected an array x \[N, T, 3\], found \(2, 5, 4\)"),
-        "b": ({"y": np.zeros(3)}, r"expected an array x \[N, T, 3\], found none"),
-        "c": ({"x": np.zeros((2, 5, 3)), "lengths": [1, 6]}, "expected lengths to be integers from 0 to T=5"),
-        "d": ({"x": np.zeros((2, 5, 3)), "id": ["a"]}, r"expected id \[2\], found \[1\]"),
-        "e": ({"x": np.array([None])}, "expected arrays written by np.savez"),
-    }
-    for name, (content, _) in arrays.items():
-        np.savez(tmp_path / f"data/{name}.npz", **content)
-    report = score()
-    for name, (_, message) in arrays.items():
-        assert pd.Series([report.failed[str(tmp_path / f"data/{name}.npz")]]).str.contains(message).all()
 
 
 # ── the output folder ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -315,14 +287,14 @@ def test_damaged_states_are_an_error_of_the_file_that_needs_them(score, tmp_path
     ("files", "message"),
     [
         ("nothing/*.parquet", r"nothing/\*.parquet: found no file"),
-        ("data/*.txt", "expected a file with one of the suffixes .parquet, .csv, .tsv, .npz"),
+        ("data/*.txt", "expected a file with one of the suffixes .parquet, .csv, .tsv"),
         ("**/*.parquet", "is in the output folder"),
         ("data/same.*", "have the same output, same.parquet"),
     ],
 )
 def test_patterns(score, tmp_path, files, message):
     (tmp_path / "data").mkdir()
-    for name in ("a.txt", "same.csv", "same.npz"):
+    for name in ("a.txt", "same.csv", "same.tsv"):
         (tmp_path / "data" / name).write_text("x")
     write(tmp_path / "more/a.parquet", make_rows()[0])
     score("more")

@@ -4,6 +4,7 @@ import copy
 import io
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -613,15 +614,15 @@ def test_lightning_trains_for_two_epochs(tmp_path):
             trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
         return module
 
-    callback, stepwise = cs.inspect.lightning_callback(), cs.inspect.lightning_callback(every_n_train_steps=2)
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "pl.Callback" in block)
+    names = {"cs": cs, "pl": pl}
+    exec(code, names)
+    callback = names["Monitoring"]()
     module = run(callback, name="looked")
     for value, other in zip(module.state_dict().values(), run(name="plain").state_dict().values(), strict=True):
         assert torch.equal(value, other)
-    run(stepwise, name="steps")
-    for one in (callback, stepwise):
-        assert [record.epoch for record in one.records] == [1, 2]
-        assert "model.both.backward_layer" in one.records[0].layers
+    assert [record.epoch for record in callback.monitor.records] == [1, 2]
+    assert "model.both.backward_layer" in callback.monitor.records[0].layers
     header = (tmp_path / "looked" / "version_0" / "metrics.csv").read_text().splitlines()[0]
     assert "model.top/gradients/kernel" in header
-    with pytest.raises(ValueError, match="every_n_epochs as a whole number from 1 on, got 0"):
-        cs.inspect.lightning_callback(0)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+import cellstack as cs
 from cellstack import FormatError, load, train
 from cellstack.train import UsageError
 from cellstack.train.custom import as_sequences
 from cellstack.train.data.frames import grouped
+from cellstack.train.trained import trained
 
 SMALL = {"units": 4, "epochs": 2, "threads": 1}
 
@@ -590,6 +592,65 @@ def test_a_head_a_loss_metrics_an_optimizer_a_scheduler_and_callbacks(toy):
     np.testing.assert_allclose(result.network(x.astype(np.float32)), expected, atol=2e-6)
 
 
+class Attention(nn.Module):
+    """A module of a user's own, with an output for each sequence or each step."""
+
+    def __init__(self, channels, outputs, pools=True):
+        super().__init__()
+        self.lstm = nn.LSTM(channels, 6, batch_first=True, bidirectional=True)
+        self.score, self.out, self.pools = nn.Linear(12, 1), nn.Linear(12, outputs), pools
+
+    def forward(self, x):
+        y, _ = self.lstm(x)
+        return self.out((self.score(y).softmax(1) * y).sum(1) if self.pools else y)
+
+
+@pytest.mark.parametrize(("pools", "numbers"), [(True, False), (True, True), (False, False)])
+def test_a_module_of_ones_own(pools, numbers, tmp_path):
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=(steps, 2)) * 5 + 7 for steps in rng.integers(4, 9, 60)]
+    x[0][1, 0] = np.nan  # so there is an indicator of missing values
+    sums = [np.nancumsum(one[:, 0] - 7) for one in x]
+    y = [one[-1] if numbers else one[-1] > 0 for one in sums] if pools else [one > 0 for one in sums]
+    module = Attention(3, 1 if numbers else 2, pools)
+    before = module.out.weight.detach().clone()
+    result = train.fit(x, y, model=module, epochs=25, lr=0.02, threads=1)
+    assert torch.equal(module.out.weight, before)  # a copy is trained
+    assert "kernel" in str(cs.plan(result.model.head))
+    result.network.save(tmp_path / "net.safetensors")
+    found = load(tmp_path / "net.safetensors").predict(x, y)
+    assert found.scores["rmse"] < 5 if numbers else found.scores["accuracy"] > 0.9
+    for one, answer in zip(x, found.outputs, strict=True):
+        rows, mask = trained(result.network, "").inputs(one[None].astype(np.float32))
+        assert mask is None or mask.all()
+        with torch.no_grad():
+            expected = result.model.answer(result.model(torch.from_numpy(rows))).numpy()[0]
+        np.testing.assert_allclose(answer, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_invalid_modules_of_ones_own(toy):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.linalg.svdvals(x)[:, :2]
+
+    x, y = toy
+    ends = nn.Sequential(Attention(3, 2), nn.Softmax(-1))
+    for given, message in [
+        ({"model": Attention(4, 2)}, "model: expected a module with 3 inputs"),
+        ({"model": Attention(3, 3)}, r"model: expected 2 outputs, so \(2, 2\) for \(2, 5, 3\), got \(2, 3\)"),
+        ({"model": ends}, "model: expected logits"),
+        ({"model": Odd()}, "model: the module can't be converted to a Network"),
+        ({"model": Attention(3, 2), "units": 8}, "units not to be given with `model`"),
+        ({"model": Attention(3, 2), "pooling": "max"}, "pooling not to be given with `model`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train.fit(x, y, epochs=1, **given)
+    x = x.copy()
+    x[0, 3] = np.nan
+    with pytest.raises(ValueError, match="steps without any value"):
+        train.fit(x, y, epochs=1, model=Attention(3, 2))
+
+
 def test_invalid_heads_losses_and_metrics(toy):
     class Odd(nn.Module):
         def forward(self, x):
@@ -598,7 +659,7 @@ def test_invalid_heads_losses_and_metrics(toy):
     mean = nn.functional.cross_entropy
     refused = [
         ({"head": Odd()}, "head: the module can't be converted to a Network: the module .*to_nodes"),
-        ({"head": nn.Linear(4, 3)}, r"head: expected 2 outputs, so \(2, 2\) for 2 rows, got \(2, 3\)"),
+        ({"head": nn.Linear(4, 3)}, r"head: expected 2 outputs, so \(2, 2\) for \(2, 4\), got \(2, 3\)"),
         ({"head": nn.Linear(5, 2)}, "head: expected a module with 4 inputs"),
         ({"head": nn.Sequential(nn.Linear(4, 2), nn.Softmax(-1))}, "head: expected logits, got a softmax at its end"),
         ({"loss": mean}, r"expected a loss that returns one number per target, .* got \(\): .*reduction='none'"),

@@ -20,7 +20,7 @@ const FIGURE_STYLE = `
 .figure .cellview { grid-template-columns: minmax(0, 1fr); }
 .figure .wires { margin: 0 auto; }
 .figure .numbers-line { display: flex; flex-wrap: wrap; gap: 4px 20px; }
-.figure .numbers-line output { min-width: 0; }
+
 @media (max-width: 600px) {
   .figure { padding: 12px 10px; }
   .figure .sliders { grid-template-columns: minmax(0, 1fr) auto; }
@@ -38,7 +38,8 @@ export function figure(name, build) {
 export class Figure {
   constructor(host, build) {
     const root = host.attachShadow({ mode: "open" });
-    this.page = make("div", { class: "page figure", role: "group", "aria-label": "Interactive figure" });
+    const chapter = document.querySelector("h1")?.firstChild.textContent ?? "";
+    this.page = make("div", { class: "page figure", role: "group", "aria-label": `Interactive figure: ${chapter}` });
     root.append(make("style", {}, pageStyle, FIGURE_STYLE), this.page);
     this.given = JSON.parse(host.dataset.given ?? "null");
     this.patches = [];
@@ -83,7 +84,7 @@ export class Figure {
 
   slider(label, [min, max, step], value) {
     const id = `control-${(this.count += 1)}`;
-    const out = make("output", { for: id });
+    const out = make("output", { for: id, "aria-live": "off" }); // the slider itself says its value
     const range = make("input", { type: "range", id, min, max, step, value, oninput: () => { tell(); this.draw(); } });
     const tell = () => { out.textContent = shown(Number(range.value), 4); };
     tell();
@@ -123,31 +124,31 @@ export class Figure {
   numbers() {
     const row = this.add(make("div", { class: "numbers-line" }));
     return (named) => replaceChildren(row, ...Object.entries(named).map(([name, value]) =>
-      make("span", {}, `${name} = `, make("output", { "data-name": name }, typeof value === "number" ? shown(value, 4) : value))));
+      make("span", {}, `${name} = `, make("b", { "data-name": name }, typeof value === "number" ? shown(value, 4) : value))));
   }
 
   // A drawing with its title, a legend, and a table of its numbers.
   drawing(title, kind) {
     const canvas = make("canvas", { class: kind, role: "img", "aria-label": title });
     const [legend, behind] = [make("div", { class: "legend key" }), make("div", { class: "behind" })];
-    const details = make("details", {}, make("summary", {}, "Show as a table"), behind);
+    const details = make("details", {}, make("summary", { "aria-label": `Show as a table: ${title}` }, "Show as a table"), behind);
     this.add(make("div", { class: "group" }, make("h3", {}, title), canvas, legend, details));
     const list = (rows) => {
       const steps = Math.max(0, ...rows.map(([, values]) => values.length));
-      const cells = rows.map(([name, values]) => [name, ...Array.from(values, (value) => shown(value, 4))]);
+      const cells = rows.map(([name, values]) => [name, ...Array.from(values, (value) => (typeof value === "number" ? shown(value, 4) : value))]);
       behind.replaceChildren(table(["step", ...Array.from({ length: steps }, (_, n) => String(n))], cells));
     };
     return { canvas, legend, list };
   }
 
-  // Lines over the steps: { name, values, colour, dash }.
+  // Lines over the steps: { name, values, colour, dash }; `more` rows of the table.
   chart(title) {
     const { canvas, legend, list } = this.drawing(title, "chart");
-    return (lines) => {
+    return (lines, more = []) => {
       const drawn = lines.map(({ values, colour, dash }) => ({ plane: new Plane(Float64Array.from(values), 1, values.length), unit: 0, colour, dash, gaps: true }));
       drawLines(canvas, this.colours, drawn, { from: 0, span: Math.max(...lines.map(({ values }) => values.length)) });
       replaceChildren(legend, ...lines.map(({ name, colour, dash }) => make("span", { style: `--line: ${colour}`, class: dash ? "dashed" : null }, name)));
-      list(lines.map(({ name, values }) => [name, values]));
+      list([...lines.map(({ name, values }) => [name, values]), ...more]);
     };
   }
 

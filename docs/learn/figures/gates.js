@@ -26,9 +26,9 @@ figure("gates", (page) => {
     });
     const logs = (numbers) => Array.from(numbers, (number) => Math.log10(Math.abs(number)));
     const colours = { SimpleRNN: page.colours.cold, LSTM: page.colours.warm };
-    draw(slopes.map(([name, numbers]) => ({ name, values: logs(numbers), colour: colours[name] })));
+    draw(slopes.map(([name, numbers]) => ({ name, values: logs(numbers), colour: colours[name], dash: name === "LSTM" ? [6, 3] : null })));
     tell(Object.fromEntries(slopes.map(([name, numbers]) => [`${name}, first step`, numbers[0]])));
     const [rnn, lstm] = slopes.map(([, numbers]) => numbers[0] / numbers[T - 1]);
-    say(`The first input counts ${shown(rnn, 3)} times as much as the last one in the SimpleRNN, and ${shown(lstm, 3)} times in the LSTM.`);
+    say(`A small change of the first input counts ${shown(rnn, 3)} times as much as one of the last input in the SimpleRNN, and ${shown(lstm, 3)} times in the LSTM.`);
   };
 });

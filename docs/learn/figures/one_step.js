@@ -40,6 +40,6 @@ figure("one_step", (page) => {
     wiring.build(place, 0);
     wiring.fill(place, 0);
     const percent = (number) => `${Math.round(100 * number)} %`;
-    say(`It keeps ${percent(now.f[0])} of its memory, writes ${percent(now.i[0])} of the candidate, and shows ${percent(now.o[0])}.`);
+    say(`It keeps ${percent(now.f[0])} of its memory, writes ${percent(now.i[0])} of the candidate, and shows ${percent(now.o[0])} of tanh(c).`);
   };
 });

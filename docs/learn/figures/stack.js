@@ -14,11 +14,11 @@ figure("stack", (page) => {
   const { form } = layers[0].cells[0];
   const layer = page.select("Layer", layers.map((_, n) => [String(n), `layer ${n + 1}`]), "0");
   const field = page.select("Gate or state", ["f", "i", "g", "o", "c", "h"].map((name) => [name, `${name}, ${meaningOf(form, name).split(":")[0]}`]), "c");
-  const pulse = page.checkbox("a pulse at the changed step", false);
+  const pulse = page.checkbox("add a pulse at the changed step", false);
   const at = page.slider("changed step", [0, steps - 1, 1], 12);
   const by = page.slider("change of the wave at this step", [-2, 2, 0.1], 1);
   const output = page.chart("Input and output");
-  const change = page.chart("Size of the change of h at each step");
+  const change = page.chart("Size of the change of h at each step, root of the mean square over the units");
   const tell = page.numbers();
   const inputs = page.tiles("What the layer sees");
   const units = page.tiles("Its units");
@@ -31,17 +31,17 @@ figure("stack", (page) => {
     const after = run(network, inputOf(network, changed), {});
     const sizes = layers.map(({ name }) => Array.from({ length: steps }, (_, step) => {
       const [was, is] = [plain, after].map(({ cells }) => planeOf(cells[name][0].h, 0).column(step));
-      return Math.hypot(...is.map((value, unit) => value - was[unit]));
+      return Math.hypot(...is.map((value, unit) => value - was[unit])) / Math.sqrt(is.length);
     }));
     const { warm, cold, muted, ink } = page.colours;
     const every = (feature) => Array.from({ length: steps }, (_, step) => changed[2 * step + feature]);
     output([
       { name: "wave", values: every(0), colour: muted },
-      { name: "pulse", values: every(1), colour: cold },
+      { name: "pulse", values: every(1), colour: cold, dash: [2, 3] },
       { name: "output before the change", values: plain.values[out].data, colour: ink, dash: [4, 3] },
       { name: "output", values: after.values[out].data, colour: warm },
     ]);
-    change(sizes.map((values, n) => ({ name: `layer ${n + 1}`, values, colour: [cold, warm][n] })));
+    change(sizes.map((values, n) => ({ name: `layer ${n + 1}`, values, colour: [cold, warm][n], dash: n ? [6, 3] : null })));
     tell(Object.fromEntries(sizes.map((values, n) => [`change of layer ${n + 1} at the last step`, values.at(-1)])));
     const chosen = Number(layer.value);
     const [{ name }] = [layers[chosen]];

@@ -2,7 +2,7 @@
 
 import { planeOf } from "../../../src/cellstack/inspect/page/data.js";
 import { make, replaceChildren, shown, table } from "../../../src/cellstack/inspect/page/dom.js";
-import { cssColour, inkOn, palette, scaleOf } from "../../../src/cellstack/inspect/page/draw.js";
+import { colourBar, cssColour, inkOn, palette, scaleOf } from "../../../src/cellstack/inspect/page/draw.js";
 import { readNetwork, run } from "../../../src/cellstack/inspect/page/engine/engine.js";
 import { isGate, meaningOf } from "../../../src/cellstack/inspect/page/view.js";
 import { figure, inputOf } from "./common.js";
@@ -16,19 +16,20 @@ const kindOf = (letter) => (letter === '"' ? 0 : letter === " " ? 1 : /\p{L}/u.t
 figure("units", (page) => {
   const network = readNetwork(page.given.network);
   const { name, cells: [{ form, spec }] } = network.nodes.find(({ cells }) => cells.length);
-  const box = make("input", { type: "text", "aria-label": "Text", maxlength: 120, oninput: () => page.draw(), style: "width: 100%" });
+  const box = make("input", { type: "text", maxlength: 120, oninput: () => page.draw(), style: "width: 100%" });
   box.value = USUAL_TEXT;
-  page.add(make("label", { class: "field", style: "display: flex" }, make("span", {}, "Text"), box));
+  page.add(make("label", { class: "field", style: "display: flex" }, make("span", {}, "Text, at most 120 characters"), box));
   const units = Array.from({ length: spec.units }, (_, unit) => unit);
   const unit = page.select("Unit", units.map((one) => [one, `unit ${one}`]), String(page.given.unit));
   const field = page.select("Gate or state", ["c", "h", "f", "i", "g", "o"].map((one) => [one, `${one}, ${meaningOf(form, one).split(":")[0]}`]), "c");
   const change = page.select("What if", WHAT_IFS, "");
   const from = page.slider("from step", [0, 119, 1], 0);
   const letters = page.add(make("p", { class: "text" }));
+  const legend = page.add(make("div", { class: "legend" }));
   const say = page.sentence();
   const chart = page.chart("The network's output: the probability that a character is inside quotation marks");
   const ranks = make("div", { class: "behind" });
-  page.add(make("div", { class: "group" }, make("h3", {}, "Ablation: the memory of one unit is 0 at all steps"), ranks));
+  page.add(make("div", { class: "group" }, make("h3", {}, "Ablation: the output h of one unit is its mean over this text"), ranks));
   return () => {
     const text = [...(box.value || " ")];
     const x = inputOf(network, text.flatMap((letter) => [0, 1, 2, 3].map((kind) => (kind === kindOf(letter) ? 1 : 0))));
@@ -52,10 +53,14 @@ figure("units", (page) => {
       const style = `background: ${cssColour(pixel)}; color: ${inkOn(pixel)}; cursor: auto`;
       return make("span", { style, title: `step ${step}: ${field.value} = ${shown(line[step], 4)}` }, letter === " " ? "\u00a0" : letter);
     }));
+    replaceChildren(legend, ...colourBar(scale, page.theme));
     const { warm, muted, ink } = page.colours;
-    chart([{ name: "inside", values: target, colour: muted }, { name: "output, unchanged", values: plain.data, colour: ink, dash: [4, 3] }, { name: "output", values: after.data, colour: warm }]);
+    const lines = [{ name: "inside", values: target, colour: muted }, { name: "output, unchanged", values: plain.data, colour: ink, dash: [4, 3] }, { name: "output", values: after.data, colour: warm }];
+    chart(lines, [["character", text], [`${field.value} of unit ${unit.value}`, line]]);
     say(`${after.right} of ${text.length} characters are right${change.value ? `, ${plain.right} without the change` : ""}.`);
-    const without = units.map((own) => [own, runWith([patch("c", own, 0, 0)]).right]).sort((a, b) => a[1] - b[1]);
+    const mean = (numbers) => numbers.reduce((sum, number) => sum + number) / numbers.length;
+    const h = planeOf(plain.cells[name][0].h, 0);
+    const without = units.map((own) => [own, runWith([patch("h", own, mean(h.line(own)), 0)]).right]).sort((a, b) => a[1] - b[1]);
     replaceChildren(ranks, table(["unit", "right without it"], without.map(([own, right]) => [`unit ${own}`, `${right} of ${text.length}`])));
   };
 });

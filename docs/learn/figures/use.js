@@ -27,9 +27,12 @@ figure("use", (page) => {
   return () => {
     const { warm, cold, ink } = page.colours;
     chart([{ name: "input", values: x, colour: cold, dash: [2, 3] }, { name: "whole sequence", values: whole, colour: ink }, { name: "in parts", values: done, colour: warm }]);
-    const far = Math.max(0, ...done.map((value, step) => Math.abs(value - whole[step])));
+    const differences = done.map((value, step) => Math.abs(value - whole[step]));
+    const far = Math.max(0, ...differences);
     const kept = network.nodes.flatMap(({ cells }) => cells).reduce((sum, { spec }) => sum + 2 * spec.units, 0);
-    tell({ "numbers in the state": kept, "multiplications per step": multiplications(network, 1), "output of the last step": done.at(-1) ?? "–" });
-    say(`${done.length} of ${x.length} steps. ${far === 0 ? "Every output is that of the whole sequence, to the last bit." : `The outputs differ from those of the whole sequence by up to ${far.toFixed(4)}.`}`);
+    tell({ "numbers in the state": kept, "multiplications per step": multiplications(network, 1), "output of the last step": done.at(-1) ?? "–", "its difference from the whole sequence": differences.at(-1) ?? "–" });
+    const forgotten = done.length && state === null ? " The next part starts from zeros." : "";
+    if (!done.length) say(`0 of ${x.length} steps.`);
+    else say(`${done.length} of ${x.length} steps. ${far === 0 ? "Every output is that of the whole sequence, to the last bit." : `The outputs differ from those of the whole sequence by up to ${far.toFixed(4)}.`}${forgotten}`);
   };
 });

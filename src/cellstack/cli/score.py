@@ -18,7 +18,7 @@ MOST_SHOWN = 10  # files that failed
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `score`."""
     parser.add_argument("model", metavar="MODEL", help="a network in any supported format that can be streamed")
-    text = "Parquet, CSV or .npz files, patterns in quotation marks, or folders"
+    text = "Parquet or CSV files, patterns in quotation marks, or folders"
     parser.add_argument("files", metavar="FILES", nargs="+", help=text)
     text = "folder to write to: for each file, a Parquet file with the predictions; to resume, name the same folder"
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help=text)

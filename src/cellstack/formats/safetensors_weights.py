@@ -25,7 +25,6 @@ from cellstack.formats.pytorch.names import (
 )
 from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.saved import SavedFile
-from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import Contents
 from cellstack.formats.tirex import is_second, of_folder
 
@@ -87,10 +86,7 @@ def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None 
         return xlstm.network_of(tensors, path)
     if order is None and is_second(tensors):
         return of_folder(path, tensors)
-    if order is not None:
-        network = in_order(Contents(tensors), SavedFile(path, Scripts(path, lambda _: "")), order)
-    else:
-        network = network_of(tensors, path)
+    network = network_of(tensors, path) if order is None else in_order(Contents(tensors), SavedFile(path), order)
     return keep_bfloat16(network, tensors)
 
 

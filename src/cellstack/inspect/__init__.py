@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellstack.inspect.diagnostics import Report, Shares, spectral_radii
 from cellstack.inspect.differences import TraceDifference
-from cellstack.inspect.files import load
-from cellstack.inspect.interventions import Ablation, ActivationPatching, ablate, activation_patch
+from cellstack.inspect.interventions import Ablation, ablate
 from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
 
@@ -18,13 +17,11 @@ if TYPE_CHECKING:
         TrainingMonitor,
         TrainingRecord,
         Watch,
-        lightning_callback,
         watch,
     )
 
 __all__ = [
     "Ablation",
-    "ActivationPatching",
     "CellTrace",
     "LayerRecord",
     "MemoryTrace",
@@ -37,9 +34,6 @@ __all__ = [
     "TrainingRecord",
     "Watch",
     "ablate",
-    "activation_patch",
-    "lightning_callback",
-    "load",
     "spectral_radii",
     "watch",
 ]

@@ -1,16 +1,14 @@
-"""Interventions: ablation, activation patching and the comparison of traces."""
+"""Ablation: the effect of single units on a number computed from the output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cellstack.cells.errors import ShapeError
-from cellstack.cells.spec import TRACES
 from cellstack.inspect.differences import SHOWN
 from cellstack.inspect.values import as_tuple
 from cellstack.nodes.checks import check_choice
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import Array
 
 HOWS = ("mean", "zero", "resample")
-AXES = ("node", "gate", "unit", "step")
 AT_ONCE = 1 << 22  # maximum numbers that the widest node returns per run; further rows go into the next run
 
 Metric = Callable[[Any], Any]
@@ -138,13 +135,13 @@ def ablate(
       +0  layer_0, unit 1
     """
     check_choice("ablate", "how", how, HOWS)
-    cells = _cells("ablate", network, nodes, (gate,))
-    batch = _Batch("ablate", network, x, mask, lengths, threads)
+    cells = _cells(network, nodes, gate)
+    batch = _Batch(network, x, mask, lengths, threads)
     t = batch.trace({name for name, _ in cells})
     plain = t.y
     asked = metric or (lambda y: np.abs(as_tuple(y)[0] - as_tuple(plain)[0]).mean())
     rng = np.random.default_rng(seed)
-    ablations: list[tuple[tuple[str, int], int, Callable[[Sequence[int]], list[Patch]]]] = []
+    ablations: list[tuple[tuple[str, int], int, Callable[[Sequence[int]], Patch]]] = []
     effects: dict[tuple[str, int], Array] = {}
     for name, number in cells:
         seen = t[name].cells[number]
@@ -153,12 +150,12 @@ def ablate(
         for unit in range(replaced.shape[-1]):
             value = replaced[..., unit : unit + 1]
 
-            def patch(rows: Sequence[int], name=name, number=number, unit=unit, value=value) -> list[Patch]:
+            def patch(rows: Sequence[int], name=name, number=number, unit=unit, value=value) -> Patch:
                 steps = slice(value.shape[1]) if value.shape[1] > 1 else None
-                return [Patch(name, gate, unit, rows, steps, value, cell=number)]
+                return Patch(name, gate, unit, rows, steps, value, cell=number)
 
             ablations.append(((name, number), unit, patch))
-    whole = _number("ablate", asked(plain))
+    whole = _number(asked(plain))
     answers = batch.edited([patch for _, _, patch in ablations], asked)
     for (key, unit, _), answer in zip(ablations, answers, strict=True):
         effects[key][unit] = answer - whole
@@ -180,181 +177,28 @@ def _replacements(seen: CellTrace, gate: str, how: str, rng: np.random.Generator
     return resampled
 
 
-class ActivationPatching:
-    """The metric of a corrupted run with activations of a clean run patched in, one place at a time.
-
-    Attributes:
-        values: the metric, with one axis for each of `over`; NaN where a node lacks the gate or the unit.
-        over: the names of the axes.
-        labels: the labels of each axis, by its name: names of nodes, with the cell's number if there are several;
-            gates; numbers of units; numbers of steps.
-        clean, corrupted: the metrics of the two unchanged runs.
-    """
-
-    def __init__(
-        self, values: Array, over: tuple[str, ...], labels: dict[str, list[Any]], clean: float, corrupted: float
-    ) -> None:
-        self.values, self.over, self.labels, self.clean, self.corrupted = values, over, labels, clean, corrupted
-
-    @property
-    def recovered(self) -> Array:
-        """The share of the metrics' difference, clean minus corrupted, that each place recovers: 0 = none, 1 = all."""
-        with np.errstate(all="ignore"):
-            return (self.values - self.corrupted) / (self.clean - self.corrupted)
-
-    @property
-    def ranked(self) -> list[tuple[tuple[Any, ...], float]]:
-        """Every place, by its labels, with the share recovered, largest first; places without a number are omitted."""
-        shares = self.recovered.ravel()
-        order = [int(at) for at in np.argsort(-np.abs(shares)) if shares[at] == shares[at]]
-        places = list(product(*(self.labels[axis] for axis in self.over)))
-        return [(places[at], float(shares[at])) for at in order]
-
-    def plot(self) -> Figure:
-        """Return a matplotlib figure of the shares recovered: a bar chart for one axis, a heat map for two.
-
-        Raises:
-            ImportError: matplotlib isn't installed.
-            ValueError: more than two axes: reduce some of them, or use fewer axes in `over`.
-        """
-        from cellstack.inspect.plot import bars, shares
-
-        if len(self.over) > 2:
-            raise ValueError(f"plot: expected at most two axes, got {', '.join(self.over)}: use fewer axes in over")
-        if len(self.over) == 1:
-            labels = [f"{self.over[0]} {label}" for label in self.labels[self.over[0]]]
-            return bars(labels, self.recovered.tolist(), "share of the metric recovered")
-        return shares(self.recovered, self.over, [self.labels[axis] for axis in self.over])
-
-    def __repr__(self) -> str:
-        axes = ", ".join(f"{len(self.labels[axis])} {axis}s" for axis in self.over)
-        metric = f"the metric is {self.clean:.6g} clean, {self.corrupted:.6g} corrupted"
-        lines = [f"Activation patching over {axes}; {metric}"]
-        if self.clean == self.corrupted:
-            lines.append("  both metrics are equal: there is nothing to recover")
-        ranked = self.ranked
-        for place, share in ranked[:SHOWN]:
-            named = zip(self.over, place, strict=True)
-            where = ", ".join(str(label) if axis == "node" else f"{axis} {label}" for axis, label in named)
-            lines.append(f"  {share:+.1%}  {where}")
-        if len(ranked) > SHOWN:
-            lines.append(f"  and {len(ranked) - SHOWN} more: see .recovered")
-        return "\n".join(lines)
-
-
-def activation_patch(
-    network: Network,
-    clean: Any,
-    corrupted: Any,
-    metric: Metric,
-    over: Sequence[str] = AXES,
-    *,
-    nodes: str | Iterable[str] | None = None,
-    gates: Sequence[str] | None = None,
-    mask: Any = None,
-    lengths: Any = None,
-    threads: int | None = None,
-) -> ActivationPatching:
-    """Run the corrupted input with activations of the clean input patched in, one place at a time.
-
-    Axes that `over` doesn't name are patched together: over "step" alone, all units of all nodes at a step.
-
-    Args:
-        network: the network.
-        clean, corrupted: two inputs of the same shapes, as for `Network.run`.
-        metric: a function that maps the network's output for the batch to a number.
-        over: the axes that distinguish places, out of `"node"`, `"gate"`, `"unit"` and `"step"`.
-        nodes: the names of the nodes whose cells are patched; None = all with cells.
-        gates: the gates and states; None = all of each cell if `over` contains "gate", else h.
-        mask, lengths, threads: as for `Network.run`, for both.
-
-    Returns:
-        The metric for each place, and the metrics of the two unchanged runs.
-
-    Raises:
-        ShapeError: inputs of different shapes, or without a row or a step.
-        ValueError: an unknown axis, a node or a gate that doesn't exist, a metric that isn't a number.
-
-    Ref: Vig et al. 2020, "Investigating Gender Bias in Language Models Using Causal Mediation Analysis", section 3;
-    Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1; the name is TransformerLens's.
-    """
-    over = (over,) if isinstance(over, str) else tuple(over)
-    for axis in over:
-        check_choice("activation_patch", "over", axis, AXES)
-    if not over or len(set(over)) != len(over):
-        raise ValueError(f"activation_patch: expected distinct axes out of {', '.join(AXES)} as over, got {list(over)}")
-    asked = None if gates is None else tuple(gates)
-    every = tuple(dict.fromkeys(field for fields in TRACES.values() for field in fields._fields))
-    named = asked or (every if "gate" in over else ("h",))
-    cells = _cells("activation_patch", network, nodes, asked or ("h",))
-    batch = _Batch("activation_patch", network, corrupted, mask, lengths, threads)
-    source = _Batch("activation_patch", network, clean, mask, lengths, threads)
-    for name, array in source.x.items():
-        if array.shape != batch.x[name].shape:
-            raise ShapeError(
-                f"activation_patch: clean and corrupted must have the same shape, got {array.shape} and "
-                f"{batch.x[name].shape} of {name}"
-            )
-    names = {name for name, _ in cells}
-    before, after = source.trace(names), batch.trace(names)
-    seen = [before[name].cells[number] for name, number in cells]
-    present = [gate for gate in named if any(gate in one for one in seen)]
-    steps = max((one.fields.h.shape[1] for one in seen), default=0)
-    labels: dict[str, list[Any]] = {
-        "node": [name if len(before[name].cells) == 1 else f"{name}.{number}" for name, number in cells],
-        "gate": present,
-        "unit": list(range(max(array.shape[2] for one in seen for array in one.values()))),
-        "step": list(range(steps)),
-    }
-    patched = []
-    for place in product(*(range(len(labels[axis])) for axis in over)):
-        at = dict(zip(over, place, strict=True))
-
-        def patches(rows: Sequence[int], at=at) -> list[Patch]:
-            chosen = range(len(cells)) if "node" not in at else [at["node"]]
-            at_place = []
-            for which, gate in product(chosen, present if "gate" not in at else [present[at["gate"]]]):
-                if gate not in seen[which]:
-                    continue
-                array = seen[which][gate]
-                step = slice(at["step"], at["step"] + 1) if "step" in at else slice(array.shape[1])
-                units = slice(at["unit"], at["unit"] + 1) if "unit" in at else slice(array.shape[2])
-                value = array[:, step, units]
-                if value.size:
-                    name, number = cells[which]
-                    at_place.append(Patch(name, gate, units, rows, step, value, cell=number))
-            return at_place
-
-        patched.append(patches)
-    answers = batch.edited(patched, metric)
-    values = np.array(answers).reshape([len(labels[axis]) for axis in over])
-    shown = {axis: labels[axis] for axis in over}
-    ends = (_number("activation_patch", metric(y)) for y in (before.y, after.y))
-    return ActivationPatching(values, over, shown, *ends)
-
-
 class _Batch:
     """An input that is run many times, as blocks of rows of one batch, each block with its own patches."""
 
-    def __init__(self, owner: str, network: Network, x: Any, mask: Any, lengths: Any, threads: int | None) -> None:
-        self.owner, self.network, self.threads = owner, network, threads
-        self.x = network.as_inputs(owner, x)
+    def __init__(self, network: Network, x: Any, mask: Any, lengths: Any, threads: int | None) -> None:
+        self.network, self.threads = network, threads
+        self.x = network.as_inputs("ablate", x)
         flags = {"mask": mask, "lengths": lengths}
         self.flags: dict[str, Any] = {name: np.asarray(flag) for name, flag in flags.items() if flag is not None}
         self.rows = min(len(array) if array.ndim else 0 for array in self.x.values())
         self.steps = max((array.shape[1] for array in self.x.values() if array.ndim > 1), default=1)
         if not self.rows or not self.steps:
-            raise ShapeError(f"{owner}: expected at least one row and one step, got {self.rows} and {self.steps}")
+            raise ShapeError(f"ablate: expected at least one row and one step, got {self.rows} and {self.steps}")
 
     def trace(self, nodes: set[str]) -> NetworkTrace:
         """Return the trace of the unchanged input."""
         return self.network.trace(self.x, **self.flags, threads=self.threads, nodes=sorted(nodes))
 
-    def edited(self, patches: Sequence[Callable[[Sequence[int]], list[Patch]]], metric: Metric) -> list[float]:
-        """Return the metric for each of several sets of patches; NaN for an empty set.
+    def edited(self, patches: Sequence[Callable[[Sequence[int]], Patch]], metric: Metric) -> list[float]:
+        """Return the metric for each of several patches.
 
         Args:
-            patches: functions that return the patches for given rows.
+            patches: functions that return the patch for given rows.
             metric: the metric of the output.
         """
         widest = max(cell.spec.planes * cell.spec.units for cell in self.network.cells)
@@ -362,15 +206,15 @@ class _Batch:
         metrics: list[float] = []
         for first in range(0, len(patches), each):
             some = patches[first : first + each]
-            blocks = [make(range(place * self.rows, (place + 1) * self.rows)) for place, make in enumerate(some)]
             x = {name: np.concatenate([array] * len(some)) for name, array in self.x.items()}
             flags: dict[str, Any] = {name: np.concatenate([flag] * len(some)) for name, flag in self.flags.items()}
-            edited = self._repeated(len(some)).edit([patch for block in blocks for patch in block])
+            blocks = [range(place * self.rows, (place + 1) * self.rows) for place in range(len(some))]
+            edited = self._repeated(len(some)).edit([make(rows) for make, rows in zip(some, blocks, strict=True)])
             y = edited.run(x, **flags, threads=self.threads)[0]
-            for place, block in enumerate(blocks):
-                rows = slice(place * self.rows, (place + 1) * self.rows)
+            for block in blocks:
+                rows = slice(block.start, block.stop)
                 answer = tuple(array[rows] for array in y) if isinstance(y, tuple) else y[rows]
-                metrics.append(_number(self.owner, metric(answer)) if block else np.nan)
+                metrics.append(_number(metric(answer)))
         return metrics
 
     def _repeated(self, blocks: int) -> Network:
@@ -386,33 +230,30 @@ class _Batch:
         return self.network.unedited.edit(repeated)
 
 
-def _cells(
-    owner: str, network: Network, nodes: str | Iterable[str] | None, gates: Iterable[str]
-) -> list[tuple[str, int]]:
-    """Return the cells of some nodes, by name and number, after checking that they have the gates."""
+def _cells(network: Network, nodes: str | Iterable[str] | None, gate: str) -> list[tuple[str, int]]:
+    """Return the cells of some nodes, by name and number, after checking that they have the gate."""
     every = dict(zip(network.names, network.nodes, strict=True))
     able = [name for name, node in every.items() if node.cells]
     names = able if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
     for name in names:
         if name not in able:
             expected = f"nodes with cells, {', '.join(able)}" if able else "a network with cells, and this one has none"
-            raise ValueError(f"{owner}: expected {expected}, got {name!r:.80}")
+            raise ValueError(f"ablate: expected {expected}, got {name!r:.80}")
     cells = [(name, number) for name in names for number in range(len(every[name].cells))]
     if not cells:
         what = "none of the nodes has cells" if able else "the network has no cells"
-        raise ValueError(f"{owner}: {what}")
-    for gate in gates:
-        for name, number in cells:
-            fields = every[name].cells[number].spec.of_kind.trace._fields
-            if gate not in fields:
-                raise ValueError(f"{owner}: expected a gate of {name} out of {', '.join(fields)}, got {gate!r:.80}")
+        raise ValueError(f"ablate: {what}")
+    for name, number in cells:
+        fields = every[name].cells[number].spec.of_kind.trace._fields
+        if gate not in fields:
+            raise ValueError(f"ablate: expected a gate of {name} out of {', '.join(fields)}, got {gate!r:.80}")
     return cells
 
 
-def _number(owner: str, value: Any) -> float:
+def _number(value: Any) -> float:
     """Return what a metric returned as a number; otherwise raise `ValueError`."""
     array = np.asarray(value)
     if array.size != 1 or array.dtype.kind not in "biuf":
         got = f"shape {list(array.shape)} of {array.dtype}"
-        raise ValueError(f"{owner}: the metric must return one number for the batch, got {got}")
+        raise ValueError(f"ablate: the metric must return one number for the batch, got {got}")
     return float(array.reshape(()))

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cellstack.inspect.trace import NetworkTrace
-    from cellstack.nodes.base import Array
 
 NAME_LENGTH = 80  # characters of a cell's name in a line
 
@@ -91,21 +90,5 @@ def bars(labels: Sequence[str], values: Sequence[float], what: str) -> Figure:
     axis.invert_yaxis()
     axis.axvline(0.0, color="0.4", linewidth=0.8)
     axis.set_xlabel(what)
-    pyplot.close(figure)
-    return figure
-
-
-def shares(values: Array, over: Sequence[str], labels: Sequence[Sequence[object]]) -> Figure:
-    """Return a heat map of shares, 0 to 1 and beyond, over two labelled axes."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    most = max(1.0, float(abs(values[values == values]).max(initial=0.0)))
-    image = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="PuOr", vmin=-most, vmax=most)
-    axis.set_ylabel(over[0])
-    axis.set_xlabel(over[1])
-    for name, ticks in (("y", labels[0]), ("x", labels[1])):
-        if len(ticks) <= 20:
-            getattr(axis, f"set_{name}ticks")(range(len(ticks)), [str(tick) for tick in ticks])
-    figure.colorbar(image, ax=axis, label="share of the metric recovered")
     pyplot.close(figure)
     return figure

@@ -384,19 +384,6 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
         return plot(self, nodes, fields, row)
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the trace, with its network, to a safetensors file, whole or not at all; `load` reads it.
-
-        Args:
-            path: the path of the file; an existing file is replaced atomically.
-
-        Raises:
-            OSError: the file can't be written.
-        """
-        from cellstack.inspect.files import save  # a file is made of a trace, not a trace of it
-
-        save(self, path)
-
     def save_html(
         self,
         path: str | PathLike[str],

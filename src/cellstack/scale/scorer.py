@@ -11,7 +11,6 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from cellstack.network import Network
-from cellstack.nodes.checks import check_integer
 from cellstack.scale.columns import as_ids, as_numbers, as_times, refuse_row
 from cellstack.streaming.engine import Engine
 from cellstack.train.checks import UsageError
@@ -73,7 +72,7 @@ class Scorer:
         threads: int = 1,
     ) -> None:
         self.network, self.missing = network, missing
-        self.threads = check_integer("Scorer", "threads", threads)
+        self.threads = threads
         if (len(network.inputs), len(network.outputs)) != (1, 1):
             named = f"the inputs {', '.join(network.inputs)} and the outputs {', '.join(network.outputs)}"
             raise UsageError(f"expected a network with one input and one output, found {named}")

@@ -14,7 +14,7 @@ from cellstack.train.tables.table import READING
 
 C = TypeVar("C", bound=type)
 RUN = ("validation", "threads", "device")
-NOT_HERE = ("head", "loss", "seed")  # `random_state` has the seed
+NOT_HERE = ("head", "loss", "model", "seed")  # `random_state` has the seed
 VALIDATION = "share to choose the best epoch on, of each class; 0: none, keep the last"
 OWN = (
     Argument("threads", "int | None", 1, "number of processor threads; None = the fastest, by measurement, which may "

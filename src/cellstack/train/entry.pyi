@@ -36,6 +36,7 @@ def fit(
     changes: bool | None = None,
     noise: float | None = None,
     offset: float | None = None,
+    model: Any = None,
     init: Any = None,
     epochs: int | None = None,
     batch: int = 16,

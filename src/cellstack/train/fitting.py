@@ -200,6 +200,8 @@ def fitted(make: Callable[[], Any], data: Data, options: FitOptions) -> tuple[An
 
 def as_network(model: Any, metadata: dict[str, Any]) -> Network:
     """Return a trained model as a Network, with its layers named `layer_0`, `layer_1` … and other nodes by kind."""
+    if getattr(model, "whole", False):
+        return model.to_network(metadata)
     nodes = model.to_nodes()
     kinds = [type(node).__name__ for node in nodes]
     kinds = ["Projection" if after == "MLSTM" else kind for kind, after in zip(kinds, [*kinds[1:], ""], strict=True)]

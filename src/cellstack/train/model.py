@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cellstack import nodes
+from cellstack.capture import compile_network
 from cellstack.formats.pytorch.modules import of_module
+from cellstack.layers.accelerate import accelerate
+from cellstack.network import Network
 from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
 from cellstack.nodes.recurrent import final
 from cellstack.train.checks import UsageError
@@ -21,6 +25,8 @@ from cellstack.train.data.targets import TASKS
 from cellstack.train.examples import Inputs, digest
 from cellstack.train.options import Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
+
+STEPS = 5  # of the zeros on which a user's module is tried
 
 
 class Standardise(nn.Module):
@@ -137,14 +143,15 @@ class Model(nn.Module):
             takes the final state of each direction of the last layer: the forward one after the last step, the backward
             one after the first. With `every_step`, the head is applied to every step and the outputs (class
             probabilities) are pooled, not the hidden states. The head takes `[B, W]`, W the width of the last layer's
-            output, or `[B, T, W]` if it is applied to every step; any module that `load` supports. A loss takes
+            output, or `[B, T, W]` if it is applied to every step; any module that `load` supports. With `model`, this
+            module takes the standardised `[B, T, I]`, and there is nothing else. A loss takes
             logits or standardised predictions, `[B, O]`, and class indices `[B]` or standardised targets `[B, O]`, like
             torch's losses with `reduction="none"`; B counts all steps if there is an output at every step.
         task: `"classify"` or `"regress"`.
         targets: mean and scale of each predicted number, `[O]` both; the loss uses standardised targets.
 
     Raises:
-        UsageError: an option out of range, or a head that can't be part of a Network.
+        UsageError: an option out of range, or a head or model that can't be part of a Network.
     """
 
     def __init__(
@@ -173,41 +180,61 @@ class Model(nn.Module):
             every_step,
             architecture.bidirectional,
         )
-        self.architecture, self.own_loss, head = architecture, architecture.loss, copy.deepcopy(architecture.head)
+        self.architecture, self.own_loss, self.whole = architecture, architecture.loss, architecture.model is not None
+        head = copy.deepcopy(architecture.model if self.whole else architecture.head)
         self.standardise = Standardise(*inputs.standardise)
         raw, indicators, changed = len(inputs.mean), len(inputs.observed), inputs.changes
         self.changes = None if changed is None else Changes(inputs.scale / changed)
         noisy = np.arange(inputs.width)
         noisy = (noisy < raw) | (noisy >= raw + indicators)
         self.noise = Noise(architecture.noise or 0.0, architecture.offset or 0.0, noisy)
-        self.recurrent = recurrent_layers(architecture, inputs.width)
-        width = architecture.units[-1] * (1 + self.bidirectional)
+        self.recurrent = nn.ModuleList() if self.whole else recurrent_layers(architecture, inputs.width)
+        width = inputs.width if self.whole else architecture.units[-1] * (1 + self.bidirectional)
         self.dropout = Dropout(architecture.dropout)
         self.head = nn.Linear(width, outputs) if head is None else head
+        if self.whole:
+            with suppress(ValueError):  # it has no recurrent layer of PyTorch
+                accelerate(self.head)
         if head is not None:
-            self.check_head(width, outputs)
+            self.check_head("model" if self.whole else "head", width, outputs)
         self.targets = Standardise(*(targets or (np.zeros(outputs), np.ones(outputs))))
 
-    def check_head(self, width: int, outputs: int) -> None:
-        """Raise `UsageError` if a user's head has the wrong widths, or can't be written as nodes."""
-        try:
-            last = nodes_of(self.head)[-1]
-        except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"head: the module can't be converted to a Network: {str(error).removeprefix('load: ')}"
-            ) from None
-        if self.task == "classify" and isinstance(last, (Activation, Dense)) and last.activation == "softmax":
-            raise UsageError("head: expected logits, got a softmax at its end: the loss and the network apply softmax")
-        steps = (2,) if self.every_step or self.pooling == "none" else ()
+    def check_head(self, name: str, width: int, outputs: int) -> None:
+        """Raise `UsageError` if a user's module has the wrong widths, or can't be part of a Network.
+
+        Args:
+            name: of the option.
+            width: of its input.
+            outputs: that it must have.
+        """
+        per_step = (STEPS,) if self.every_step or self.pooling == "none" else ()
+        steps = (STEPS,) if self.whole else per_step
         training = self.head.training
         try:
             with torch.no_grad():
-                shape = tuple(self.head.eval()(torch.zeros(2, *steps, width)).shape)
+                answer = self.head.eval()(torch.zeros(2, *steps, width))
         except RuntimeError as error:
-            raise UsageError(f"head: expected a module with {width} inputs: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{name}: expected a module with {width} inputs: {str(error).splitlines()[0]}") from None
         self.head.train(training)
-        if shape != (2, *steps, outputs):
-            raise UsageError(f"head: expected {outputs} outputs, so {(2, *steps, outputs)} for 2 rows, got {shape}")
+        found, expected = getattr(answer, "shape", type(answer).__name__), (2, *per_step, outputs)
+        if found != expected:
+            found = tuple(found) if isinstance(answer, Tensor) else found
+            raise UsageError(f"{name}: expected {outputs} outputs, so {expected} for {(2, *steps, width)}, got {found}")
+        try:
+            last = self.head_as_network(width).nodes[-1]
+        except (TypeError, ValueError) as error:
+            why = str(error).removeprefix("load: ")
+            raise UsageError(f"{name}: the module can't be converted to a Network: {why}") from None
+        if self.task == "classify" and isinstance(last, (Activation, Dense)) and last.activation == "softmax":
+            raise UsageError(
+                f"{name}: expected logits, got a softmax at its end: the loss and the network apply softmax"
+            )
+
+    def head_as_network(self, width: int) -> Network:
+        """Return a user's module, which takes values of this width, as a Network."""
+        if not self.whole:
+            return of_module(self.head)
+        return compile_network(copy.deepcopy(self.head).cpu(), torch.zeros(2, STEPS, width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return logits or standardised predictions: `[B, O]`, or `[B, T, O]` with an output at every step.
@@ -220,7 +247,9 @@ class Model(nn.Module):
         x = self.noise(x if self.changes is None else self.changes(x))
         for layer in self.recurrent:
             x = self.dropout(layer(x, mask=mask))
-        return self.head(x) if self.every_step or self.pooling == "none" else self.head(self.pool(x, mask))
+        if self.whole and mask is not None and not mask.all():
+            raise UsageError("model: the data has steps without any value, which a module of your own can't skip")
+        return self.head(x if self.whole or self.every_step or self.pooling == "none" else self.pool(x, mask))
 
     def pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return `[B, W]` for `x [B, T, W]`; zeros for a row whose steps are all masked."""
@@ -304,20 +333,41 @@ class Model(nn.Module):
 
         Each takes the result of the one before; a Merge takes those of the two before.
         """
-        standardise = nodes.Standardise(as_array(self.standardise.mean), as_array(self.standardise.scale))
+        standardise = self.first
         stack = nodes_of_layers(self.recurrent)
         if self.ends_both_ways:
             stack = [*stack[:-1], final(stack[-1])]
         changes = [] if self.changes is None else self.changes.to_nodes(len(standardise.mean))
         before: list[Node] = [standardise, *changes, *stack]
         head = nodes_of(self.head)
-        if self.task == "classify":
-            head.append(Activation("softmax"))
-        else:  # y·scale + mean
-            head.append(Scale(as_array(self.targets.scale), as_array(self.targets.mean)))
-        head = [*head[:-2], *_folded(head[-2], head[-1])]
+        head = [*head[:-1], *_folded(head[-1], self.last)]
         pool = [] if self.pooling == "none" or self.ends_both_ways else [GlobalPool(self.pooling)]
         return [*before, *head, *pool] if self.every_step else [*before, *pool, *head]
+
+    @property
+    def first(self) -> nodes.Standardise:
+        """The network's first node."""
+        return nodes.Standardise(as_array(self.standardise.mean), as_array(self.standardise.scale))
+
+    @property
+    def last(self) -> Node:
+        """The network's last node: it returns class probabilities, or predictions in the targets' units."""
+        if self.task == "classify":
+            return Activation("softmax")
+        return Scale(as_array(self.targets.scale), as_array(self.targets.mean))  # y·scale + mean
+
+    def to_network(self, metadata: dict[str, Any]) -> Network:
+        """Return a model with a module of the user's own as a Network."""
+        own = self.head_as_network(len(self.first.mean))
+        first, last = (name + "_" * (name in own.names) for name in ("standardise", "output"))
+        wires = [[first if source == own.inputs[0] else source for source in sources] for sources in own.wires]
+        return Network(
+            (self.first, *own.nodes, self.last),
+            (first, *own.names, last),
+            own.metadata | metadata,
+            wires=[["x"], *wires, own.outputs],
+            _warn=False,
+        )
 
 
 def nodes_of(head: nn.Module) -> list[Node]:

@@ -37,6 +37,7 @@ SEQUENCE_CLASSIFIER = "{} for one class per sequence, else {}"
 NOISE, OFFSET_SHARE = 0.6, 0.5  # for classifiers; targets often depend on the level of the input, which noise hides
 FEWEST = 20  # validation targets from which on they select the epoch: fewer choose badly
 EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
+LAYERS = ("units", "cell", "heads", "bidirectional", "dropout", "every_step", "head", "changes", "init")
 NAMES, TABLES = "str | Sequence[str]", ("sequences", "forecasts")
 
 
@@ -246,6 +247,14 @@ class Architecture(Record):
         unset=SEQUENCE_CLASSIFIER.format(NOISE * OFFSET_SHARE, 0),
         rare=True,
     )
+    model: Any = option(
+        None,
+        "a `torch.nn.Module` from standardised sequences `[B, T, I]` to logits or numbers `[B, O]`, in place of the "
+        "layers, pooling and head",
+        of="sequences",
+        unset="the layers that the other options describe",
+        flag=False,
+    )
     init: Any = option(
         None, "a network of the same shapes, or its file, whose weights are the initial ones", of="sequences", rare=True
     )
@@ -259,15 +268,23 @@ class Architecture(Record):
             raise OptionError("units", f"to be integers of at least 1, one for each layer, got {got}")
         super().__post_init__()
         check_cell(units, self.cell, self.heads, self.bidirectional)
+        if self.model is not None:
+            given = [
+                name for name in LAYERS if getattr(self, name) not in (False, declared()[name].defaults["sequences"])
+            ]
+            if given or self.pooling not in (None, "none"):
+                raise OptionError(
+                    [*given, "pooling"][0], "not to be given with `model`, in whose place it has no effect"
+                )
 
     def of(self, task: str) -> Architecture:
         """Return the architecture for a task, `"classify"` or `"regress"`, with the values of what is None by default.
 
         They are those that measured best: docs/training.md has the measurements.
         """
-        classes = task == "classify" and self.pooling != "none"
-        usual = {
-            "pooling": "max" if classes and not self.every_step else "mean",
+        classes = task == "classify" and self.pooling != "none" and self.model is None
+        usual: dict[str, Any] = {
+            "pooling": None if self.model is not None else "max" if classes and not self.every_step else "mean",
             "changes": classes and not self.every_step,
             "noise": NOISE * classes,
             "offset": NOISE * OFFSET_SHARE * classes,

@@ -145,6 +145,8 @@ def _usual(architecture: Architecture, options: FitOptions, task: str) -> dict[s
     unset = {name for name, value in given.items() if value == declared()[name].defaults["sequences"]}
     if architecture.offset is not None:
         unset -= {"noise"}
+    if architecture.model is not None:  # the rest describes layers
+        unset &= {"lr"}
     if architecture.heads is not None:  # they have to divide the units
         unset -= {"units"}
     if architecture.every_step and architecture.bidirectional:  # refuses one of the ways of pooling

@@ -69,7 +69,8 @@ def train_sequences(
         architecture = per_step(architecture)
     elif architecture.pooling == "none":
         raise UsageError("pooling none applies only to one class or target per step, got one per sequence")
-    parts = parts_of(training, validation, class_weight, options, gap_of(options.device))
+    padded = architecture.model is None  # modules of others take no mask
+    parts = parts_of(training, validation, class_weight, options, gap_of(options.device) if padded else 1.0)
     start = None if architecture.init is None else Start(architecture.init)
     task = "classify" if classify else "regress"
     if start is not None:
@@ -84,7 +85,8 @@ def train_sequences(
         metrics = {name: _of_labels(metric, training.labels) for name, metric in options.metrics.items()}
         options = replace(options, metrics=metrics)
     options = replace(options, selects=parts.targets >= FEWEST)
-    check_memory(architecture, inputs.width, outputs)
+    if architecture.model is None:
+        check_memory(architecture, inputs.width, outputs)
 
     def make() -> Model:
         model = Model(inputs, outputs, architecture, task, targets)

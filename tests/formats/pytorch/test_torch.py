@@ -189,12 +189,16 @@ def test_a_module_around_an_lstm_is_not_read_as_the_lstm(write):
 
 
 def test_torchscript(tmp_path):
-    lstm = nn.LSTM(5, 7, batch_first=True)
-    scripted = torch.jit.script(lstm)
-    scripted.save(str(tmp_path / "scripted.pt"))
-    same(pytorch.load(str(tmp_path / "scripted.pt")), lstm)
-    head = (tmp_path / "scripted.pt").read_bytes()[:64]
-    assert pytorch.recognises(head)
+    """Weights are read without torch; the whole program is compiled from the module that torch loads."""
+    lstm, path, x = nn.LSTM(5, 7, batch_first=True), str(tmp_path / "scripted.pt"), torch.randn(2, 6, 5)
+    model = nn.Sequential(nn.Linear(5, 5), lstm)
+    torch.jit.script(model).save(path)
+    assert pytorch.recognises((tmp_path / "scripted.pt").read_bytes()[:64])
+    same(pytorch.extract(path)["1"], lstm)
+    with pytest.raises(cs.FormatError, match=r"TorchScript, whose code isn't read: cellstack.compile\("):
+        pytorch.load(path)
+    got = cs.compile(torch.jit.load(path), x)(x.numpy())
+    np.testing.assert_allclose(got, model(x)[0].detach(), atol=tolerances.LOOP)
 
 
 NESTS = {

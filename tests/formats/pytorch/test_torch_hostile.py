@@ -1,4 +1,4 @@
-"""Damaged and malicious quantised tensors, modules and source in PyTorch files."""
+"""Damaged and malicious quantised tensors and modules in PyTorch files."""
 
 import io
 import random
@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from test_torch_bad import STORAGE, at_most, refused, saved, zipped
+from test_torch_bad import STORAGE, refused, saved, zipped
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 
@@ -76,68 +76,6 @@ def test_multiply_nested_modules(refused):
     assert time.process_time() - start < 10
 
 
-def test_damaged_or_too_long_source(tmp_path, refused):
-    torch.jit.script(nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU())).save(str(tmp_path / "scripted.pt"))
-    with zipfile.ZipFile(tmp_path / "scripted.pt") as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    (name,) = [name for name in members if "/nn/modules/conv" in name and name.endswith(".py")]
-
-    def with_source(source):
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w") as archive:
-            for member, data in members.items():
-                code = member == name
-                how = zipfile.ZIP_DEFLATED if code else zipfile.ZIP_STORED
-                archive.writestr(member, source if code else data, how)
-        return file.getvalue()
-
-    def load_only(data, match):
-        (tmp_path / "file.pt").write_bytes(data)
-        with pytest.raises(cs.FormatError, match=match):
-            pytorch.load(str(tmp_path / "file.pt"))
-
-    said = members[name].decode()
-    (tmp_path / "file.pt").write_bytes(with_source(said))
-    assert pytorch.load(str(tmp_path / "file.pt")).nodes
-    for old, new, why in (
-        (
-            "stride : Final[Tuple[int]] = (1,)",
-            "stride : Final[Tuple[int]] = __import__('os').system('x')",
-            "expected a number as the constant 'stride', found \"__import__",
-        ),
-        ("class Conv1d", "class Conv2d", "the file doesn't hold the source of its class"),
-    ):
-        assert old in said
-        load_only(with_source(said.replace(old, new)), why)
-    load_only(with_source(said.replace("= (1,)", "= (01,)")), "expected the source of 'Conv1d', found 'leading zeros")
-    vast = with_source(said + " " * (100 << 20))
-    with at_most(20 << 20):
-        load_only(vast, "conv.*the source is longer than 1048576 bytes")
-    damaged = with_source(said)
-    at = damaged.index(name.encode()) + len(name) + 5
-    load_only(damaged[:at] + bytes(20) + damaged[at + 20 :], "expected a class's source, found")
-
-
-def test_more_source_than_any_model_has(tmp_path):
-    """A class for each layer, each in a separate file that unpacks to a megabyte."""
-    torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).save(str(tmp_path / "scripted.pt"))
-    kind = b"c__torch__.torch.nn.modules.activation.___torch_mangle_%d\nReLU\n)\x81}X\x08\0\0\0trainingNsb"
-    layers = b"".join(b"X\x02\0\0\0%02d" % n + kind % n for n in range(40))
-    body = b"\x80\x02c__torch__.torch.nn.modules.container\nSequential\n)\x81}(" + layers + b"ub."
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", body)
-        for n in range(40):
-            name = f"archive/code/__torch__/torch/nn/modules/activation/___torch_mangle_{n}.py"
-            archive.writestr(name, " " * (1 << 20), zipfile.ZIP_DEFLATED)
-    (tmp_path / "file.pt").write_bytes(file.getvalue())
-    with (
-        at_most(20 << 20),
-        pytest.raises(cs.FormatError, match="more than 16777216 characters of source aren't supported"),
-    ):
-        pytorch.load(str(tmp_path / "file.pt"))
-
-
 def corpus():
     """Files of whole modules, as the members of their zips."""
     normed = nn.utils.weight_norm(nn.LSTM(2, 3), "weight_hh_l0")
@@ -154,16 +92,14 @@ def corpus():
 @pytest.mark.filterwarnings("ignore:.*TypedStorage.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*batch_first=False:UserWarning")
-def test_damaged_pickles_and_source(tmp_path):
+def test_damaged_pickles(tmp_path):
     """Seeded damage with valid checksums: nothing but a FormatError is raised, and quickly."""
     dice, path, refusals = random.Random(0), tmp_path / "file.pt", 0
     tries = 40
     for members in corpus():
         (name,) = [name for name in members if name.endswith("/data.pkl")]
-        for number in range(tries):
-            code = [other for other in members if other.endswith(".py")]
-            target = dice.choice(code) if code and number % 3 == 0 else name
-            broken = bytearray(members[target])
+        for _ in range(tries):
+            broken = bytearray(members[name])
             for _ in range(dice.choice((1, 1, 2, 5))):
                 at = dice.randrange(len(broken))
                 how = dice.randrange(4)
@@ -178,7 +114,7 @@ def test_damaged_pickles_and_source(tmp_path):
             file = io.BytesIO()
             with zipfile.ZipFile(file, "w") as archive:
                 for member, data in members.items():
-                    archive.writestr(member, bytes(broken) if member == target else data)
+                    archive.writestr(member, bytes(broken) if member == name else data)
             path.write_bytes(file.getvalue())
             for read in (pytorch.load, pytorch.extract):
                 start = time.process_time()

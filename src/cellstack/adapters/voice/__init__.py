@@ -1,7 +1,7 @@
 """Silero VAD for voice agents, on one pool in the process: a stream needs no thread and no model of its own.
 
-`PipecatVAD` is for pipecat (`LLMUserAggregatorParams(vad_analyzer=PipecatVAD())`), `LiveKitVAD` for livekit-agents
-(`AgentSession(vad=LiveKitVAD())`). Each needs its library, and `cellstack[onnx]` to read Silero's file.
+`PipecatVAD` is for pipecat: `LLMUserAggregatorParams(vad_analyzer=PipecatVAD())`. It needs pipecat-ai, and
+`cellstack[onnx]` to read Silero's file.
 """
 
 from __future__ import annotations
@@ -9,19 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cellstack.adapters.voice.livekit import LiveKitVAD
     from cellstack.adapters.voice.pipecat import PipecatVAD
 
-__all__ = ["LiveKitVAD", "PipecatVAD"]
+__all__ = ["PipecatVAD"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PipecatVAD":
-        from cellstack.adapters.voice.pipecat import PipecatVAD
+    if name != "PipecatVAD":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cellstack.adapters.voice.pipecat import PipecatVAD
 
-        return PipecatVAD
-    if name == "LiveKitVAD":
-        from cellstack.adapters.voice.livekit import LiveKitVAD
-
-        return LiveKitVAD
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return PipecatVAD

@@ -63,7 +63,7 @@ class PipecatVAD(VADAnalyzer):
         if self._voice is None or self._voice.pool is not pool:
             if self._voice is not None:
                 self._voice.close()
-            self._voice = pool.open(32768, volume=True)
+            self._voice = pool.open()
         super().set_sample_rate(sample_rate)
 
     def num_frames_required(self) -> int:

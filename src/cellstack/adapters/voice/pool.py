@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +19,11 @@ MANY, PAUSE = 8, 0.004  # after a step of so many streams, the next one waits so
 SIZES = {16000: (512, 64), 8000: (256, 32)}  # samples of a window by rate, and those repeated from the one before
 MODELS = {  # by package, where its wheel has Silero's file
     "pipecat": "audio/vad/data/silero_vad.onnx",
-    "livekit": "plugins/silero/resources/silero_vad.onnx",
     "silero_vad": "data/silero_vad.onnx",
 }
-
-
+SCALE = np.float32(32768)  # what 16-bit samples are divided by
 Result = tuple[float, float]  # the probability of speech and the volume
-Then = Callable[[Result | Exception], None]  # called with a window's result, or the error of its step
+Answer = asyncio.Future[Result]
 
 
 class Pool:
@@ -50,21 +46,17 @@ class Pool:
         network = load(path, frames={"input": self.size}, context={"input": context}, constants={"sr": rate})
         self.sessions = network.pool(CAPACITY)
         self.loudness = Loudness(rate, self.size, CAPACITY)
-        self._waiting: dict[asyncio.AbstractEventLoop, dict[Voice, tuple[bytes, Then]]] = {}
+        self._waiting: dict[asyncio.AbstractEventLoop, dict[Voice, tuple[bytes, Answer]]] = {}
         self._next = 0.0  # when the next step may start, by the event loop's clock
         self._dropped: deque[int] = deque()  # sessions that aren't needed any more
 
-    def open(self, scale: int, volume: bool = False) -> Voice:
+    def open(self) -> Voice:
         """Return a new stream.
-
-        Args:
-            scale: what 16-bit samples are divided by.
-            volume: whether the stream's loudness is measured too.
 
         Raises:
             RuntimeError: `CAPACITY` streams are open.
         """
-        return Voice(self, scale, volume)
+        return Voice(self)
 
     def session(self) -> int:
         """Open a session, after those passed to `drop` were closed."""
@@ -76,15 +68,14 @@ class Pool:
         """Close a session before the next one is opened. A finaliser may call this at any time."""
         self._dropped.append(session)
 
-    def add(self, voice: Voice, samples: bytes, then: Then) -> None:
-        """Step a stream with all others for which this is called before the step.
+    def step(self, voice: Voice, samples: bytes) -> Answer:
+        """Step a stream by a window, with all others for which this is called before the step.
 
         The step is in the next turn of the event loop, or `PAUSE` after the last one if that stepped `MANY` streams.
 
         Args:
             voice: the stream.
             samples: a window of 16-bit samples.
-            then: is called after the step; it mustn't raise, and may add the stream's next window.
         """
         loop = asyncio.get_running_loop()
         waiting = self._waiting.get(loop)
@@ -96,68 +87,59 @@ class Pool:
                 self._waiting.pop(other, None)
             waiting = self._waiting[loop] = {}
             loop.call_later(max(0.0, self._next - loop.time()), self._step_waiting, loop)
-        waiting[voice] = samples, then
+        waiting[voice] = samples, loop.create_future()
+        return waiting[voice][1]
 
     def remove(self, voice: Voice) -> None:
         """Take a stream that ends out of the next step."""
         for waiting in list(self._waiting.values()):
             if (found := waiting.pop(voice, None)) is not None:
-                found[1](RuntimeError("Silero VAD: the stream was closed before its last window was stepped"))
+                error = RuntimeError("Silero VAD: the stream was closed before its last window was stepped")
+                _answer(found[1], error)
 
     def step_now(self, windows: list[tuple[Voice, bytes]]) -> list[Result]:
         """Step different streams by one window each and return what `Voice.step` does."""
         numbers = np.frombuffer(b"".join([samples for _, samples in windows]), "<i2").reshape(-1, self.size)
-        scales = np.array([[voice.scale] for voice, _ in windows], np.float32)
-        x = numbers / scales  # float32
-        speech = self.sessions.step([voice.session for voice, _ in windows], x)[:, 0].tolist()
-        measured = [n for n, (voice, _) in enumerate(windows) if voice.slot is not None]
-        volumes = [0.0] * len(windows)
-        if measured:
-            slots = np.array([windows[n][0].slot for n in measured])
-            some = x if len(measured) == len(windows) else x[measured]
-            for n, volume in zip(measured, self.loudness.measure(slots, some.astype(np.float64)).tolist(), strict=True):
-                volumes[n] = volume
-        return list(zip(speech, volumes, strict=True))
+        x = numbers / SCALE  # float32
+        speech = self.sessions.step([voice.session for voice, _ in windows], x)[:, 0]
+        slots = np.array([voice.slot for voice, _ in windows])
+        return list(zip(speech.tolist(), self.loudness.measure(slots, x.astype(np.float64)).tolist(), strict=True))
 
     def _step_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
         waiting = self._waiting.pop(loop, None)
         if not waiting:
             return
         self._next = loop.time() + PAUSE if len(waiting) >= MANY else 0.0
-        results: Iterable[Result | Exception]
+        results: list[Result] | list[Exception]
         try:
             results = self.step_now([(voice, samples) for voice, (samples, _) in waiting.items()])
         except Exception as error:  # of the step that these callers share
-            results = repeat(error)
-        for (_, then), result in zip(waiting.values(), results, strict=False):
-            then(result)
+            results = [error] * len(waiting)
+        for (_, answer), result in zip(waiting.values(), results, strict=True):
+            _answer(answer, result)
 
 
 class Voice:
     """One stream in a pool, which ends when the object is deleted, or by `close`.
 
     Attributes:
-        slot: of its volume; None if it isn't measured.
+        slot: of its volume.
     """
 
-    def __init__(self, pool: Pool, scale: int, volume: bool) -> None:
-        self.pool, self.scale = pool, scale
-        self.slot: int | None = None
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
         self.session = pool.session()
         self._close_session = weakref.finalize(self, pool.drop, self.session)
-        if volume:
-            self.slot = pool.loudness.open()
-            self._close_slot = weakref.finalize(self, pool.loudness.close, self.slot)
+        self.slot = pool.loudness.open()
+        self._close_slot = weakref.finalize(self, pool.loudness.close, self.slot)
 
-    def step(self, samples: bytes) -> asyncio.Future[Result]:
-        """Step the stream by one window; the result is the probability of speech and the volume, 0 if not measured.
+    def step(self, samples: bytes) -> Answer:
+        """Step the stream by one window; the result is the probability of speech and the volume.
 
         Args:
             samples: a window of 16-bit samples.
         """
-        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self.pool.add(self, samples, partial(_answer, answer))
-        return answer
+        return self.pool.step(self, samples)
 
     def reset(self) -> None:
         """Set the model's state to the initial one; the volume continues."""
@@ -169,11 +151,10 @@ class Voice:
         """End the stream."""
         self.pool.remove(self)
         self._close_session()
-        if self.slot is not None:
-            self._close_slot()
+        self._close_slot()
 
 
-def _answer(answer: asyncio.Future[Result], result: Result | Exception) -> None:
+def _answer(answer: Answer, result: Result | Exception) -> None:
     if answer.done():  # its caller was cancelled
         return
     if isinstance(result, Exception):

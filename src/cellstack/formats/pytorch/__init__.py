@@ -38,7 +38,6 @@ from cellstack.formats.pytorch.names import NAME as WEIGHT
 from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.saved import MissingSettingError, Saved, SavedFile
-from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import OUR_PACKAGE, Contents, attributes_of, contents, kind_of, within
 from cellstack.formats.pytorch.writer import save
 from cellstack.formats.tirex import of_checkpoint
@@ -57,9 +56,8 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
 
     Args:
         path: a file of `torch.save`: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, or of one of our
-            layers; the module itself, a `Sequential` of PyTorch's layers and ours, or a dict that contains any of them;
-            TorchScript of such modules, scripted or traced, if its code computes what PyTorch's class does. The state
-            of an optimiser, and what Lightning stores in addition to its `state_dict`, is ignored.
+            layers; the module itself, a `Sequential` of PyTorch's layers and ours, or a dict that contains any of them.
+            The state of an optimiser, and what Lightning stores in addition to its `state_dict`, is ignored.
         order: the modules in the order in which they run, if the file doesn't specify it: see `cellstack.load`.
 
     Returns:
@@ -76,22 +74,21 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
         MemoryError: an array doesn't fit into memory.
     """
     with records(path) as file:
-        scripts = Scripts(path, file.code)
         whole = file.read()
         if order is None and (tirex := of_checkpoint(path, whole)) is not None:
             return tirex
         root, left_out = _model(whole)
-        found = contents(path, root, scripts)
-        network = say_left_out(_read(path, found, scripts, order), left_out)
+        found = contents(path, root)
+        network = say_left_out(_read(path, found, order), left_out)
         network.metadata.update(file.metadata() | network.metadata)
         return keep_bfloat16(network, found.tensors)
 
 
-def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | Node] | None) -> Network:
+def _read(path: str, found: Contents, order: Sequence[str | Node] | None) -> Network:
     if order is None and xlstm.recognises(found.tensors):
         return xlstm.network_of(found.tensors, path)
     if order is not None:
-        return in_order(found, SavedFile(path, scripts), order)
+        return in_order(found, SavedFile(path), order)
     place, module = next(iter(found.roots.items())) if len(found.roots) == 1 else ((), None)
     if module is None or not _whole(path, found, module):
         for name, one in found.modules.items():
@@ -101,7 +98,7 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
                 break
         return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)
     reader = Reader()
-    network = _network(path, Saved(SavedFile(path, scripts), module), ".".join(place), reader)
+    network = _network(path, Saved(SavedFile(path), module), ".".join(place), reader)
     for doubt in reader.doubts:
         warnings.warn(f"load: {path}: {doubt}", stacklevel=5)  # the call of cellstack.load
     return network
@@ -116,6 +113,8 @@ def _model(root: Any) -> tuple[Any, list[str]]:
 
 def _whole(path: str, found: Contents, root: Standin) -> bool:
     """Return whether a file is a whole module of PyTorch or cellstack, other than a single recurrent one of PyTorch."""
+    if root.kind.startswith("__torch__."):
+        return False
     kind, child = kind_of(root), root
     while kind.startswith("torch.nn.parallel.") and isinstance(child, Standin):  # the wrapped module decides
         child = attributes_of(child).get("_modules", {}).get("module")
@@ -153,9 +152,8 @@ def extract(path: str) -> dict[str, Network]:
         MemoryError: an array doesn't fit into memory.
     """
     with records(path) as file:
-        scripts = Scripts(path, file.code)
-        found = contents(path, _model(file.read())[0], scripts)
-        source = SavedFile(path, scripts)
+        found = contents(path, _model(file.read())[0])
+        source = SavedFile(path)
         networks = {name: _network(path, Saved(source, module), name) for name, module in found.ours.items()}
         others = {name: tensor for name, tensor in found.tensors.items() if not any(within(name, o) for o in networks)}
         networks |= networks_of(others, path, found.activations, found.directions, found.axes)

@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,10 @@ from cellstack.formats.files import as_metadata, parse
 from cellstack.formats.pytorch.pickles import read
 from cellstack.formats.pytorch.tensors import Builders, Records, Storage, short, size_of
 
-if TYPE_CHECKING:
-    import zipfile
-
 MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number at the start of old files, as a pickle
 METADATA = "extra/cellstack.json"  # the member of our own files with the network's metadata, which PyTorch ignores
 PROTOCOL = 1001  # the version of old files
 MEMBER = re.compile(rb"[^/]+/(data\.pkl|data/|version|byteorder|constants\.pkl|code/|extra/|\.)")
-LONGEST_CODE = 1 << 20  # bytes of source of a module of TorchScript classes
 TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"storages\0", b"tensors\0")
 
 
@@ -60,7 +56,6 @@ class _Zip(Records):
             raise FormatError(f"{path}: expected one data.pkl as torch.save writes it, found {len(roots)} in the zip")
         self.root = roots[0].removesuffix("data.pkl")
         self.kept: dict[str, NDArray[np.uint8]] = {}
-        self.archive: zipfile.ZipFile | None = None  # opened when source is first read
         self.order = ">" if self.has("byteorder") and self.take("byteorder").strip() == b"big" else "<"
 
     def has(self, name: str) -> bool:
@@ -102,24 +97,6 @@ class _Zip(Records):
             return {}
         where = f"{self.where}: {METADATA}"
         return as_metadata(where, parse(where, self.take(METADATA)))
-
-    def code(self, path: str) -> str:
-        """See `Records.code`; source is compressed, so its size is limited."""
-        import zipfile
-
-        name = f"{self.root}code/{path.replace('.', '/')}.py"
-        if name not in self.members:
-            return ""
-        try:
-            self.archive = self.archive or zipfile.ZipFile(self.file)
-            with self.archive.open(name) as member:
-                code = member.read(LONGEST_CODE + 1)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError, zlib.error) as error:
-            what = short(str(error), 200)
-            raise FormatError(f"{self.where}: {short(name)}: expected a class's source, found {what}") from None
-        if len(code) > LONGEST_CODE:
-            raise FormatError(f"{self.where}: {short(name)}: the source is longer than {LONGEST_CODE} bytes")
-        return code.decode("utf-8", "replace")
 
     def read(self) -> Any:
         """Return the saved object."""

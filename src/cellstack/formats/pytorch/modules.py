@@ -13,7 +13,7 @@ from typing import Any
 
 from cellstack.formats import tirex, xlstm
 from cellstack.formats.build import Builder
-from cellstack.formats.pytorch import ncps, pararnn, sru
+from cellstack.formats.pytorch import ncps, sru
 from cellstack.formats.pytorch.access import (
     as_array,
     called,
@@ -48,8 +48,8 @@ def of_module(module: Any) -> Network:
     `TimeDistributed`), `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`,
     `BatchNorm1d`, `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations,
     `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, the CfC of ncps with
-    a time of 1 between steps, ParaRNN of pararnn-torch, the SRU of sru, models of xlstm, TiRex and TiRex-2, and any
-    object with `to_nodes() -> list of nodes`.
+    a time of 1 between steps, the SRU of sru, models of xlstm, TiRex and TiRex-2, and any object with
+    `to_nodes() -> list of nodes`.
     The Network takes `[B, T, I]`, and computes the module in evaluation mode: dropout is off, batch normalisation uses
     its running statistics, and zoneout's rates act as constants. A recurrent layer passes on its output only: a module
     after it that takes the output from `(output, state)` has nothing to do, and its `to_nodes()` returns `[]`. One that
@@ -176,8 +176,6 @@ class Reader:
         torch = sys.modules.get("torch")
         if not isinstance(module, Saved) and (torch is None or not isinstance(module, torch.nn.Module)):
             raise refuse(path, module, "expected a torch module; cs.load reads files")
-        if isinstance(module, Saved) and module.changed:
-            raise refuse(path, module, module.changed)
         if hooked(module):
             raise refuse(path, module, "forward hooks aren't supported")
         if is_a(module, "Sequential", *WRAPPERS[:1]) or is_a(module, *WRAPPERS, package="torch.nn.parallel"):
@@ -195,8 +193,6 @@ class Reader:
             self.xlstm(module, path)
         elif is_a(module, "CfC", package="ncps.torch"):
             self.of_package(module, path, ncps)
-        elif is_a(module, "ParaRNN", "ParaLSTM", "ParaGRU", package="pararnn"):
-            self.of_package(module, path, pararnn)
         elif is_a(module, "SRU", package="sru"):
             self.of_package(module, path, sru)
         elif is_a(module, "Flatten"):

@@ -23,7 +23,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import from_rows
 from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.build import HINT, chain, errors_of, listed
-from cellstack.formats.pytorch import ours, pararnn, sru
+from cellstack.formats.pytorch import ours, sru
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import either, of_units
 from cellstack.formats.pytorch.tensors import ModuleTensors, array, short
@@ -34,8 +34,8 @@ from cellstack.nodes.dense import Products
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 
 MODULES = {name: KINDS[kind] for name, kind in named("torch").items()}  # of torch.nn
-OTHER_NAMES: tuple[Any, ...] = (ours, pararnn, sru)
-"""The readers of layers whose tensors have other names: cellstack's, ParaRNN's and the package sru's."""
+OTHER_NAMES: tuple[Any, ...] = (ours, sru)
+"""The readers of layers whose tensors have other names: cellstack's and the package sru's."""
 
 NAME = re.compile(
     r"(?P<prefix>(?:.*[./:])?)(?P<what>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"

@@ -1,7 +1,6 @@
 """Modules in files, with the same attributes for settings and weights as modules in memory.
 
-A pickled module has its settings among its attributes. TorchScript writes them into its source, which
-`script.py` evaluates symbolically.
+A pickled module has its settings among its attributes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from cellstack.cells.errors import FormatError
 from cellstack.cells.spec import CellSpec, described
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.pickles import Standin
-from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Tensor, short
 from cellstack.formats.pytorch.tree import OWN, attributes_of, contents, hooked, kind_of
 
@@ -37,12 +35,10 @@ class SavedFile:
 
     Attributes:
         where: the file's name, for messages.
-        scripts: the source of TorchScript's classes.
         left: how many more modules may be read.
     """
 
     where: str
-    scripts: Scripts
     left: int = MOST
 
 
@@ -54,7 +50,6 @@ class Saved:
         kind: the class's name; "" if it is neither PyTorch's nor ours, or has its own forward pass.
         package: "torch.nn", or "cellstack.layers" for one of ours.
         hooked: whether it has hooks other than those that compute a weight.
-        changed: why TorchScript's source computes something else than its class; "" if it doesn't.
     """
 
     def __init__(self, source: SavedFile, standin: Standin) -> None:
@@ -65,8 +60,6 @@ class Saved:
         self.attributes = attributes_of(standin)
         match = PACKAGES.fullmatch(self.path)
         self.hooked = hooked(self.attributes)
-        written = source.scripts.written(standin, self.attributes)
-        self.changed = written.why if written and match else ""
         self.kind = match["kind"] if match and "forward" not in self.attributes else ""
         self.package = "cellstack.layers" if match and match["ours"] else "torch.nn"
         held = (self.attributes[name] for name in OWN if isinstance(self.attributes.get(name), dict))
@@ -77,12 +70,12 @@ class Saved:
         mode = self.attributes.get("mode")
         if isinstance(mode, str) and mode.startswith("RNN_"):  # old RNNs have no other setting for it
             implied["nonlinearity"] = mode.removeprefix("RNN_").lower()
-        self.settings = LATER | implied | (written.constants if written else {}) | self.attributes | self.own
+        self.settings = LATER | implied | self.attributes | self.own
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
         """The weights of the module and its children by name, read on first use."""
-        found = contents(self.source.where, self.standin, self.source.scripts)
+        found = contents(self.source.where, self.standin)
         return joined(found.tensors, self.source.where, directions=found.directions, axes=found.axes)
 
     def __getattr__(self, name: str) -> Any:
@@ -122,9 +115,4 @@ class Saved:
     @property
     def _modules(self) -> dict[str, Saved]:
         """The modules in it, in their order."""
-        pickled = "_modules" in self.attributes
-        return {
-            str(name): Saved(self.source, child)
-            for name, child in (self.own if pickled else self.attributes).items()
-            if isinstance(child, Standin) and (pickled or child.kind.startswith("__torch__."))
-        }
+        return {str(name): Saved(self.source, child) for name, child in self.own.items() if isinstance(child, Standin)}

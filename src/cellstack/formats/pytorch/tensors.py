@@ -93,10 +93,6 @@ class Records:
         """Return the network's metadata, which cellstack's own files have."""
         return {}
 
-    def code(self, path: str) -> str:
-        """Return the source that TorchScript stores for a module of classes; "" if there is none."""
-        return ""
-
 
 @dataclass(eq=False, frozen=True)
 class Storage:

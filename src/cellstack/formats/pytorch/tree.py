@@ -13,9 +13,7 @@ from typing import Any
 from cellstack.cells import KINDS
 from cellstack.cells.errors import FormatError
 from cellstack.formats.pytorch.pickles import Standin
-from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Storage, Tensor, short
-from cellstack.formats.pytorch.torch_functions import RECURRENT
 
 DEEPEST = 100  # how deep objects may be nested
 LONGEST_NAME = 1000
@@ -29,6 +27,8 @@ PACKED = re.compile(r"__torch__\.torch\.classes\.(rnn\.CellParamsBase|quantized\
 MANGLED = re.compile(r"___torch_mangle_\d+\.")
 HELPERS = ("LinearPackedParams", "PackedParameter", "ModuleList")  # parts of quantised modules that compute nothing
 WRAPPERS = ("DataParallel", "DistributedDataParallel")
+RECURRENT = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+SCRIPTED = "TorchScript, whose code isn't read: cellstack.compile(torch.jit.load(path), example) runs it"
 OUR_CELLS = [f"{kind.title}Cell" for kind in KINDS.values()]
 OUR_RNNS = [*(kind.title for kind in KINDS.values()), "RNN"]
 OURS = (*OUR_RNNS, *OUR_CELLS, "StackedRNNCells", "Bidirectional", "TimeDistributed")
@@ -104,20 +104,18 @@ def _computed(attributes: dict[Any, Any]) -> dict[str, int | None]:
     return found
 
 
-def contents(where: str, root: Any, scripts: Scripts | None = None) -> Contents:
+def contents(where: str, root: Any) -> Contents:
     """Return the tensors and modules within `root`.
 
     Args:
         where: the file's name, for messages.
         root: the saved object, as `archive.records` reads it.
-        scripts: the source of TorchScript's classes, if the file may have it.
 
     Returns:
         The contents, in the order of the file; an object that occurs twice is visited once.
 
     Raises:
-        FormatError: objects are nested too deeply or have too long names; two tensors have the same name; the source of
-            a plain RNN of TorchScript doesn't specify its nonlinearity.
+        FormatError: objects are nested too deeply or have too long names; two tensors have the same name.
     """
     found = Contents()
     seen: set[int] = set()
@@ -141,7 +139,7 @@ def contents(where: str, root: Any, scripts: Scripts | None = None) -> Contents:
         if len(path) > DEEPEST:
             raise FormatError(f"{where}: objects are nested more than {DEEPEST} deep")
         seen.add(id(value))
-        inside = _standin(where, value, path, found, scripts) if isinstance(value, Standin) else _entries(value)
+        inside = _standin(value, path, found) if isinstance(value, Standin) else _entries(value)
         waiting += [(child, (*path, *names)) for names, child in reversed(inside)]
     return found
 
@@ -158,9 +156,7 @@ def _holds(child: Any) -> bool:
     return isinstance(child, (Tensor, Quantised, Storage, dict, list, tuple, Standin))
 
 
-def _standin(
-    where: str, value: Standin, path: tuple[str, ...], found: Contents, scripts: Scripts | None
-) -> list[tuple[tuple[str, ...], Any]]:
+def _standin(value: Standin, path: tuple[str, ...], found: Contents) -> list[tuple[tuple[str, ...], Any]]:
     """Return the values within an object with their names; if it is a module, record its properties in `found`."""
     packed = _packed(value)
     if packed is not None:
@@ -169,32 +165,29 @@ def _standin(
     module = kind.rpartition(".")[2]
     ours = kind.startswith(OUR_PACKAGE) and module in OURS
     parts = value.state if isinstance(value.state, tuple) else (value.state,)
-    if "_modules" in attributes or value.kind.startswith("__torch__."):
-        if not any(path[: len(root)] == root for root in found.roots):
+    scripted = value.kind.startswith("__torch__.")
+    if "_modules" in attributes or scripted:
+        outermost = not any(path[: len(root)] == root for root in found.roots)
+        if outermost:
             found.roots[path] = value
         name, known = ".".join(path), kind.startswith(("torch.nn.", "torch.ao.nn."))
         dynamic = known and ".dynamic." in kind
-        written = scripts.written(value, attributes) if scripts and known else None
-        settings = {**written.constants, **attributes} if written else attributes
-        activation = settings.get("nonlinearity", settings.get("mode"))  # old modules have the latter alone
+        activation = attributes.get("nonlinearity", attributes.get("mode"))  # old modules have the latter alone
         if known and module.startswith("RNN") and isinstance(activation, str):
             word = activation.removeprefix("RNN_").lower()
             if word in ("tanh", "relu"):
                 found.activations[name] = word
-        elif written and module in ("RNN", "RNNCell"):
-            here = f"{where}: {short(name or 'the module itself', 200)}"
-            raise FormatError(f"{here}: the file doesn't specify nonlinearity")
         if dynamic and isinstance(attributes.get("bidirectional"), bool):
             found.directions[name] = 1 + attributes["bidirectional"]
-        if known or ours:
+        if (known or ours) and not scripted:
             found.modules[name] = value
         if ours and not any(within(name, other) for other in found.ours):
             found.ours[name] = value
         plain = module in (*RECURRENT, "Sequential", *WRAPPERS, *NOTHING, *HELPERS)
         plain = ours or (plain and known and (dynamic or ".quantized.modules.rnn" not in kind))
-        changed = written.why if written else ""
-        if not plain or changed or hooked(attributes):
-            what = changed or "with forward hooks" if plain else "which isn't supported"
+        unread = scripted and outermost
+        if not plain or unread or hooked(attributes):
+            what = SCRIPTED if unread else "with forward hooks" if plain else "which isn't supported"
             found.unknown.append(f"{short(name or 'the module itself', 200)}: {short(kind, 200)}, {what}")
     if kind.endswith("multiarray._reconstruct"):
         found.unknown.append(f"{short('.'.join(path), 200)}: a NumPy array")

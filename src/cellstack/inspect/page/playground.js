@@ -29,7 +29,7 @@ export class Playground {
     this.rate = select("Learning rate", ["0.001", "0.003", "0.01", "0.03", "0.1"], "0.01", () => this.begin());
     this.seed = numberBox("Seed", () => this.begin(), { value: 1, min: 0, max: 9999, step: 1 });
     this.go = button("Learn", () => this.toggle(), { class: "main" });
-    this.one = button("One step", () => this.turn({ milliseconds: 0, most: 1 }));
+    this.one = button("One batch", () => this.turn({ milliseconds: 0, most: 1 }));
     this.restart = button("Restart", () => this.begin());
     this.about = make("p", { class: "note" });
     this.said = make("p", { class: "readout", role: "status" });

@@ -87,14 +87,14 @@ export const TASKS = {
     steps: 30,
     draw(random, T, options, x, target) {
       const [period, phase] = [8 + 16 * random(), 2 * Math.PI * random()];
-      let stored = 0;
+      let stored = null;
       for (let t = 0; t < T; t += 1) {
         const wave = Math.sin((2 * Math.PI * t) / period + phase);
         const pulse = random() < 0.12;
         if (pulse) stored = wave;
         x(t, 0, wave);
         x(t, 1, pulse ? 1 : 0);
-        target(t, stored);
+        if (stored !== null) target(t, stored);
       }
     },
   },
