@@ -206,7 +206,7 @@ def _compile(program: Program, made: Result) -> None:
         own, lengths = without_lengths(still, inputs, any("takes lengths" in one for one in made.warned))
         ends = Ends(net, len(own))
         with torch.no_grad():
-            expected = ends.answers(still, inputs, list(inputs))
+            expected = ends.answers(still, list(inputs))
         try:
             ours, states = ends.run(net, own, lengths)
         except (TypeError, ValueError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from cellstack.capture.equality import FLAGS, MUCH_LONGER, Ends, difference
 from cellstack.capture.exported import remedy, shortened
-from cellstack.capture.nested import fresh, tensors_in
+from cellstack.capture.nested import fresh
 from cellstack.capture.packing import (
     is_count,
     packs,
@@ -19,7 +19,7 @@ from cellstack.capture.packing import (
 )
 from cellstack.capture.prepared import Prepared
 from cellstack.capture.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
-from cellstack.capture.routes import by_onnx, directly
+from cellstack.capture.routes import by_onnx
 from cellstack.capture.sizes import Places
 from cellstack.cells.errors import FormatError
 from cellstack.network import Network, layouts
@@ -83,8 +83,9 @@ def _by_lengths(ready: Prepared, tolerance: float) -> tuple[Network, list[str]] 
         return None
     how, call = found
     try:
-        answers = tensors_in(how.module(*fresh(how.inputs)))
-        network, notes = _by_routes(ready._replace(module=how.module, inputs=how.inputs, answers=answers), tolerance)
+        answers = how.module(*fresh(how.inputs))
+        of_padded = ready._replace(module=how.module, inputs=how.inputs, answers=answers)
+        network, notes = _by_routes(of_padded, tolerance)
     except Exception:  # not lengths, or the rest can't be read: the caller then reports why it failed without lengths
         return None
     if ragged_difference(network, ready.module, ready.inputs, call, how, tolerance) is not None:
@@ -98,11 +99,12 @@ def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
     reasons = [] if ready.again else [DRAWS]
     tried: list[str] = []
     looks: list[str] = []
-    for how, read in (("read directly", directly), ("exported to ONNX", by_onnx)):
-        exported = read is by_onnx
+    for how, exported in (("read directly", False), ("exported to ONNX", True)):
         network = None
         try:
-            network = read(module, inputs, ready.answers, looks)
+            network = by_onnx(module, inputs, len(ready.answers), looks) if exported else ready.direct
+            if isinstance(network, Exception):
+                raise network
             why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES)
         except (TypeError, ValueError, FormatError) as error:
             network, why = None, str(error)
@@ -136,7 +138,7 @@ def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[s
     if not exported:
         return notes
     onnx = network.metadata.setdefault("onnx", {})
-    places = compared_sizes(Ends(network, len(tensors_in(inputs))), module, inputs)
+    places = compared_sizes(Ends(network, len(inputs)), module, inputs)
     places.compared.extend(onnx.get("branches", ()))
     if found := [*places.compared, *places.converted, *([places.failed] if places.failed else [])]:
         onnx["sizes"] = found
@@ -196,7 +198,7 @@ def _differs(
     places: list[str] = []
     converted: list[str] = []
     if exported and why.startswith("with "):
-        places, converted, _ = compared_sizes(Ends(network, len(tensors_in(inputs))), module, inputs)
+        places, converted, _ = compared_sizes(Ends(network, len(inputs)), module, inputs)
         places = [*places, *onnx.get("branches", ())]
         if places:
             reasons.append(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cellstack.capture.nested import fresh, like, tensors_in, wider
+from cellstack.capture.nested import fresh, wider
 
 MOST_WAYS = 30  # combinations of axes of several inputs that are tried
 Axes = frozenset[tuple[int, int]]  # the indices of tensors, and an axis of each
@@ -21,22 +21,21 @@ Axes = frozenset[tuple[int, int]]  # the indices of tensors, and an axis of each
 
 def free_axes(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     """Return, for each input tensor, the axes that a graph for a Network leaves open."""
-    flat, group = tensors_in(inputs), _finder(module, inputs)
-    found = []
-    for n, value in enumerate(flat):
+    group, found = _finder(module, inputs), []
+    for n, value in enumerate(inputs):
         if value.ndim > 2:
             found.append([axis for axis in range(value.ndim) if group(n, axis)] or [0, 1])
-        elif len(flat) > 1 and all(one.ndim == 2 and not one.is_floating_point() for one in flat):  # ids
+        elif len(inputs) > 1 and all(one.ndim == 2 and not one.is_floating_point() for one in inputs):  # ids
             found.append([axis for axis in range(2) if group(n, axis)])
         else:
-            found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and group(0, 1) == {(0, 1)} else [])
+            found.append([0, 1] if value.ndim == 2 and len(inputs) == 1 and group(0, 1) == {(0, 1)} else [])
     return found
 
 
 def axes_in_groups(module: Any, inputs: tuple[Any, ...]) -> list[Axes]:
     """Return the axes of the input tensors that may change, in groups that change together."""
     group, found = _finder(module, inputs), list[Axes]()
-    for n, value in enumerate(tensors_in(inputs)):
+    for n, value in enumerate(inputs):
         for axis in range(value.ndim):
             if not any((n, axis) in one for one in found) and (made := group(n, axis)):
                 found.append(made)
@@ -62,12 +61,12 @@ def is_count(value: Any) -> bool:
 
 def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[[int, int], Axes | None]:
     """Return a function that returns the smallest group of axes with a given one that may change; None: it may not."""
-    flat = tensors_in(inputs)
+    flat = list(inputs)
 
     def takes(axes: Axes) -> bool:
         try:
             with torch.no_grad():
-                module(*fresh(like(inputs, resized(flat, axes, 1))))
+                module(*fresh(resized(flat, axes, 1)))
         except Exception:  # the module rejects these lengths
             return False
         return True

@@ -11,7 +11,7 @@ import torch
 
 from cellstack.capture.axes import Axes, resized
 from cellstack.capture.copied import duplicate
-from cellstack.capture.nested import array_of, fresh, in_order, like, tensors_in, wider
+from cellstack.capture.nested import array_of, fresh, in_order, wider
 from cellstack.formats.onnx.runtime import RuntimeModel
 from cellstack.formats.runtimes.axes import parted
 from cellstack.formats.runtimes.differences import apart
@@ -55,9 +55,9 @@ def difference(
     They are compared for the example, for random inputs of its shape at each scale, and for other shapes.
     """
     generator = torch.Generator().manual_seed(0)
-    ends = ends or Ends(network, len(tensors_in(example)))
+    ends = ends or Ends(network, len(example))
 
-    first = tensors_in(example)
+    first = list(example)
 
     def times(given: list[Any], factor: float) -> list[Any]:
         return [value * factor if value.is_floating_point() else value for value in given]
@@ -69,7 +69,7 @@ def difference(
     ):
         try:
             with torch.no_grad():
-                expected = ends.answers(module, example, given)
+                expected = ends.answers(module, given)
         except Exception:
             if given is first:
                 raise
@@ -82,7 +82,7 @@ def difference(
             continue  # the network raises an error for this shape
         why = ends.unlike(ours, states, expected, tolerance, one)
         if why is not None and given is not first and (long or not what):
-            answers = functools.partial(ends.answers, example=example, given=given)
+            answers = functools.partial(ends.answers, given=given)
             if _unsteady(module, answers, expected, tolerance):
                 continue
         if why is not None:
@@ -178,17 +178,17 @@ class Ends:
         axes = self.layouts[n].axes or "BTF"[: value.ndim]
         return axes.index(role) if role in axes else None
 
-    def answers(self, module: Any, example: tuple[Any, ...], given: list[Any]) -> list[Any]:
+    def answers(self, module: Any, given: list[Any]) -> list[Any]:
         """Return the outputs of a module as a list; if a call is one step, those of several steps."""
         if not self.steps:
-            return tensors_in(module(*fresh(like(example, given))))
+            return list(module(*fresh(given)))
         made: list[list[Any]] = []
         after = self._next_states()
         for t in range(STEPS):
             now = [value.roll(t, -1) if n in self.data else value for n, value in enumerate(given)]
             if made:
                 now = [made[-1][after[n]] if n in after else value for n, value in enumerate(now)]
-            made.append(tensors_in(module(*fresh(like(example, now)))))
+            made.append(list(module(*fresh(now))))
         last = made[-1]
         return [
             torch.stack([step[n] for step in made], 1) if f"output_{n}" in self.outputs else last[n]
@@ -303,9 +303,9 @@ class GraphEnds:
                     what = f"with {abs(more)} {'more' if more > 0 else 'fewer'} along axis {axis} of input {n} "
                     yield Size(what, resized(given, group, more), size + more == 1, more == LONGER)
 
-    def answers(self, module: Any, example: tuple[Any, ...], given: list[Any]) -> list[Any]:
+    def answers(self, module: Any, given: list[Any]) -> list[Any]:
         """Return the outputs of a module as a list."""
-        return tensors_in(module(*fresh(like(example, given))))
+        return list(module(*fresh(given)))
 
     def run(self, network: RuntimeModel, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the outputs of a graph, and no states.

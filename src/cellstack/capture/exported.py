@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from cellstack.cells.errors import FormatError
 LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
 IN_PLACE = ("add_", "sub_", "mul_", "floor_divide_", "remainder_")
 ADAPTIVE = {f"adaptive_{mode}_pool{n}d": (how, n) for mode, how in (("avg", "mean"), ("max", "amax")) for n in (2, 3)}
+CELLS = ("gru_cell", "rnn_tanh_cell", "rnn_relu_cell")  # not lstm_cell, whose equations the reader finds
 LISTED = 2  # problems that a message lists if it also gives a remedy; the rest are counted
 
 # Patterns in the reason why a module can't be read, and how to fix each; the first that matches is used.
@@ -53,8 +53,18 @@ REMEDIES = (
 )  # fmt: skip
 
 
-def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, Any]) -> list[str]:
-    """Write a module in evaluation mode as an ONNX file, by tracing it once; `options` are of `torch.onnx.export`.
+def export(
+    module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, Any], one_step: bool = False
+) -> list[str]:
+    """Write a module in evaluation mode as an ONNX file, by tracing it once.
+
+    Args:
+        module: the module, which takes tensors as arguments, as `flattened` returns it.
+        inputs: the example.
+        path: the file.
+        options: options of `torch.onnx.export`.
+        one_step: whether the module calls its cells once, as a step: these then become recurrent operators, of which
+            the states are known.
 
     Returns:
         The places, such as `file.py:12`, where the module reads tensors' values: the file doesn't record how its output
@@ -80,7 +90,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             looks.extend([line] if line else [])
 
     def run(inlining: bool) -> None:
-        with _traceable(), _rounding(), _positional(module):
+        with _traceable(one_step), _rounding():
             torch.onnx.export(module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=inlining)
 
     try:
@@ -108,25 +118,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
     return list(dict.fromkeys(looks))
 
 
-@contextmanager
-def _positional(module: Any) -> Iterator[None]:
-    """Hide the arguments of a module's forward with defaults: the exporter passes these by position, as tensors."""
-    forward = module.forward
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    if scripted or all(each.default is each.empty for each in inspect.signature(forward).parameters.values()):
-        yield
-        return
-    own = vars(module).get("forward")
-    module.forward = lambda *args: forward(*args)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-def _traceable() -> Any:
+def _traceable(one_step: bool) -> Any:
     """Return a context that replaces functions which the exporter can't trace, or not with an open length.
 
     - A size is a tensor while traced: `length *= 2` makes a new one, as it does for integers.
@@ -147,6 +139,10 @@ def _traceable() -> Any:
                 return getattr(args[0], name[:-1])(*args[1:], **named)
             if name == "rms_norm":
                 return rms_norm(*args, **named)
+            if one_step and name in CELLS:
+                x, h, *weights = (one for one in args if one is not None)
+                run = getattr(torch._VF, name.removesuffix("_cell"))
+                return run(x[None], h[None], weights, len(weights) > 2, 1, 0.0, False, False, False)[1][0]
             if name in ("lstm_cell", "gru_cell"):
                 return _step(name, *args)
             reduce, count = ADAPTIVE.get(name, ("", 0))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -69,13 +70,6 @@ def has_packed(value: Any) -> bool:
     return any(map(has_packed, value))
 
 
-def is_plain(value: Any) -> bool:
-    """Return whether a value is a tensor, or a nested tuple or list of tensors."""
-    if type(value) in (tuple, list):
-        return all(map(is_plain, value))
-    return isinstance(value, torch.Tensor)
-
-
 def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
     """Return a module that takes the tensors of its nested inputs as arguments, and returns a flat tuple of tensors.
 
@@ -84,7 +78,8 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
         inputs: the example; what isn't a tensor in it is passed at every call.
     """
     known = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves_in(inputs)]
-    if type(module).__call__ is torch.nn.Module.__call__ and not isinstance(module, torch.jit.ScriptModule):
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    if type(module).__call__ is torch.nn.Module.__call__ and not scripted:
         module.forward = partial(_flat_forward, module.forward, inputs, known)  # keeps the names of its parameters
         return module
 
@@ -97,7 +92,12 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
             return _flat_forward(self.module, inputs, known, *tensors)
 
     Flat.__name__ = type(module).__name__
-    return Flat().eval()
+    made = Flat().eval()
+    if not scripted:
+        return made
+    with warnings.catch_warnings(), torch.no_grad():  # the exporter only calls scripted modules within scripted ones
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(made, fresh(tensors_in(inputs)), check_trace=False)
 
 
 def _flat_forward(forward: Any, inputs: tuple[Any, ...], known: list[Any], *tensors: Any) -> tuple[Any, ...]:
@@ -107,9 +107,9 @@ def _flat_forward(forward: Any, inputs: tuple[Any, ...], known: list[Any], *tens
     return tuple(tensors_in(forward(*like(inputs, leaves))))
 
 
-def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return copies of inputs, which a module may modify."""
-    return like(inputs, [value.detach().clone() for value in tensors_in(inputs)])
+def fresh(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Return copies of tensors, which a module may modify."""
+    return tuple(value.detach().clone() for value in inputs)
 
 
 def wider(value: Any, axis: int, more: int) -> Any:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import FLAGS, Ends
-from cellstack.capture.nested import array_of, fresh, like, tensors_in, wider
+from cellstack.capture.nested import array_of, fresh, wider
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
 
@@ -88,18 +88,18 @@ def packs(module: Any, inputs: tuple[Any, ...]) -> list[Packed]:
 
 def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded | str:
     """Return a module that packs sequences as one of padded sequences, or why that is impossible."""
-    flat, (lengths, rows, steps) = tensors_in(inputs), calls[0]
+    lengths, rows, steps = calls[0]
     if any(call.rows != rows or not torch.equal(call.lengths, lengths) for call in calls):
         return "it packs the same rows by several lengths, but a Network takes one length per row"
-    place, kind = _source(flat, lengths)
-    found = [(n, *axes) for n, value in enumerate(flat) if n != place and (axes := _axes(value, rows, steps))]
+    place, kind = _source(inputs, lengths)
+    found = [(n, *axes) for n, value in enumerate(inputs) if n != place and (axes := _axes(value, rows, steps))]
     if not found or (kind == "computed" and found[0][1:] != (0, 1)):
         return (
             "it packs sequences by lengths that it computes, or that don't fit the axes of an input: make the lengths, "
             "one for each row, an argument of forward"
         )
-    given = [value for n, value in enumerate(flat) if n != place]
-    keep = [n for n, value in enumerate(tensors_in(module(*fresh(inputs)))) if not is_count(value, rows)]
+    given = [value for n, value in enumerate(inputs) if n != place]
+    keep = [n for n, value in enumerate(module(*fresh(inputs))) if not is_count(value, rows)]
     data, row, step = found[0]
     at = data - (place is not None and place < data), row, step
     around = duplicate(module)
@@ -119,11 +119,10 @@ def with_lengths(module: Any, inputs: tuple[Any, ...]) -> tuple[Padded, Packed] 
 
     Such a module takes lengths without packing, as in `y[torch.arange(len(y)), lengths - 1]`.
     """
-    flat = tensors_in(inputs)
-    data: Any = next((value for value in flat if value.ndim > 1), None)
+    data: Any = next((value for value in inputs if value.ndim > 1), None)
     if data is None:
         return None
-    for value in flat:
+    for value in inputs:
         if value.ndim != 1 or value.is_floating_point() or len(value) != data.shape[0] or value.min() < 1:
             continue
         for steps in (size for size in data.shape[1:] if int(value.max()) <= size):
@@ -147,10 +146,10 @@ def is_count(value: Any, rows: int) -> bool:
     return value.ndim == 1 and len(value) == rows and not value.is_floating_point()
 
 
-def _source(flat: list[Any], lengths: Any) -> tuple[int | None, str]:
+def _source(inputs: tuple[Any, ...], lengths: Any) -> tuple[int | None, str]:
     """Return the index of the input that holds the lengths, and its kind: see `Padded`. The lengths may be sorted."""
     wanted = sorted(lengths.tolist())
-    for n, value in enumerate(flat):
+    for n, value in enumerate(inputs):
         if value.ndim == 1 and sorted(value.tolist()) == wanted:
             return n, "lengths"
         if value.ndim == 2 and bool(((value == 0) | (value == 1)).all()):
@@ -187,10 +186,10 @@ def _padded_forward(
     full = None
     if place is not None:
         counts = torch.zeros(rows, dtype=torch.int64) + steps
-        full = _given(kind, tensors_in(inputs)[place], counts, steps)
+        full = _given(kind, inputs[place], counts, steps)
         tensors.insert(place, full)
     with unpacked(full if kind == "lengths" else None):
-        made = tensors_in(forward(*like(inputs, tensors)))
+        made = forward(*tensors)
     return tuple(made[n] for n in keep)
 
 
@@ -320,21 +319,20 @@ def ragged_difference(
     network: Network, module: Any, inputs: tuple[Any, ...], call: Packed, how: Padded, tolerance: float
 ) -> str | None:
     """Return how the outputs of a network and a module differ for rows of different lengths; None if they agree."""
-    flat = tensors_in(inputs)
     generator = torch.Generator().manual_seed(0)
-    tall = [_with_rows(value, call.rows, ROWS) for value in flat]
+    tall = [_with_rows(value, call.rows, ROWS) for value in inputs]
     rows, steps = max(call.rows, ROWS), call.steps
     compared = False
     for lengths in ([max(steps - 2 * n, 1) for n in range(rows)], [steps, *[1] * (rows - 1)]):  # sorted: some need it
         counts = torch.tensor(lengths)
         given = [torch.randn(v.shape, generator=generator, dtype=v.dtype) if v.is_floating_point() else v for v in tall]
         if how.place is not None:
-            given[how.place] = _given(how.kind, flat[how.place], counts, steps)
+            given[how.place] = _given(how.kind, inputs[how.place], counts, steps)
         else:
             given = [_cut(value, counts, steps) for value in given]
         try:
             with torch.no_grad():
-                expected = tensors_in(module(*fresh(like(inputs, given))))
+                expected = module(*fresh(given))
                 counts = counts if how.place is not None else packs(module, tuple(given))[0].lengths
         except Exception:  # the module rejects these lengths
             continue

@@ -24,15 +24,14 @@ def compilable(ready: Prepared, tolerance: float) -> str:
     parts = {
         path: part
         for path, part in ready.module.named_modules()
-        if path and not path.startswith(tuple(layers))  # a layer of ours doesn't call its cells
+        # A layer of ours doesn't call its cells, and hooks can't observe the calls of scripted parts.
+        if path and not path.startswith(tuple(layers)) and not isinstance(part, torch.jit.ScriptModule)
     }
     recurrent = {
         path
         for path, part in parts.items()
         if any(isinstance(inner, kinds) or _is_layer(inner) for inner in part.modules())
     }
-    if isinstance(ready.module, torch.jit.ScriptModule):
-        return ""  # hooks can't observe the calls of its parts
     calls, sources = _calls(ready, parts, recurrent)
     found: dict[str, Network] = {}
     tried = 0
@@ -70,11 +69,10 @@ def _calls(
     """Run a module; return the inputs of each recurrent part's first call, and tensors with their origin, by id."""
     calls: dict[str, tuple[Any, ...]] = {}
     inputs = fresh(ready.inputs)
-    flat = tensors_in(inputs)
     # The tensors are kept, so that no other object gets the id of one of them.
     sources = {
-        id(value): (value, f"input {n} of the module" if len(flat) > 1 else "the module's input")
-        for n, value in enumerate(flat)
+        id(value): (value, f"input {n} of the module" if len(inputs) > 1 else "the module's input")
+        for n, value in enumerate(inputs)
     }
 
     def before(path: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,8 +95,7 @@ def _calls(
                     lambda part, args, kwargs, path=path: before(path, part, args, kwargs), with_kwargs=True
                 )
             )
-        if not isinstance(part, torch.jit.ScriptModule):
-            hooks.append(part.register_forward_hook(lambda _, __, made, path=path: after(path, made)))
+        hooks.append(part.register_forward_hook(lambda _, __, made, path=path: after(path, made)))
     try:
         with torch.no_grad():
             ready.module(*inputs)

@@ -17,12 +17,13 @@ from cellstack.capture.nested import (
     flattened,
     fresh,
     has_packed,
-    is_plain,
     leaves_in,
     like,
     tensors_in,
 )
+from cellstack.capture.routes import directly
 from cellstack.cells.errors import FormatError
+from cellstack.network import Network
 
 SETTINGS = (type(None), bool, int, float, str)  # types of arguments that keep their values in the example
 
@@ -32,9 +33,10 @@ class Prepared(NamedTuple):
 
     Attributes:
         name: the class of the module.
-        module: the copy.
-        inputs: the example: tensors, in nested tuples and lists.
-        answers: its outputs for the example, as a flat list of tensors.
+        module: the copy, which takes tensors as arguments, and returns a tuple of tensors: see `flattened`.
+        inputs: the example: tensors.
+        answers: its outputs for the example.
+        direct: the network that `load` returns for the copy, or why it returns none.
         again: whether a second call returns the same.
         notes: differences from the module, for warnings.
     """
@@ -43,6 +45,7 @@ class Prepared(NamedTuple):
     module: Any
     inputs: tuple[Any, ...]
     answers: list[Any]
+    direct: Network | Exception
     again: bool
     notes: tuple[str, ...]
 
@@ -113,18 +116,9 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
             f"compile: {name} is on the device 'meta', which stores no values: load its weights, by "
             "module.to_empty(device='cpu') and module.load_state_dict(...), and pass an example on the CPU"
         )
-    arguments = inputs
-    scripted = isinstance(still, torch.jit.ScriptModule)
-    own_call = not scripted and type(still).__call__ is not torch.nn.Module.__call__  # may take other arguments
-    if not is_plain(inputs) or own_call:
-        still = flattened(still, inputs)
-        inputs = tuple(tensors_in(inputs))
-    answers, again = _first_calls(name, still, inputs)
-    others = [type(value).__name__ for value in answers if not isinstance(value, torch.Tensor)]
-    if others and arguments is inputs:
-        still = flattened(still, inputs)
-        inputs = tuple(tensors_in(inputs))
-    answers = tensors_in(answers)
+    leaves, again = _first_calls(name, still, inputs)
+    others = [type(value).__name__ for value in leaves if not isinstance(value, torch.Tensor)]
+    answers = tensors_in(leaves)
     if not answers:
         raise ValueError(
             f"compile: {name} itself returns no tensor for the example, but {', '.join(others) or 'nothing'}"
@@ -140,23 +134,25 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
             "with: check its weights, and give an example for which it returns numbers"
         )
     folded = fold(still)
+    direct, still = directly(still, len(tensors)), flattened(still, inputs)
+    inputs = tuple(tensors_in(inputs))
     if folded and again:
         with torch.no_grad():
-            after = tensors_in(still(*fresh(inputs)))
+            after = still(*fresh(inputs))
         same = (agree(array_of(a), array_of(b), 1e-5) for a, b in zip(after, answers, strict=True))
         if not all(same):
             raise FormatError(
                 f"compile: {name}: the values of {', '.join(folded)} are computed before each call, and fixing them "
                 "changes the output: remove their parametrization first"
             )
-    return Prepared(name, still, inputs, answers, again, tuple(notes))
+    return Prepared(name, still, inputs, answers, direct, again, tuple(notes))
 
 
 def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[Any], bool]:
     """Call a module twice; return its outputs, and whether the second call returns the same."""
     try:
         with torch.no_grad():
-            answers, second = (leaves_in(module(*fresh(inputs))) for _ in range(2))
+            answers, second = (leaves_in(module(*_copies(inputs))) for _ in range(2))
     except Exception as error:  # a module may raise any exception
         said = f"{type(error).__name__}: {error}"
         where = ", in evaluation mode, but accepts it in training mode" if _accepts_in_training(module, inputs) else ""
@@ -169,13 +165,18 @@ def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[
     return answers, all(same)
 
 
+def _copies(inputs: tuple[Any, ...]) -> Any:
+    """Return nested inputs with copies of their tensors."""
+    return like(inputs, [fresh([one])[0] if isinstance(one, torch.Tensor) else one for one in leaves_in(inputs)])
+
+
 def _accepts_in_training(module: Any, inputs: tuple[Any, ...]) -> bool:
     """Return whether a module accepts the inputs in training mode."""
     try:
         with torch.no_grad():
             made = duplicate(module)
             made.train()
-            made(*fresh(inputs))
+            made(*_copies(inputs))
     except Exception:  # it rejects them there too
         return False
     return True

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import Ends, GraphEnds
-from cellstack.capture.nested import fresh, like, tensors_in
+from cellstack.capture.nested import fresh
 from cellstack.capture.sizes import OURS, Places, compared, line_of, outside, pytorch
 from cellstack.formats.runtimes.in_memory import watched
 
@@ -55,10 +55,10 @@ def calls_cells_repeatedly(module: Any, inputs: tuple[Any, ...]) -> bool:
 
 def compared_sizes(ends: Ends | GraphEnds, module: Any, example: tuple[Any, ...]) -> Places:
     """Return where a module's code depends on sizes of its input."""
-    first, module = tensors_in(example), duplicate(module)  # whose attributes may keep sizes
+    first, module = list(example), duplicate(module)  # whose attributes may keep sizes
     others = [size.given for size in ends.longer(first)]
     try:
-        return compared(lambda given: module(*fresh(like(example, given))), first, others)
+        return compared(lambda given: module(*fresh(given)), first, others)
     except Exception as error:  # code may reject sizes that aren't plain integers
         return Places([], [], str(error))
 

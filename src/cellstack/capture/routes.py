@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from torch.nn import RNNCellBase
 
 from cellstack.capture.axes import free_axes
-from cellstack.capture.copied import duplicate
 from cellstack.capture.exported import export
-from cellstack.capture.nested import fresh, tensors_in
+from cellstack.capture.nested import fresh
 from cellstack.capture.probes import calls
 from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx
@@ -22,69 +20,42 @@ from cellstack.formats.build import HINT
 from cellstack.formats.pytorch import network_of_module
 from cellstack.formats.pytorch.torch_modules import KNOWN
 from cellstack.network import Network
-from cellstack.network.layouts import KEY, Layout, noted
+from cellstack.network.layouts import KEY
 
 
-def directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
-    """Return the network that `cellstack.load` returns."""
+def directly(module: Any, inputs: int) -> Network | Exception:
+    """Return the network that `cellstack.load` returns for a module of this number of inputs, or why there is none."""
     try:
         network = network_of_module(module)
     except TypeError as error:  # most modules are custom classes, which may still be exported to ONNX
-        raise TypeError(str(error).replace(KNOWN, "a custom class without to_nodes()")) from error
-    if len(tensors_in(inputs)) != len(network.inputs):
-        raise TypeError("it takes states or other inputs in addition to x")
-    return _time_in_the_middle(network)
+        return TypeError(str(error).replace(KNOWN, "a custom class without to_nodes()"))
+    except ValueError as error:
+        return error
+    if inputs != len(network.inputs):
+        return TypeError("it takes states or other inputs in addition to x")
+    takers = [node for node, wires in zip(network.nodes, network.wires, strict=True) if network.inputs[0] in wires]
+    if any(getattr(node, "dims", None) == (2, 1) for node in takers):
+        return TypeError("it takes [B, C, T], of which the graph gives a network of [B, T, C]")
+    return network
 
 
-def _time_in_the_middle(network: Network) -> Network:
-    """Return a network of `[B, C, T]`, which begins with a Permute, as one of `[B, T, C]`."""
-    wires = dict(zip(network.names, network.wires, strict=True))
-    turned = {n for n, node in zip(network.names, network.nodes, strict=True) if getattr(node, "dims", None) == (2, 1)}
-    x = network.inputs[0]
-    first = {name for name, sources in wires.items() if x in sources}
-    if len(network.inputs) > 1 or not first <= turned or first & set(network.outputs):
-        return network
-    ends = {name: wires[name][0] for name in network.outputs if name in turned}
-    gone = first | {name for name in ends if all(name not in sources for sources in wires.values())}
-    kept = [(name, node) for name, node in zip(network.names, network.nodes, strict=True) if name not in gone]
-    names, nodes = zip(*kept, strict=True)
-    outputs = [ends.get(name, name) for name in network.outputs]
-    if len(set(outputs)) < len(outputs):
-        return network
-    made = Network(
-        nodes,
-        names,
-        network.metadata,
-        inputs=network.inputs,
-        wires=[[x if source in first else source for source in wires[name]] for name in names],
-        outputs=outputs,
-        _warn=False,
-    )
-    layouts = [
-        {name: Layout("BFT", (None, made.shapes[name][-1], None)) for name in ends}
-        for ends in ([x], [ends[name] for name in network.outputs if name in ends])
-    ]
-    made.metadata.update(noted("module", *layouts))
-    return made
-
-
-def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: list[str]) -> Network:
+def by_onnx(module: Any, inputs: tuple[Any, ...], answers: int, looks: list[str]) -> Network:
     """Return the network of a module's ONNX graph, for any batch size and number of steps if the graph allows it.
 
     The graph's inputs and outputs are named `input_n` and `output_n`, by their index among the tensors. The places
     where the module's code reads values are added to `looks`.
     """
-    flat = tensors_in(inputs)
-    names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
-    outs = [f"output_{n}" for n in range(len(answers))]
-    shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
-    stepped, reasons = _as_one_step(module, inputs), list[FormatError]()
+    cells, reasons = [part for part in module.modules() if isinstance(part, RNNCellBase)], list[FormatError]()
+    one_step = inputs[0].ndim == 2 and calls(module, cells, inputs) == 1
+    names = [f"input_{n}" for n in range(len(inputs))] if len(inputs) > 1 else ["input"]
+    outs = [f"output_{n}" for n in range(answers)]
+    shapes = {name: list(value.shape) for name, value in zip(names, inputs, strict=True)}
     for way in _ways(free_axes(module, inputs)):
         axes = {name: {axis: f"{name}_{axis}" for axis in free} for name, free in zip(names, way, strict=True) if free}
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "module.onnx")
             options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
-            looks += (line for line in export(stepped, fresh(inputs), path, options) if line not in looks)
+            looks += (line for line in export(module, fresh(inputs), path, options, one_step) if line not in looks)
             try:
                 network = onnx.read_whole(path, whole_loops=True, example=shapes)
                 break
@@ -104,28 +75,3 @@ def _ways(free: list[list[int]]) -> Iterator[list[list[int]]]:
     for n, axes in enumerate(free):
         for axis in axes[2:]:
             yield [[axes[0], axis] if m == n else other[:2] for m, other in enumerate(free)]
-
-
-def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
-    """Return a module whose call is one step, changed so that its cells are exported as operators with known states.
-
-    PyTorch exports an nn.GRUCell and an nn.RNNCell as sums and products, in which states can't be recognised.
-    """
-    flat = tensors_in(inputs)
-    cells = [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)]
-    if flat[0].ndim != 2 or calls(module, cells, inputs) != 1:
-        return module
-
-    def once(cell: Any, input: Any, hx: Any = None) -> Any:
-        if hx is None or input.ndim != 2:
-            return type(cell).forward(cell, input, hx)
-        mode = "gru" if isinstance(cell, torch.nn.GRUCell) else f"rnn_{cell.nonlinearity}"
-        weights = [cell.weight_ih, cell.weight_hh, *((cell.bias_ih, cell.bias_hh) if cell.bias else ())]
-        run = getattr(torch._VF, mode)
-        return run(input[None], hx[None], weights, cell.bias, 1, 0.0, False, False, False)[1][0]
-
-    stepped = duplicate(module)
-    for part in stepped.modules():
-        if isinstance(part, (torch.nn.GRUCell, torch.nn.RNNCell)):
-            part.forward = functools.partial(once, part)
-    return stepped

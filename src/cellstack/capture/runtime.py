@@ -27,7 +27,7 @@ from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import GraphEnds, difference, drawn
 from cellstack.capture.export import example_values, recorded, write
 from cellstack.capture.exported import export, without_console
-from cellstack.capture.nested import flattened, fresh, tensors_in
+from cellstack.capture.nested import fresh
 from cellstack.capture.operators import on_the_op
 from cellstack.capture.packing import packs
 from cellstack.capture.prepared import Prepared
@@ -55,7 +55,7 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
         raise FormatError(DRAWS)
     if find_spec("onnxruntime") is None:
         raise FormatError(NEEDS)
-    module, inputs, tried = flattened(duplicate(ready.module), ready.inputs), tuple(tensors_in(ready.inputs)), []
+    module, inputs, tried = duplicate(ready.module), ready.inputs, list[str]()
     axes = axes_in_groups(on_the_op(module), inputs)  # PyTorch doesn't check sizes of packed rows
     cut = "torch.export", _by_export, False
     whole = "torch.export of all steps", partial(_by_export, cut=False), True

@@ -8,6 +8,7 @@ from onnx_graphs import model, unrolled_model, write
 from cellstack.formats.onnx.decomposed.loops import roll_steps
 from cellstack.formats.onnx.file import read
 from cellstack.formats.onnx.passes import passes
+from cellstack.formats.onnx.specialize import KnownLengths
 
 make = helper.make_node
 
@@ -62,3 +63,30 @@ def test_passes_change_none_of_the_models_that_they_are_given(tmp_path, name):
     kinds = [node.op_type for node in found[-1].graph.node]
     assert set(operators) <= set(kinds)
     assert not {*operators} <= {node.op_type for node in found[0].graph.node}
+
+
+KERNEL = np.ones((4, 3, 3), np.float32)
+LENGTHS = {  # a node, and the shape of its output, where lengths are certain; None where they, or their number, aren't
+    "convolution": (make("Conv", ["x", "kernel"], ["y"], strides=[2], pads=[1, 2]), [None, 4, 5]),
+    "convolution with automatic pads": (make("Conv", ["x", "kernel"], ["y"], auto_pad="SAME_UPPER"), [None, 4, None]),
+    "pool with dilation": (make("MaxPool", ["x"], ["y"], kernel_shape=[3], dilations=[2]), [None, None, 5]),
+    "pool of whole windows": (make("MaxPool", ["x"], ["y"], kernel_shape=[2], ceil_mode=1), [None, None, None]),
+    "wider than the kernel": (make("Conv", ["one", "kernel"], ["y"], pads=[2, 2]), [None, 4, 3]),
+    "pads from the data": (make("Pad", ["x", "size"], ["y"]), [None, None, None]),
+    "repeated": (make("Tile", ["x", "pair"], ["y"]), [None, None, None]),
+    "expanded": (make("Expand", ["one", "pair"], ["y"]), [None, 3, None]),
+    "sum with an unknown value": (make("Add", ["one", "size"], ["y"]), None),
+    "product with a vector": (make("MatMul", ["x", "vector"], ["y"]), None),
+    "squeezed where it is open": (make("Squeeze", ["x"], ["y"]), None),
+    "parts": (make("Split", ["x"], ["y", "z", "w"], axis=2), [None, 3, 3]),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_lengths_are_known_where_they_are_certain(tmp_path, case):
+    node, shape = LENGTHS[case]
+    inputs = {"x": (TensorProto.FLOAT, ["B", 3, "T"]), "one": (TensorProto.FLOAT, ["B", 3, 1])}
+    tensors = {"kernel": KERNEL, "pair": np.array([1, 1, 2]), "vector": np.ones(9, np.float32)}
+    made = model([make("NonZero", ["x"], ["size"]), node], inputs, {"y": 3}, tensors)
+    known = KnownLengths(read(write(tmp_path / "file.onnx", made)), {"x": [None, None, 9]})
+    assert known.shapes.get("y") == shape

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from cellstack.capture.copied import duplicate
 from cellstack.capture.exported import export
+from cellstack.capture.nested import flattened, tensors_in
 from cellstack.capture.recognition.calls import ModuleCall, accepted, guesses, protocol_of, shortened
 from cellstack.capture.recognition.comparison import compare, effect_of, is_steady, verify
 from cellstack.capture.recognition.origins import Origins, layer_of
@@ -129,11 +130,12 @@ def _traced(
 def _exported(module: nn.Module, call: ModuleCall, values: Mapping[str, np.ndarray]) -> list[Cell]:
     """Return the cells in the graph of a call of a module whose parameters have these values."""
     put(module, values)
+    flat, inputs = flattened(duplicate(module), call.args), tuple(tensors_in(call.args))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "module.onnx")
         try:
-            export(module, call.args, path, {"input_names": [f"input_{n}" for n in range(len(call.tensors))]})
-            return cells_of_module(path, len(call.tensors) - 1)
+            export(flat, inputs, path, {"input_names": [f"input_{n}" for n in range(len(inputs))]})
+            return cells_of_module(path, len(inputs) - 1)
         except FormatError as error:
             raise FormatError(str(error).replace(f"{path}: ", "").replace(path, "its graph")) from error
 

@@ -17,7 +17,7 @@ an operator needs a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +83,8 @@ class Axes:
         states: inputs that hold initial states.
         lengths: inputs that hold the rows' lengths.
         framed: whether a call is one step; the graph then adds the recurrent operators' time axis itself.
+        sizes: where lengths are asked for, and not roles: those of inputs that the file leaves open, by name. Then a
+            length is certain, or None, and a value whose number of axes isn't certain is unknown.
 
     Attributes:
         inputs: the axes of each data input, such as "TBF"; None where it can't be one. Of two axes of features, the
@@ -99,8 +101,9 @@ class Axes:
         states: set[str],
         lengths: set[str],
         framed: bool = False,
+        sizes: Mapping[str, Sequence[int | None]] | None = None,
     ) -> None:
-        self.rules, self.framed = rules, framed
+        self.rules, self.framed, self.exact = rules, framed, sizes is not None
         self.scope, self.values, self.problems = scope, dict[str, Any](), dict[int, str]()
         self.node: Any = None
         self.hints: list[tuple[Axis, str]] = []  # roles of axes that no operator determines
@@ -110,7 +113,12 @@ class Axes:
             kind, shape = value.type.tensor_type.elem_type, declared(value)
             if value.name in scope.initializers or value.name in lengths:
                 continue
-            if shape is None:
+            if sizes is not None:
+                if shape is None:
+                    continue
+                given = sizes.get(value.name) or shape
+                shape = [own if length is None else length for own, length in zip(shape, given, strict=True)]
+            elif shape is None:
                 shape = list[int | None]([None] * (2 if kind in INTEGERS else 3))
             self.values[value.name] = Shaped([Axis() for _ in shape], shape)
             if value.name not in states:
@@ -197,6 +205,8 @@ class Axes:
         rule = self.rules.get(node.op_type) if node.domain in DOMAINS or is_recurrent(node) else None
         try:
             values = [self._value(name) for name in node.input]
+            if self.exact and node.op_type in ("Gemm", "MatMul") and isinstance(values[0], np.ndarray):
+                values[0] = Shaped([Axis() for _ in values[0].shape], [*values[0].shape])  # zeros before the first step
             if not any(isinstance(value, Shaped) for value in values):
                 made = self._counted(node, values)
             else:
@@ -218,6 +228,9 @@ class Axes:
         attributes = self.scope.model.attributes(node)
         if node.op_type == "Cast":
             return values
+        if node.op_type == "ConstantOfShape" and self.exact:
+            sizes = list(values[0].array)
+            return [Shaped([Axis() for _ in sizes], [size if isinstance(size, int) else None for size in sizes])]
         arrays = [value.array if isinstance(value, Symbols) else value for value in values]
         given = [bool(name) for name in node.input]
         made = fold(node.op_type, attributes, arrays, given, len(node.output), self.scope.model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.attributes import axes_of, order_of, pads_of, slices, within
+from cellstack.formats.onnx.attributes import axes_of, order_of, pads_of, slices, split_sizes, within
 from cellstack.formats.onnx.axes import Axes, Axis, Rule, Shaped
 from cellstack.formats.onnx.cells import KIND_OF, NAMES
 from cellstack.formats.onnx.values import Dim, Symbols
@@ -26,7 +26,7 @@ def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[A
     """Padding applies to steps rather than to features, the last axis, unless only the last axis has an open length."""
     x = values[0]
     if len(values) > 1 and not isinstance(values[1], np.ndarray):  # padding computed from an open length leaves it open
-        return [x]
+        return [Shaped(x.axes, [None] * len(x.axes)) if axes.exact else x]
     pads = pads_of(attributes, values, len(x.axes))
     last = len(x.axes) - 1
     more = [sum(pads[n :: len(x.axes)]) for n in range(len(x.axes))]
@@ -41,6 +41,8 @@ def _together(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
     """Elementwise operators unify axes, counted from the last, where neither has length 1."""
     flows = [value for value in values if isinstance(value, Shaped)]
     arrays = [value for value in values if isinstance(value, np.ndarray)]
+    if axes.exact and len(flows) + len(arrays) < len(values):
+        return []
     rank = max(len(flow.axes) for flow in flows)
     for array in arrays:
         long = [n - array.ndim for n, length in enumerate(array.shape) if length > 1]
@@ -68,8 +70,11 @@ def _product(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[
             return []
         for one, other in zip((*x.axes[:-2], x.axes[-1]), (*weights.axes[:-2], weights.axes[-2]), strict=True):
             axes.unify(one, other)
-        return [Shaped([*x.axes[:-1], weights.axes[-1]], [*x.lengths[:-1], weights.lengths[-1]])]
+        wide = [b if a == 1 else a for a, b in zip(x.lengths[:-2], weights.lengths[:-2], strict=True)]
+        return [Shaped([*x.axes[:-1], weights.axes[-1]], [*wide, x.lengths[-2], weights.lengths[-1]])]
     axes.needs(x, "F", "its input", -1)
+    if axes.exact and (np.ndim(weights) != 2 or attributes.get("transA", 0)):
+        return []
     transposed = isinstance(weights, np.ndarray) and attributes.get("transB", 0)
     width = weights.shape[0 if transposed else -1] if isinstance(weights, np.ndarray) and weights.ndim == 2 else None
     return [Shaped([*x.axes[:-1], Axis("F", axes.here)], [*x.lengths[:-1], width])]
@@ -93,13 +98,28 @@ def _windows(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[
     features = Axis("F", axes.here) if axes.node.op_type.startswith("Conv") else x.axes[1]
     ends = axes.node.op_type.startswith("Global")
     behind_now = [Axis() for _ in behind] if ends else x.axes[2:]
-    lengths = [1 if ends or (x.lengths[n] == 1 and n not in over) else None for n in behind]
-    return [Shaped([x.axes[0], features, *behind_now], [x.lengths[0], None, *lengths])]
+    kept = [1 if x.lengths[n] == 1 and n not in over and not axes.exact else None for n in behind]
+    slid = [_slid(axes, attributes, x, n, sizes) for n in behind]
+    lengths = [1] * len(behind) if ends else [b if a is None else a for a, b in zip(slid, kept, strict=True)]
+    filters = values[1].shape[0] if axes.node.op_type == "Conv" and kernel is not None else None
+    return [Shaped([x.axes[0], features, *behind_now], [x.lengths[0], filters, *lengths])]
+
+
+def _slid(axes: Axes, attributes: dict[str, Any], x: Shaped, axis: int, sizes: list[int]) -> int | None:
+    """Return how many windows there are along an axis; None where that isn't known."""
+    length, n, count = x.lengths[axis], axis - 2, len(x.axes) - 2
+    known = "Transpose" not in axes.node.op_type and attributes.get("auto_pad", "NOTSET") == "NOTSET"
+    if length is None or not known or len(sizes) != count or attributes.get("ceil_mode", 0):
+        return None
+    pads, strides, dilations = (attributes.get(key) for key in ("pads", "strides", "dilations"))
+    more = pads[n] + pads[n + count] if pads else 0
+    span = (sizes[n] - 1) * (dilations[n] if dilations else 1)
+    return (length + more - span - 1) // (strides[n] if strides else 1) + 1
 
 
 def _reduced(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x, found = values[0], axes_of(attributes, values)
-    if found is None:
+    if not found:
         return []
     gone, keep = {x.at(axis) for axis in found}, attributes.get("keepdims", 1)
     if len(gone) == 1:
@@ -149,6 +169,8 @@ def _recurrent(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> lis
 def _scan(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """A Scan over one value: time first, then rows of features, as in the states."""
     *states, x = values
+    if axes.exact:
+        return []
     axes.needs(x, "TBF", "its steps")
     for state in states:
         axes.needs(state, "BF", "its states")
@@ -160,6 +182,8 @@ def _scan(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
 
 def _moved(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x = values[0]
+    if axes.exact and axes.node.op_type == "Squeeze" and axes_of(attributes, values) is None and None in x.lengths:
+        return []
     order = order_of(axes.node.op_type, attributes, values, [length == 1 for length in x.lengths])
     made = [Axis() if n is None else x.axes[n] for n in order]
     return [Shaped(made, [1 if n is None else x.lengths[n] for n in order])]
@@ -168,6 +192,8 @@ def _moved(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[An
 def _taken(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x, index = values[:2]
     if isinstance(x, np.ndarray):  # rows of a table
+        if axes.exact and attributes.get("axis", 0) != 0:
+            return []
         return [Shaped([*index.axes, Axis("F", axes.here)], [*index.lengths, x.shape[-1]])]
     axis = x.at(attributes.get("axis", 0))
     if not isinstance(index, np.ndarray) or index.ndim > 1:
@@ -180,7 +206,8 @@ def _taken(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[An
 
 def _sliced(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x = values[0]
-    lists = [value if isinstance(value, np.ndarray) else None for value in values[1:]]
+    lists = [value.known if isinstance(value, Symbols) else value for value in values[1:]]
+    lists = [value if isinstance(value, np.ndarray) else None for value in lists]
     taken = slices(attributes, [x, *lists], len(x.axes))
     if taken is None:
         return [Shaped(x.axes, [None for _ in x.axes])]
@@ -198,8 +225,9 @@ def _sliced(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[A
 def _split(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x = values[0]
     axis = x.at(attributes.get("axis", 0))
-    lengths = [None if n == axis else length for n, length in enumerate(x.lengths)]
-    return [Shaped(x.axes, lengths)] * len(axes.node.output)
+    length, count = x.lengths[axis], len(axes.node.output)
+    sizes = [None] * count if length is None else split_sizes(attributes, values, length, count)
+    return [Shaped(x.axes, [*x.lengths[:axis], size, *x.lengths[axis + 1 :]]) for size in sizes]
 
 
 def _joined(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -226,15 +254,17 @@ def _tiled(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[An
     made: list[Axis] = [Axis() for _ in range(count - len(x.axes))]
     made += [Axis() if length == 1 else axis for axis, length in zip(x.axes, x.lengths, strict=True)]
     new = [1] * (count - len(x.axes))
-    return [Shaped(made, [None if n == 1 else n for n in (*new, *x.lengths)])]
+    unsure = axes.exact and axes.node.op_type == "Tile"
+    return [Shaped(made, [None if n == 1 or unsure else n for n in (*new, *x.lengths)])]
 
 
 def _shape(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    lengths = np.empty(len(values[0].axes), object)
-    for n, axis in enumerate(values[0].axes):
+    x = values[0]
+    lengths = np.empty(len(x.axes), object)
+    for n, axis in enumerate(x.axes):
         name = f"{id(axis.root)}"
         axes.known[name] = axis
-        lengths[n] = Dim((name,))
+        lengths[n] = x.lengths[n] if axes.exact and x.lengths[n] is not None else Dim((name,))
     return [Symbols(lengths[attributes.get("start", 0) : attributes.get("end")])]
 
 

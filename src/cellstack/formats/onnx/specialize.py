@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import numpy as np
 from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import Array
 from cellstack.formats.files import short
+from cellstack.formats.onnx.axes import Axes, Shaped
+from cellstack.formats.onnx.axis_rules import RULES
 from cellstack.formats.onnx.file import ODD, Graph, Model, Scope, declared, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, fold
 from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, line_of, renamed
@@ -84,47 +85,15 @@ def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
 
 
 class KnownLengths:
-    """The known lengths in a graph, from the onnx package's shape inference for inputs of these sizes, by name."""
+    """The lengths that follow from the shapes of weights, and of inputs of these sizes, by the rules of axes.
+
+    The onnx package's own inference isn't used for this, as it ends the process for invalid files.
+    """
 
     def __init__(self, model: Model, sizes: Mapping[str, Sequence[int | None]]) -> None:
-        onnx, self.scope = onnx_package(), model.scope()
-        proto = self._described(sizes)
-        try:
-            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        except Exception:  # inference failed: nothing is known, and operators that need it are reported
-            inferred = proto
-        self.shapes = {
-            value.name: declared(value)
-            for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
-            if value.type.HasField("tensor_type")
-        }
-        self.values: dict[str, Array | None] = {}
-
-    def _described(self, sizes: Mapping[str, Sequence[int | None]]) -> Any:
-        """Return the model for the package: without an exporter's notes, which cover all branches, or are wrong.
-
-        Lists of lengths and pads that the graph computes from constants are tensors, as the package doesn't infer them.
-        """
-        model, onnx = self.scope.model, onnx_package()
-        proto = onnx.ModelProto(ir_version=onnx.IR_VERSION, opset_import=model.imports)
-        proto.graph.CopyFrom(onnx.GraphProto(name=model.graph.name, input=model.graph.input, output=model.graph.output))
-        for value in proto.graph.input:
-            for axis, length in zip(value.type.tensor_type.shape.dim, sizes.get(value.name, ()), strict=False):
-                if length is not None:
-                    axis.dim_value = length
-        for tensor in model.graph.initializer:
-            size = {"dims": tensor.dims, "data_type": tensor.data_type}  # is all that the package needs of weights
-            long = prod(tensor.dims) > MOST_LISTED
-            proto.graph.initializer.append(onnx.TensorProto(name=tensor.name, **size) if long else tensor)
-        for node in model.graph.node:
-            constants = [self.scope.constant(name) if name else None for name in node.output]
-            if all(isinstance(each, np.ndarray) and each.size <= MOST_LISTED for each in constants):
-                for name, each in zip(node.output, constants, strict=True):
-                    listed_tensor = onnx.numpy_helper.from_array(np.asarray(each, order="C"), name)
-                    proto.graph.initializer.append(listed_tensor)
-            else:
-                proto.graph.node.append(node)
-        return proto
+        self.scope, self.values = model.scope(), dict[str, Array | None]()
+        axes = Axes(self.scope, RULES, {id(node) for node in model.graph.node}, set(), set(), sizes=sizes)
+        self.shapes = {name: value.lengths for name, value in axes.values.items() if isinstance(value, Shaped)}
 
     def value(self, name: str, depth: int = 0) -> Array | None:
         """Return the value of a name: integers and flags computed from lengths and constants; None if unknown."""

@@ -127,6 +127,11 @@ class Symbols(NamedTuple):
 
     array: Array
 
+    @property
+    def known(self) -> Array | None:
+        """The lengths as integers; None where one of them depends on the call."""
+        return None if any(isinstance(n, Counted) for n in self.array.reshape(-1)) else self.array.astype(np.int64)
+
 
 def entries_of(lengths: Any) -> list[Any] | None:
     """Return a list of lengths, integers and `Counted`; None for a value that isn't one."""

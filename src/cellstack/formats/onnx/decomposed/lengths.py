@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from cellstack.cells.layout import Array
-from cellstack.formats.onnx.decomposed.linear import axes_in, sizes_of
-from cellstack.formats.onnx.file import DOMAINS, ODD, Model, Scope, declared, onnx_package
+from cellstack.formats.onnx.decomposed.linear import sizes_of
+from cellstack.formats.onnx.file import DOMAINS, Model, Scope, onnx_package
 from cellstack.formats.onnx.specialize import KnownLengths
 
 
@@ -28,114 +28,12 @@ def fix_lengths(model: Model) -> Model:
     scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split, "Add": _add}
     if not any(_hides(scope, node) for node in model.graph.node):
         return model
-    lengths, tensors = _Known(scope), dict[str, Any]()
+    lengths, tensors = KnownLengths(model, {}), dict[str, Any]()
     nodes = []
     for node in model.graph.node:
         change = changes.get(node.op_type) if node.domain in DOMAINS else None
         nodes.append(node if change is None else change(lengths, node, tensors))
     return model.changed(nodes, tensors.values())
-
-
-Shape = list[int | None]
-
-PAIRS = {"Add", "Div", "Mul", "Sub"}
-ELEMENTWISE = {"Cast", "Clip", "HardSigmoid", "Identity", "LayerNormalization", "Neg", "Relu", "Sigmoid", "Tanh"}
-
-
-class _Known(KnownLengths):
-    """Lengths that follow from the shapes of weights, through the operators of a step.
-
-    The onnx package's own inference isn't used for this, as it ends the process for invalid files.
-    """
-
-    def __init__(self, scope: Scope) -> None:
-        self.scope, self.shapes, self.values = scope, dict[str, Shape | None](), dict[str, Any]()
-        for value in scope.graph.input:
-            self.shapes[value.name] = declared(value)
-        for node in scope.graph.node:
-            try:
-                shapes = self._inferred(node) if node.domain in DOMAINS else None
-            except ODD:  # its reader reports it
-                shapes = None
-            self.shapes.update(zip(node.output, shapes or [None] * len(node.output), strict=False))
-
-    def _shape(self, name: str) -> Shape | None:
-        constant = self.scope.constant(name) if name else None
-        return [*constant.shape] if isinstance(constant, np.ndarray) else self.shapes.get(name)
-
-    def _inferred(self, node: Any) -> list[Shape | None] | None:
-        """Return the shapes of a node's outputs; None where they aren't known."""
-        shapes = [self._shape(name) for name in node.input]
-        x, kind, attributes = (shapes[0] if shapes else None), node.op_type, self.scope.model.attributes(node)
-        if kind == "ConstantOfShape":
-            return [_sizes(self.value(node.input[0]))]
-        if kind == "Gemm" and len(shapes) > 1 and shapes[1] is not None and len(shapes[1]) == 2:
-            return [[x[0] if x else None, shapes[1][0 if attributes.get("transB", 0) else 1]]]
-        if x is None:
-            return None
-        if kind in PAIRS:
-            both = [shape for shape in shapes if shape is not None]
-            return [_broadcast(both)] if len(both) == len(shapes) == 2 else None
-        if kind in ELEMENTWISE:
-            return [x]
-        if kind == "MatMul" and len(shapes) > 1 and shapes[1] is not None and len(shapes[1]) == 2 and x:
-            return [[*x[:-1], shapes[1][1]]]
-        axis = attributes.get("axis", 0)
-        if kind == "Split" and -len(x) <= axis < len(x):
-            sizes = sizes_of(self.scope, node) or [None] * len(node.output)
-            return [_with(x, axis, size) for size in sizes]
-        if kind == "Gather" and -len(x) <= axis < len(x) and shapes[1] == []:
-            return [[size for n, size in enumerate(x) if n != axis % len(x)]]
-        if kind in ("Squeeze", "Unsqueeze"):
-            return self._squeezed(node, x)
-        if kind == "Slice" and len(node.input) > 3:
-            bounds = [_integers(self.value(name)) if name else None for name in node.input[1:4]]
-            if all(bound is not None and bound.shape == (1,) for bound in bounds):
-                start, stop, axis = (int(bound[0]) for bound in bounds if bound is not None)
-                size = x[axis] if -len(x) <= axis < len(x) else None
-                fits = size is not None and 0 <= start < stop
-                return [_with(x, axis, min(stop, size) - start if fits and size else None)]
-        if kind == "Reshape" and len(node.input) > 1:
-            return [_sizes(self.value(node.input[1]))]
-        return None
-
-    def _squeezed(self, node: Any, x: Shape) -> list[Shape | None] | None:
-        """Return the shape of a Squeeze or Unsqueeze of a value of shape `x`; None if its axes aren't known."""
-        axes = axes_in(self.scope, node)
-        total = len(x) + (len(axes or ()) if node.op_type == "Unsqueeze" else 0)
-        if not axes or any(not -total <= axis < total for axis in axes):
-            return None
-        over = {axis % total for axis in axes}
-        if node.op_type == "Squeeze":
-            return [[size for n, size in enumerate(x) if n not in over]]
-        left = iter(x)
-        return [[1 if n in over else next(left, None) for n in range(total)]]
-
-
-def _sizes(wanted: Array | None) -> Shape | None:
-    """Return a list of lengths as a shape; those that aren't known, and 0 and -1 of a Reshape, as None."""
-    if wanted is None or wanted.ndim != 1:
-        return None
-    return [one if isinstance(one, int) and one > 0 else None for one in wanted.tolist()]
-
-
-def _with(shape: Shape, axis: int, size: int | None) -> Shape | None:
-    """Return a shape with another length of one axis; None where it has no such axis."""
-    if not -len(shape) <= axis < len(shape):
-        return None
-    made = [*shape]
-    made[axis] = size
-    return made
-
-
-def _broadcast(shapes: list[Shape]) -> Shape:
-    """Return the shape of an elementwise result; lengths that aren't known stay unknown."""
-    rank = max(map(len, shapes))
-    made: Shape = []
-    for sizes in zip(*([1] * (rank - len(shape)) + shape for shape in shapes), strict=True):
-        others = {size for size in sizes if size != 1}
-        made.append(1 if not others else next((size for size in others if size is not None), None))
-    return made
 
 
 def _hides(scope: Scope, node: Any) -> bool:
