@@ -48,8 +48,8 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
         reason: why it isn't a Network.
 
     Raises:
-        FormatError: it can't be exported, has neither a recurrent operator for the kernel nor a loop, or its graph has other outputs; or
-            onnxruntime isn't installed.
+        FormatError: it can't be exported, has neither a recurrent operator for the kernel nor a loop, or its graph has
+            other outputs; or onnxruntime isn't installed.
     """
     if not ready.again:
         raise FormatError(DRAWS)
