@@ -122,8 +122,15 @@ def _train(name: str, training: Sequences, test: Sequences, options: FitOptions,
         f"\n{name}: a stack of {' and '.join(map(str, UNITS))} units, "
         + ("in both directions" if both else "frame by frame")
     )
-    noise = {"noise": NOISE, "offset": OFFSET_SHARE * NOISE}
-    architecture = Architecture(UNITS, bidirectional=both, dropout=DROPOUT, every_step=not both, changes=False, **noise)
+    architecture = Architecture(
+        UNITS,
+        bidirectional=both,
+        dropout=DROPOUT,
+        every_step=not both,
+        changes=False,
+        noise=NOISE,
+        offset=OFFSET_SHARE * NOISE,
+    )
     outcome = workflow.train_sequences(training, test, architecture, options)
     outcome.network.save(folder / f"{name}.safetensors")
     say(f"  {outcome.fit.steps} steps in {outcome.fit.seconds:.1f} s, test accuracy {outcome.scores['accuracy']:.2%}")
