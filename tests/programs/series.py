@@ -260,7 +260,7 @@ def hydrology_lstm():
     return CudaLSTM(_hydrology("cudalstm")), _basins
 
 
-@program("neuralhydrology: EALSTM", *NEEDS["neuralhydrology"], served=0, refused="Split")
+@program("neuralhydrology: EALSTM", *NEEDS["neuralhydrology"], served=0, runtime=True)
 def hydrology_ealstm():
     from neuralhydrology.modelzoo.ealstm import EALSTM
 
@@ -278,14 +278,14 @@ def pypots_grud():
     return BackboneGRUD(20, 4, 32), call
 
 
-@program("ncps: CfC", *NEEDS["ncps"], served=0, refused="Add '/lstm/Add'")
+@program("ncps: CfC", *NEEDS["ncps"], served=0, runtime=True)
 def ncps_cfc():
     from ncps.torch import CfC
 
     return CfC(6, 32, mixed_memory=True), lambda rows, steps: (torch.randn(rows, steps, 6),)
 
 
-@program("ncps: LTC", *NEEDS["ncps"], served=0, refused="Sub")
+@program("ncps: LTC", *NEEDS["ncps"], served=0, runtime=True)
 def ncps_ltc():
     from ncps.torch import LTC
 

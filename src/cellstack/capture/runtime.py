@@ -1,5 +1,7 @@
 """Modules that no Network can express: an ONNX graph with open sizes, whose recurrent operators run on the kernel.
 
+Loops over time with other steps than those of cells run in ONNX Runtime, like all else.
+
 The graph comes from `torch.export`, or from PyTorch's older exporter where that fails, as with scripted modules. It is
 compared with the module like a Network.
 """
@@ -30,6 +32,7 @@ from cellstack.capture.operators import on_the_op
 from cellstack.capture.packing import packs
 from cellstack.capture.prepared import Prepared
 from cellstack.capture.probes import compared_sizes
+from cellstack.capture.unrolled import rolled
 from cellstack.cells.errors import FormatError
 from cellstack.formats.onnx.runtime import RuntimeModel
 
@@ -45,8 +48,8 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
         reason: why it isn't a Network.
 
     Raises:
-        FormatError: it can't be exported, has no recurrent operator for the kernel, or its graph has other outputs; or
-            onnxruntime isn't installed.
+        FormatError: it can't be exported, has neither a recurrent operator for the kernel nor a loop, or its graph has
+            other outputs; or onnxruntime isn't installed.
     """
     if not ready.again:
         raise FormatError(DRAWS)
@@ -58,8 +61,9 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
     whole = "torch.export of all steps", partial(_by_export, cut=False), True
     cells = "torch.export of hand-written cells", partial(_by_export, cells=True), False
     trace = "torch.jit.trace", _by_trace, False
-    best = None
-    for how, save, padded in (cut, whole, cells) if packs(module, inputs) else (cut, cells, trace):
+    best, packed = None, bool(packs(module, inputs))
+    loops = "torch.export of loops", partial(_by_export, loops=True, cut=False), packed
+    for how, save, padded in (cut, whole, cells, loops) if packed else (cut, cells, loops, trace):
         examples, random = list(_examples(inputs, axes)), None
         for given in examples:
             looks, ends = list[str](), GraphEnds(axes, padded)
@@ -123,19 +127,18 @@ def _saved(
     """Return the graph that a function writes; the places where the module's code reads values are added to `looks`.
 
     Raises:
-        FormatError: it can't be written, isn't valid, or has no recurrent operator for the kernel.
+        FormatError: it can't be written, isn't valid, or has neither a recurrent operator for the kernel nor a loop.
     """
     names = [f"input_{n}" for n in range(len(inputs))], [f"output_{n}" for n in range(outputs)]
-    opened = [sorted(axis for m, axis in frozenset().union(*axes) if m == n) for n in range(len(inputs))]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "module.onnx")
         try:
             with without_console():
-                looks += save(module, inputs, opened, path, *names)
+                looks += save(module, inputs, axes, path, *names)
                 network = RuntimeModel(path, reason).prepare()
         except Exception as error:  # exporters and ONNX Runtime fail in as many ways as there are modules
             raise FormatError(_reason(error)) from error
-    if not network.kernels:
+    if not network.kernels and not network.loops:
         raise FormatError("it has no recurrent layer that the kernel runs")
     return network
 
@@ -148,19 +151,38 @@ def _reason(error: BaseException) -> str:
 
 
 def _by_export(
-    module: Any, given: Any, opened: list[list[int]], path: str, *names: Any, cut: bool = True, cells: bool = False
+    module: Any,
+    given: Any,
+    axes: Sequence[Axes],
+    path: str,
+    *names: Any,
+    cut: bool = True,
+    cells: bool = False,
+    loops: bool = False,
 ) -> list[str]:
     """Write what `torch.export` records of a module; return where its code depends on values."""
-    shapes, looks = (tuple(dict.fromkeys(axes, Dim.AUTO) for axes in opened),), list[str]()
+    shapes, looks = (tuple(dict.fromkeys(one, Dim.AUTO) for one in _opened(axes, len(given))),), list[str]()
     module, given = with_real_ends(module, given)
+    record = partial(recorded, dynamic_shapes=shapes, cut=cut, cells=cells)
     with example_values(looks):
-        write(recorded(module, given, dynamic_shapes=shapes, cut=cut, cells=cells), path, *names)
+        if loops:
+            rolled_up, given = rolled(partial(record, module), given, axes)
+            program = recorded(rolled_up, tuple(given), dynamic_shapes=shapes[0])
+        else:
+            program = record(module, given)
+        write(program, path, *names)
     return looks
 
 
-def _by_trace(module: Any, given: Any, opened: list[list[int]], path: str, names: Any, outs: Any) -> list[str]:
+def _opened(axes: Sequence[Axes], inputs: int) -> list[list[int]]:
+    """Return the axes of each input that may change."""
+    return [sorted(axis for m, axis in frozenset().union(*axes) if m == n) for n in range(inputs)]
+
+
+def _by_trace(module: Any, given: Any, opened: Sequence[Axes], path: str, names: Any, outs: Any) -> list[str]:
     """Write what PyTorch's older exporter traces of a module; return where its code reads values."""
-    axes = {name: {axis: f"{name}_{axis}" for axis in own} for name, own in zip(names, opened, strict=True)}
+    own = zip(names, _opened(opened, len(names)), strict=True)
+    axes = {name: {axis: f"{name}_{axis}" for axis in one} for name, one in own}
     return export(module, fresh(given), path, {"input_names": names, "output_names": outs, "dynamic_axes": axes})
 
 

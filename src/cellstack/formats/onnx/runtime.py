@@ -62,6 +62,7 @@ class Replacement:
     Attributes:
         kernels: the operators that are replaced.
         refused: why others aren't, by name.
+        loops: the number of Scans that aren't replaced.
         others: all other operators, in words.
         inputs, outputs: the names of the graph's inputs and outputs.
 
@@ -89,6 +90,7 @@ class Replacement:
                 self.refused[label(node)] = operator.removeprefix(f"{path}: ")
             counts[node.op_type] += 1
         self.kernels = [Kernel(label(node), it.cells[0].spec, len(it.cells)) for node, it in self._found]
+        self.loops = counts["Scan"]
         self.others = ", ".join(kind if count == 1 else f"{count} {kind}" for kind, count in counts.items())
 
     @property
@@ -145,6 +147,7 @@ class RuntimeModel:
 
     Attributes:
         kernels: the operators that run on the kernel.
+        loops: the number of Scans that aren't cells, which ONNX Runtime runs.
         refused: why other recurrent operators don't, by name.
         inputs, outputs: the names of the graph's inputs and outputs.
         session: ONNX Runtime's session; None before `prepare`.
@@ -160,6 +163,7 @@ class RuntimeModel:
             self._data = file.read()
         self._made: Replacement | None = Replacement(path, self._data)
         self.kernels, self.refused, self._plan = self._made.kernels, self._made.refused, self._made.plan
+        self.loops = self._made.loops
         self.inputs, self.outputs, self._others = self._made.inputs, self._made.outputs, self._made.others
         self.session: Any = None
 

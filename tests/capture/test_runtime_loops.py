@@ -1,0 +1,158 @@
+"""Loops over time whose step is no known cell, which `compile` keeps as loops: equal to the module at any length."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cellstack as cs
+from cellstack.capture.nested import array_of
+from cellstack.formats.onnx.runtime import RuntimeModel
+
+SIZES = ((2, 9), (3, 31), (1, 7), (5, 1), (2, 2))  # the first is that of the example
+
+
+class Loop(nn.Module):
+    """A function that runs over the steps of `x [B, T, 4]` with a step that isn't a cell's."""
+
+    def __init__(self, run):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.u, self.v, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.run = run
+
+    def step(self, x, h, c):
+        c = c * torch.cos(self.u(h)) + self.w(x).sin()
+        return torch.tanh(self.v(c)) * h.sigmoid().exp(), c
+
+    def start(self, x):
+        return x.new_zeros(x.shape[0], 6), x.new_ones(x.shape[0], 6)
+
+    def forward(self, *inputs):
+        return self.run(self, *inputs)
+
+
+def forward(m, x):
+    (h, c), outputs = m.start(x), []
+    for t in range(x.shape[1]):
+        h, c = m.step(x[:, t], h, c)
+        outputs.append(h)
+    return torch.stack(outputs, 1), c
+
+
+def of_a_state(m, x, h):
+    c = h.exp()
+    for step in x.unbind(1):
+        h, c = m.step(step, h, c)
+    return m.head(h)
+
+
+def backward(m, x):
+    (h, c), outputs = m.start(x), []
+    for t in reversed(range(x.size(1))):
+        h, c = m.step(x[:, t], h, c)
+        outputs.insert(0, h[:, None])
+    return torch.cat(outputs, 1)
+
+
+def both_ways(m, x):
+    steps = x.transpose(0, 1)
+    ahead, back = list[torch.Tensor](), list[torch.Tensor]()
+    for order, found in ((steps, ahead), (steps.flip(0), back)):
+        h, c = m.start(x)
+        for one in order:
+            h, c = m.step(one, h, c)
+            found.append(c)
+    return torch.cat([torch.stack(ahead), torch.stack(back[::-1])], -1)
+
+
+def of_two_layers(m, x):
+    h, c = m.start(x)
+    inner, outer = list[torch.Tensor](), list[torch.Tensor]()
+    for t in range(x.shape[1]):
+        h, c = m.step(x[:, t], h, c)
+        inner.append(h)
+    for h in inner:
+        c = torch.atan(c + m.v(h))
+        outer.append(m.head(c))
+    return torch.stack(outer, 2)
+
+
+def with_lengths_elsewhere(m, x):
+    """Use the length outside the loop too."""
+    y, c = forward(m, torch.cat([x, x[:, :3]], 1))
+    y = y[:, : x.shape[1]] + torch.arange(x.shape[1])[:, None] / 10
+    return y.reshape(len(x) * x.shape[1], 6), torch.zeros(len(x), x.shape[1] + 1) + c.sum(1, keepdim=True)
+
+
+def written_into_a_tensor(m, x):
+    y, (h, c) = x.new_zeros(x.shape[0], x.shape[1], 6), m.start(x)
+    for t in range(x.shape[1]):
+        h, c = m.step(x[:, t], y[:, t - 1] if t else h, c)
+        y[:, t, :] = h
+    return y
+
+
+def with_pairs_of_steps(m, x):
+    (h, c), outputs = m.start(x), []
+    for t in range(x.shape[1] - 1):
+        h, c = m.step(x[:, t : t + 2].mean(1), h, c)
+        outputs.append(h)
+    return torch.cat([torch.stack(outputs, 1), h.exp()[:, None]], 1)
+
+
+def of_two_steps_before(m, x):
+    before, h = m.start(x)
+    for t in range(x.shape[1]):
+        before, h = h, torch.tanh(m.u(before) + m.v(h) + m.w(x[:, t]))
+    return h
+
+
+def in_another_module(m, x):
+    class Inner(nn.Module):
+        def forward(self, x):
+            return forward(m, x)[0]
+
+    return nn.Sequential(nn.Softsign(), Inner(), m.head, nn.Softmax(1))(x)
+
+
+LOOPS = (
+    forward,
+    of_a_state,
+    backward,
+    both_ways,
+    of_two_layers,
+    with_lengths_elsewhere,
+    written_into_a_tensor,
+    with_pairs_of_steps,
+    of_two_steps_before,
+    in_another_module,
+)
+
+
+def example(run, rows, steps):
+    torch.manual_seed(rows * 100 + steps)
+    more = [torch.randn(rows, 6)] if run is of_a_state else []
+    return torch.randn(rows, steps, 4), *more
+
+
+@pytest.mark.parametrize("run", LOOPS, ids=lambda one: one.__name__)
+def test_a_loop_takes_any_length(run):
+    module = Loop(run).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = cs.compile(module, example(run, *SIZES[0]))
+    assert isinstance(net, RuntimeModel)
+    assert net.loops == (2 if run in (both_ways, of_two_layers) else 1)
+    for rows, steps in SIZES:
+        if run is with_pairs_of_steps and steps == 1:
+            continue  # the module rejects it
+        inputs = example(run, rows, steps)
+        with torch.no_grad():
+            wanted = module(*inputs)
+        found = net.compute(dict(zip(net.inputs, map(array_of, inputs), strict=True)))
+        for one, other in zip(found, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+            assert one.shape == other.shape
+            np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=1e-5)
