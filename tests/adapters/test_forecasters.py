@@ -1,4 +1,4 @@
-"""`SequenceForecaster` for sktime and aeon: horizons, indices, panels, columns known in advance, errors."""
+"""`SequenceForecaster` for sktime: horizons, indices, panels, columns known in advance, errors."""
 
 import doctest
 import pickle
@@ -19,7 +19,7 @@ def quick(**more):
     return Estimator(**small | more)
 
 
-# sktime and aeon take seconds to import: each is imported where it is used, by the one process that runs these tests.
+# sktime takes seconds to import: it is imported where it is used, by the one process that runs these tests.
 
 
 def forecaster(**more):
@@ -29,12 +29,11 @@ def forecaster(**more):
 
 
 def test_the_examples_in_the_docstrings():
-    from cellstack.adapters import aeon, sktime
+    from cellstack.adapters import sktime
 
-    for module in (aeon, sktime):
-        failed, attempted = doctest.testmod(module)
-        assert attempted
-        assert not failed
+    failed, attempted = doctest.testmod(sktime)
+    assert attempted
+    assert not failed
 
 
 @pytest.fixture(scope="module")
@@ -241,31 +240,3 @@ def test_it_is_pickled_cloned_and_evaluated(days, fitted):
 def test_parameters_determined_by_sktime_are_refused(days, name, value):
     with pytest.raises(ValueError, match=f"expected an estimator without {name}, .* got '{value}'"):
         forecaster(**{name: value}).fit(days, fh=[1])
-
-
-# ── aeon ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_aeon_s_forecast_is_the_last_step_of_the_horizon():
-    from cellstack.adapters import aeon
-
-    alone = quick(horizon=3).fit(SEASON)
-    model = aeon.SequenceForecaster(quick(), horizon=3)
-    assert model.forecast(SEASON) == alone.predict()[-1]
-    assert model.predict(SEASON[:40]) == alone.predict(SEASON[:40])[-1]
-    np.testing.assert_array_equal(model.series_to_series_forecast(SEASON, 3), alone.predict())
-    assert model.direct_forecast(SEASON, 2).shape == (2,)
-    steps = aeon.SequenceForecaster(quick()).iterative_forecast(SEASON, 2)
-    assert steps[0] == aeon.SequenceForecaster(quick()).forecast(SEASON)
-
-
-def test_aeon_s_series_may_have_gaps_but_not_at_the_end():
-    from cellstack.adapters import aeon
-
-    gaps = np.where(np.arange(ROWS) % 9 == 4, np.nan, SEASON)
-    model = aeon.SequenceForecaster(quick(), horizon=2).fit(gaps)
-    assert np.isfinite(model.predict(gaps))
-    with pytest.raises(ValueError, match="expected y to end with a value"):
-        model.predict(np.append(SEASON, np.nan))
-    with pytest.raises(ValueError, match="Exogenous"):
-        model.fit(SEASON, exog=SEASON)

@@ -78,7 +78,7 @@ OUTSIDE_ALSO = {
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
-    "adapters": {"aeon", "pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
+    "adapters": {"pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
     "scale": {"pyarrow", "tqdm"},
     "serve": {"prometheus_client", "starlette", "uvicorn", "websockets"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
