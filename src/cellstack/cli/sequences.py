@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cellstack.cli.arguments import as_flags
 from cellstack.cli.jobs import Job
 from cellstack.cli.tables import only_one
@@ -57,15 +54,12 @@ class SequencesJob(Job):
             f"{sizes['training']:,} sequences to train on; {sizes['validation'] or 'none'} to validate on"
             f"{chosen * bool(parts.validated)}; {format(sizes['test'], ',') if test is not None else 'none'} to test on"
         ]
-        baseline, said = _baseline(parts.y, training.labels)
-        lines += [
-            said,
+        lines.append(
             f"1 network: {size.layers}, {weights:,} weights; at most {options.epochs} "
             f"epoch{'s' * (options.epochs != 1)} of {steps} step{'s' * (steps != 1)}, batches of {options.batch}"
-            f"{'; trained with and without noise' * (self.candidates > 1)}",
-        ]
+            f"{'; trained with and without noise' * (self.candidates > 1)}"
+        )
         return lines, sizes | {
-            "baselines": baseline,
             "networks": 1,
             "layers": size.layers,
             "weights": weights,
@@ -123,18 +117,3 @@ def read(args: argparse.Namespace, given: dict[str, Any]) -> SequencesJob:
         training, test = cut(training, given["test"], given["seed"])
     settle(given, len(training.x) + (0 if args.test_file or test is None else len(test.x)))
     return SequencesJob(training, test, [as_flags(line, args) for line in lines], report, given)
-
-
-def _baseline(y: NDArray, labels: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
-    """Return the score of the best constant prediction on the training part."""
-    if not labels:
-        rmse = float(np.sqrt(np.square(y - y.mean(axis=0)).mean()))
-        return {
-            "mean": {"rmse": rmse}
-        }, f"for comparison: the RMSE of always predicting the mean is {rmse:.4g} on the training part"
-    counts = np.bincount(y.ravel(), minlength=len(labels))
-    share, best = float(counts.max() / counts.sum()), labels[int(counts.argmax())]
-    return (
-        {"most frequent class": {"class": best, "accuracy": share}},
-        f"for comparison: the accuracy of always predicting {best!r} is {share:.4g} on the training part",
-    )

@@ -225,7 +225,7 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
         if not output.parent.is_dir():
             raise UsageError(f"the folder {output.parent} doesn't exist")
         check_replaceable(output)
-    if args.log is not None and history.is_file(args.log):
+    if args.log is not None and Path(args.log).suffix.lower() in history.FILES:
         check_replaceable(args.log)
     if args.history is not None:
         history.check(args.history, history.FILES, "--history")

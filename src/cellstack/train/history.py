@@ -213,11 +213,6 @@ def event_writer(folder: str | os.PathLike[str] | None) -> Any:
     return SummaryWriter(None if folder is None else os.fspath(folder))
 
 
-def is_file(log: str | os.PathLike[str]) -> bool:
-    """Whether a log is a file; otherwise it is a folder for TensorBoard."""
-    return Path(log).suffix.lower() in FILES
-
-
 class Log:
     """A callback that writes each epoch's metrics as it ends: to a file, rewritten each time, or to TensorBoard.
 
@@ -233,7 +228,7 @@ class Log:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path, self.writer, self.failed = path, None, False
-        if is_file(path):
+        if Path(path).suffix.lower() in FILES:
             check_replaceable(path)
             return
         self.writer = event_writer(path)

@@ -205,13 +205,7 @@ class Model(nn.Module):
         self.targets = Standardise(*(targets or (np.zeros(outputs), np.ones(outputs))))
 
     def check_head(self, name: str, width: int, outputs: int) -> None:
-        """Raise `UsageError` if a user's module has the wrong widths, or can't be part of a Network.
-
-        Args:
-            name: of the option.
-            width: of its input.
-            outputs: that it must have.
-        """
+        """Raise `UsageError` if a user's module, of this option, has other widths or can't be part of a Network."""
         per_step = (STEPS,) if self.every_step or self.pooling == "none" else ()
         steps = (STEPS,) if self.whole else per_step
         training = self.head.training

@@ -293,13 +293,9 @@ class Architecture(Record):
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def candidates(self, task: str, targets: int) -> list[Architecture]:
-        """Return the architectures of which the validation part chooses one, with and without noise, or this one alone.
+        """Return this architecture, and the same without noise if the validation part with so many targets may choose.
 
         Noise hides small differences, which tell some classes apart, so it isn't always better.
-
-        Args:
-            task: see `of`.
-            targets: in the validation part.
         """
         if targets < FEWEST or not self.of(task).noise or (self.noise, self.offset) != (None, None):
             return [self]

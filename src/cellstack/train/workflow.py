@@ -18,7 +18,6 @@ from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.understood import understood
 from cellstack.train.examples import GAP, Data, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
-from cellstack.train.history import is_file, write
 from cellstack.train.learner import Fit
 from cellstack.train.model import Model
 from cellstack.train.options import FEWEST, Architecture, FitOptions
@@ -123,38 +122,31 @@ def best_of(
 ) -> tuple[tuple[Model, Fit, int], str]:
     """Fit a model with and without noise, or the only candidate; return the best fit, and why it was chosen.
 
-    The second fit has its own checkpoint, with `-without-noise` in its name. A log in a file ends with the chosen
-    fit; folders for TensorBoard have a run for each.
+    The files of the second fit have `-without-noise` in their names.
     """
     if options.timing or len(candidates) == 1:
         return fitted(partial(make, candidates[0]), data, options), ""
-    names, checkpoint, log = ("with noise", "without noise"), options.checkpoint, options.log
-    stages = [replace(options, name=name) for name in names]
-    if checkpoint is not None:
-        other = Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-without-noise")
-        if not (options.resume or options.overwrite):
-            refuse_existing(other)
-        stages[1] = replace(stages[1], checkpoint=other)
-    folders = {"log": None if log is None or is_file(log) else log, "events": options.events}
-    for name, folder in folders.items():
-        if folder is not None:
-            stages = [replace(stage, **{name: Path(folder, stage.name.replace(" ", "-"))}) for stage in stages]
+    names, files = ("with noise", "without noise"), dict[str, Any]()
+    for name in ("checkpoint", "log", "events"):
+        if path := getattr(options, name):
+            files[name] = Path(path).with_stem(f"{Path(path).stem}-without-noise")
+    if "checkpoint" in files and not (options.resume or options.overwrite):
+        refuse_existing(files["checkpoint"])
+    stages = replace(options, name=names[0]), replace(options, name=names[1], **files)
     fits: list[tuple[Model, Fit, int]] = []
     for tried, stage in zip(candidates, stages, strict=True):
         fits.append(fitted(partial(make, tried), data, stage))
         if fits[-1][1].interrupted:
             break
-    losses = [np.inf if fit.best is None else fit.best["validation_loss"] for _, fit, _ in fits]
-    best = int(np.argmin(losses))
-    model, fit, rank = fits[best]
-    fit.stopped = fits[-1][1].stopped if fits[-1][1].interrupted else fit.stopped
-    fit.seconds, fit.steps = sum(one.seconds for _, one, _ in fits), sum(one.steps for _, one, _ in fits)
-    if log is not None and is_file(log) and rank == 0:
-        write(log, fit.history)
     if len(fits) == 1:
         return fits[0], ""
+    losses = [np.inf if fit.best is None else fit.best["validation_loss"] for _, fit, _ in fits]
+    best = int(np.argmin(losses))
+    (_, fit, _), (_, other, _) = fits[best], fits[1 - best]
+    fit.seconds, fit.steps = fit.seconds + other.seconds, fit.steps + other.steps
+    fit.stopped = other.stopped if other.interrupted else fit.stopped
     said = f"trained {names[best]}: validation loss {losses[best]:.4g}, {names[1 - best]} {losses[1 - best]:.4g}"
-    return (model, fit, rank), said
+    return fits[best], said
 
 
 def gap_of(device: str) -> float:
