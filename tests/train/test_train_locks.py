@@ -130,7 +130,7 @@ def test_a_forecast_locks_the_checkpoint_of_all_its_members(tmp_path, monkeypatc
 def test_the_command_line_trains_once_to_an_output_and_a_checkpoint(tmp_path, capsys):
     """And a training stopped by SIGKILL can be resumed."""
     output, checkpoint = tmp_path / "net.safetensors", tmp_path / "run.ckpt"
-    words = ["train", VOWELS, *SMALL, "-o", str(output), "--checkpoint", str(checkpoint)]
+    words = ["train", VOWELS, *SMALL, "--noise", "0", "-o", str(output), "--checkpoint", str(checkpoint)]
     process = subprocess.Popen([sys.executable, "-m", "cellstack", *words, "--epochs", "100000"])
     try:
         deadline = time.monotonic() + 120
@@ -138,7 +138,17 @@ def test_the_command_line_trains_once_to_an_output_and_a_checkpoint(tmp_path, ca
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        elsewhere = ["train", VOWELS, *SMALL, "-o", str(tmp_path / "other"), "--checkpoint", str(checkpoint)]
+        elsewhere = [
+            "train",
+            VOWELS,
+            *SMALL,
+            "--noise",
+            "0",
+            "-o",
+            str(tmp_path / "other"),
+            "--checkpoint",
+            str(checkpoint),
+        ]
         for other, path in (
             (words[:-2], output),
             ([*words, "--resume"], output),
