@@ -792,6 +792,8 @@ def test_noise_is_chosen_by_the_validation_loss(toy, tmp_path):
     said = f"trained {kept} noise: validation loss {losses[better]:.4g}, {other} noise {losses[1 - better]:.4g}"
     assert said in chosen.sentence
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {"run.ckpt", "run-without-noise.ckpt"}
+    again = train.fit(*toy, **how, resume=True)
+    assert (again.sentence, again.history, again.fit.resumed) == (chosen.sentence, chosen.history, 2)
     (tmp_path / "run.ckpt").unlink()
     with pytest.raises(ValueError, match=r"run-without-noise\.ckpt: the checkpoint already exists"):
         train.fit(*toy, **how)

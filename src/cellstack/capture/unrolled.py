@@ -64,7 +64,7 @@ def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Ax
     places, short = [min(group) for group in fixed], given
     for group, (n, axis) in zip(fixed, places, strict=True):
         short = resized(short, group, SHORT - given[n].shape[axis])
-    with suppress(Exception):  # the code needs more
+    with suppress(Exception):  # the code may need a longer example: then the loop is recorded at the given length
         program, given = record(tuple(short)) if fixed else program, short
     made = _plain(program)
     if not _roll(made):

@@ -37,6 +37,7 @@ SEQUENCE_CLASSIFIER = "{} for one class per sequence, else {}"
 NOISE, OFFSET_SHARE = 0.6, 0.5  # for classifiers; targets often depend on the level of the input, which noise hides
 FEWEST = 20  # validation targets from which on they select the epoch: fewer choose badly
 EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
+# Options of a model that `model` replaces
 LAYERS = ("units", "cell", "heads", "bidirectional", "dropout", "every_step", "head", "changes", "init")
 NAMES, TABLES = "str | Sequence[str]", ("sequences", "forecasts")
 
