@@ -74,8 +74,7 @@ def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_fi
         "compile: Sine can't be a Network: ONNX has no such operator: compute that part outside the module; "
         "exported to ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 "
         f"is not supported (test_compiled.py:{Sine.forward.__code__.co_firstlineno + 1}); "
-        "read directly: load: the module (Sine): a custom class without to_nodes(); "
-        "parts that can be compiled: module.lstm, [B, T, 4] -> [B, T, 6], applied to the module's input"
+        "read directly: load: the module (Sine): a custom class without to_nodes()"
     )
 
 

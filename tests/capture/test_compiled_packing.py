@@ -220,12 +220,6 @@ def test_packed_sequences_count_as_padded_ones_with_their_lengths():
     np.testing.assert_allclose(net(x.numpy(), lengths=LENGTHS.numpy()), expected, atol=1e-5)
 
 
-def test_a_part_that_takes_packed_sequences_is_named():
-    module = Packs(lambda x, lengths: (x, lengths, None), lambda m, y, lengths, h: y.argmax(-1))
-    with pytest.raises(cs.FormatError, match=r"parts that can be compiled: module\.rnn, \[B, T, 3\]"):
-        compile_network(module, (torch.randn(3, 5, 3), LENGTHS))
-
-
 @pytest.mark.filterwarnings("ignore:compile. Nested")
 def test_packed_sequences_may_be_nested_and_keep_other_inputs():
     class Nested(nn.Module):

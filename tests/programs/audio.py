@@ -404,3 +404,27 @@ def voicefixer():
 
     module = BN_GRU(input_dim=32, hidden_dim=64, bidirectional=True, batchnorm=True)
     return module, lambda rows, steps: (torch.randn(rows, 1, steps, 32),)
+
+
+ESPNET = "espnet==202511"
+
+
+def _espnet():
+    for package in ("espnet2", "espnet2.enh", "espnet2.enh.layers"):
+        skip_init(package)
+
+
+@program("espnet: DPRNN", ESPNET, served=4, runtime=True)
+def espnet_dprnn():
+    _espnet()
+    from espnet2.enh.layers.dprnn import DPRNN
+
+    return DPRNN("LSTM", 16, 32, 16, num_layers=2), lambda rows, steps: (torch.randn(rows, 16, 5, steps),)
+
+
+@program("espnet: SkiM", ESPNET, served=4, runtime=True)
+def espnet_skim():
+    _espnet()
+    from espnet2.enh.layers.skim import SkiM
+
+    return SkiM(16, 32, 16, segment_size=5), lambda rows, steps: (torch.randn(rows, steps, 16),)

@@ -2,7 +2,7 @@
 
 import torch
 
-from programs.harness import program
+from programs.harness import program, skip_init
 from programs.needs import NEEDS
 
 STEPS = ((2, 1), (1, 1), (5, 1))  # calls that take one step
@@ -81,3 +81,15 @@ def sb3_policy():
         return torch.randn(rows, 6), RNNStates(*pairs), torch.zeros(rows), True
 
     return module, call
+
+
+@program("rl_games: LSTMWithDones", *NEEDS["rl_games"], streams=True)
+def rl_games_lstm():
+    for package in ("rl_games", "rl_games.common", "rl_games.common.layers"):
+        skip_init(package)
+    from rl_games.common.layers.recurrent import LSTMWithDones
+
+    def call(rows, steps):
+        return torch.randn(steps, rows, 6), (torch.randn(1, rows, 64), torch.randn(1, rows, 64))
+
+    return LSTMWithDones(6, 64), call

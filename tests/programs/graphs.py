@@ -2,7 +2,7 @@
 
 import torch
 
-from programs.harness import program
+from programs.harness import program, skip_init
 from programs.needs import NEEDS
 
 
@@ -57,3 +57,16 @@ def attentive_fp():
         return values, edges, torch.randn(edges.shape[1], 4), graph
 
     return AttentiveFP(16, 32, 1, edge_dim=4, num_layers=2, num_timesteps=2), call
+
+
+@program("PyG temporal: DyGrEncoder", *NEEDS["PyG temporal"], served=2, runtime=True)
+def dynamic_graph():
+    for package in ("torch_geometric_temporal", "torch_geometric_temporal.nn", "torch_geometric_temporal.nn.recurrent"):
+        skip_init(package)
+    from torch_geometric_temporal.nn.recurrent.dygrae import DyGrEncoder
+
+    def call(rows, steps):
+        edges = rings(rows, steps)
+        return torch.randn(rows * steps, 16), edges, torch.rand(edges.shape[1])
+
+    return DyGrEncoder(16, 2, "mean", 32, 1), call

@@ -37,6 +37,7 @@ VERSIONS = {
     "fasttext_numpy2_wheel": "0.9.2",
     "fasttransform": "0.0.5",
     "flair": "0.15.1",
+    "flood_forecast": "1.0.dev0",
     "ftfy": "6.3.1",
     "gdown": "6.5.1",
     "gluonts": "0.17.0",
@@ -46,6 +47,7 @@ VERSIONS = {
     "jmespath": "1.1.0",
     "lxml": "6.1.3",
     "minGRU-pytorch": "0.2.1",
+    "molsets": "0.3.1",
     "msgpack": "1.2.4",
     "murmurhash": "1.0.16",
     "ncps": "1.0.1",
@@ -67,6 +69,7 @@ VERSIONS = {
     "pydantic": "2.14.4",
     "pydantic_core": "2.50.5",
     "pygrinder": "0.7",
+    "pykt_toolkit": "0.0.38",
     "pyonmttok": "1.38.1",
     "pypots": "1.5",
     "python_fasthtml": "0.14.14",
@@ -79,6 +82,7 @@ VERSIONS = {
     "recbole": "1.2.1",
     "regex": "2026.11.19",
     "requests": "2.34.2",
+    "rl_games": "1.6.5",
     "rsl_rl_lib": "5.5.1",
     "ruamel_yaml": "0.19.1",
     "s3transfer": "0.19.3",
@@ -106,6 +110,7 @@ VERSIONS = {
     "tokenizers": "0.22.2",
     "toolz": "1.2.0",
     "torch_geometric": "2.8.1",
+    "torch_geometric_temporal": "0.56.2",
     "torchrl": "0.14.1",
     "torchvision": "0.28.0",
     "transformer_smaller_training_vocab": "0.4.2",
@@ -132,6 +137,10 @@ PACKAGES = {
         "weasel"
     ),
     "PyG": "certifi charset_normalizer huggingface_hub pytz regex requests torch_geometric urllib3 xxhash",
+    "PyG temporal": (
+        "certifi charset_normalizer huggingface_hub pytz regex requests torch_geometric "
+        "torch_geometric_temporal urllib3 xxhash"
+    ),
     "darts": (
         "certifi charset_normalizer darts huggingface_hub nfoursid patsy pytz regex requests statsmodels urllib3 xarray"
     ),
@@ -145,17 +154,20 @@ PACKAGES = {
         "jmespath lxml pytz regex requests s3transfer segtok sentencepiece soupsieve tokenizers "
         "transformer_smaller_training_vocab transformers urllib3"
     ),
+    "flood_forecast": "flood_forecast",
     "gluonts": (
         "certifi charset_normalizer gluonts huggingface_hub orjson pydantic pydantic_core pytz regex requests toolz "
         "typing_inspection urllib3"
     ),
     "minGRU-pytorch": "minGRU-pytorch",
+    "moses": "molsets",
     "ncps": "ncps",
     "neuralforecast": (
         "annotated_types certifi charset_normalizer coreforecast huggingface_hub msgpack neuralforecast pydantic "
         "pydantic_core pytz ray regex requests typing_inspection urllib3 utilsforecast"
     ),
     "neuralhydrology": "neuralhydrology pytz ruamel_yaml xarray",
+    "pykt": "pykt_toolkit",
     "pypots": (
         "ai4ts benchpots boto3 botocore certifi cffi charset_normalizer huggingface_hub jmespath nonlinear_benchmarks "
         "progressbar2 pygrinder pypots pytz regex requests s3transfer soundfile soxr tokenizers transformers tsdb "
@@ -163,6 +175,7 @@ PACKAGES = {
     ),
     "pytorch-forecasting": "certifi charset_normalizer huggingface_hub pytorch_forecasting pytz regex requests urllib3",
     "recbole": "boto3 botocore certifi colorama colorlog jmespath pytz recbole s3transfer texttable urllib3",
+    "rl_games": "rl_games",
     "rsl-rl": "boto3 botocore certifi jmespath pyvers rsl_rl_lib s3transfer tensordict urllib3",
     "sb3-contrib": "sb3_contrib stable_baselines3",
     "sktime": "sktime",

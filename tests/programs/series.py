@@ -2,7 +2,7 @@
 
 import torch
 
-from programs.harness import program
+from programs.harness import program, skip_init
 from programs.needs import NEEDS
 
 
@@ -290,3 +290,33 @@ def ncps_ltc():
     from ncps.torch import LTC
 
     return LTC(6, 16, return_sequences=False), lambda rows, steps: (torch.randn(rows, steps, 6),)
+
+
+@program("flood_forecast: VanillaGRU", *NEEDS["flood_forecast"], runtime=True)
+def flood_gru():
+    skip_init("flood_forecast")
+    from flood_forecast.basic.gru_vanilla import VanillaGRU
+
+    return VanillaGRU(5, 32, 2, 1, 0.1), lambda rows, steps: (torch.randn(rows, steps, 5),)
+
+
+def _answers(rows, steps):
+    return torch.randint(0, 20, (rows, steps)), torch.randint(0, 2, (rows, steps))
+
+
+@program("pykt: DKVMN", *NEEDS["pykt"], served=0, runtime=True)
+def pykt_memory():
+    skip_init("pykt")
+    skip_init("pykt.models")
+    from pykt.models.dkvmn import DKVMN
+
+    return DKVMN(20, 16, 8), _answers
+
+
+@program("pykt: ATKT", *NEEDS["pykt"], runtime=True)
+def pykt_attention():
+    skip_init("pykt")
+    skip_init("pykt.models")
+    from pykt.models.atkt import ATKT
+
+    return ATKT(20, 16, 16, 32), _answers

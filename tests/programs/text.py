@@ -2,7 +2,7 @@
 
 import torch
 
-from programs.harness import program
+from programs.harness import program, skip_init
 from programs.needs import NEEDS
 
 
@@ -270,3 +270,18 @@ def mingru_language_model():
     from minGRU_pytorch.minLM import minLM
 
     return minLM(num_tokens=60, dim=32, depth=2), lambda rows, steps: (ids(rows, steps, 60),)
+
+
+@program("moses: CharRNN", *NEEDS["moses"], streams=True)
+def moses_characters():
+    skip_init("moses")
+    skip_init("moses.char_rnn")
+    from moses.char_rnn.model import CharRNN
+
+    class Letters(list):
+        pad = 0
+
+    class Options:
+        hidden, num_layers, dropout = 64, 2, 0.1
+
+    return CharRNN(Letters(range(40)), Options()), lambda rows, steps: (ids(rows, steps, 40), lengths(rows, steps))

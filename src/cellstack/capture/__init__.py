@@ -61,8 +61,8 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     Raises:
         TypeError: `module` isn't a module, the example holds no tensor, or the tolerance isn't a number.
         ValueError: the example is empty, the module itself rejects it, or returns NaN or no tensor for it.
-        FormatError: no way leads to a network with the module's outputs; the message gives the reason for each, and
-            names parts of the module that can be compiled. Or the module can't be copied.
+        FormatError: no way leads to a network with the module's outputs; the message gives the reason for each. Or the
+            module can't be copied.
         ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
 
     >>> import numpy as np
@@ -90,7 +90,6 @@ def _compiled(module: Any, example: Any, tolerance: float, insist: bool) -> Any:
     """Return a Network or, unless `insist`, possibly a RuntimeModel."""
     check_installed("cellstack.capture", "torch", "torch")
     from cellstack.capture.attempts import attempt
-    from cellstack.capture.parts import compilable
     from cellstack.capture.prepared import checked, copied_for, named, same_random_numbers
     from cellstack.capture.runtime import runtime_model
 
@@ -108,8 +107,7 @@ def _compiled(module: Any, example: Any, tolerance: float, insist: bool) -> Any:
                 network, notes = runtime_model(ready, tolerance, why)
             except FormatError as also:
                 why += "" if also is error else f"; with ONNX Runtime: {also}"
-                parts = compilable(ready, tolerance)
-                raise FormatError(f"compile: {name} can't be a Network: {why}{parts}") from error
+                raise FormatError(f"compile: {name} can't be a Network: {why}") from error
     for note in notes:
         warnings.warn(f"compile: {name} {note}", stacklevel=3)
     return network

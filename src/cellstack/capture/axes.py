@@ -2,13 +2,14 @@
 
 To test an axis, it is made longer by one, alone or together with axes of the same length. For `x [2, 7, 3]` and
 `h [1, 2, 4]`, the first axis of x can only change together with the second of h, the second of x can change alone, and
-no other axis can change.
+no other axis can change. An axis that only changes by multiples of a number, as that of `[B, 6 T]`, changes alone.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from cellstack.capture.nested import fresh, wider
 
 MOST_WAYS = 30  # combinations of axes of several inputs that are tried
-Axes = frozenset[tuple[int, int]]  # the indices of tensors, and an axis of each
+Axes = frozenset[tuple[int, int, int]]  # the indices of tensors, an axis of each, and by how many entries it changes
 
 
 def free_axes(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
@@ -28,7 +29,7 @@ def free_axes(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
         elif len(inputs) > 1 and all(one.ndim == 2 and not one.is_floating_point() for one in inputs):  # ids
             found.append([axis for axis in range(2) if group(n, axis)])
         else:
-            found.append([0, 1] if value.ndim == 2 and len(inputs) == 1 and group(0, 1) == {(0, 1)} else [])
+            found.append([0, 1] if value.ndim == 2 and len(inputs) == 1 and group(0, 1) == {(0, 1, 1)} else [])
     return found
 
 
@@ -37,21 +38,30 @@ def axes_in_groups(module: Any, inputs: tuple[Any, ...]) -> list[Axes]:
     group, found = _finder(module, inputs), list[Axes]()
     for n, value in enumerate(inputs):
         for axis in range(value.ndim):
-            if not any((n, axis) in one for one in found) and (made := group(n, axis)):
+            if any((n, axis) == place[:2] for one in found for place in one):
+                continue
+            size = value.shape[axis]
+            several = (unit for unit in range(2, size + 1) if size % unit == 0)
+            if made := group(n, axis) or next((one for unit in several if (one := group(n, axis, unit))), None):
                 found.append(made)
     return found
 
 
-def resized(given: list[Any], axes: Iterable[tuple[int, int]], more: int) -> list[Any]:
+def resized(given: list[Any], axes: Axes, more: int) -> list[Any]:
     """Return tensors with longer or shorter axes. Lengths, which count the steps of one of them, change with it."""
     made = list(given)
-    sizes = {given[n].shape[axis] for n, axis in axes}
-    for n, axis in axes:
-        made[n] = wider(made[n], axis, more)
+    sizes = {given[n].shape[axis] for n, axis, _ in axes}
+    for n, axis, unit in axes:
+        made[n] = wider(made[n], axis, more * unit)
     for n, value in enumerate(given):
         if value.ndim == 1 and is_count(value) and int(value.max()) in sizes:
             made[n] = (made[n] + more).clamp(min=1)
     return made
+
+
+def longer(given: Sequence[Any], groups: Sequence[Axes]) -> list[Any]:
+    """Return tensors with each group of axes longer."""
+    return functools.reduce(lambda made, group: resized(made, group, 1), groups, list(given))
 
 
 def is_count(value: Any) -> bool:
@@ -59,7 +69,7 @@ def is_count(value: Any) -> bool:
     return not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
 
 
-def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[[int, int], Axes | None]:
+def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[..., Axes | None]:
     """Return a function that returns the smallest group of axes with a given one that may change; None: it may not."""
     flat = list(inputs)
 
@@ -71,10 +81,11 @@ def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[[int, int], Axes |
             return False
         return True
 
-    def group(n: int, axis: int) -> Axes | None:
-        alone = frozenset({(n, axis)})
-        if takes(alone):
-            return alone
+    def group(n: int, axis: int, unit: int = 1) -> Axes | None:
+        alone = frozenset({(n, axis, unit)})
+        taken = takes(alone)
+        if taken or unit > 1:
+            return alone if taken else None
         alike: dict[tuple[int, ...], list[int]] = {}  # tensors of one shape change together
         for m, value in enumerate(flat):
             alike.setdefault((-1,) if m == n else tuple(value.shape), []).append(m)
@@ -84,7 +95,7 @@ def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[[int, int], Axes |
             same = [other for other in range(len(shape)) if shape[other] == flat[n].shape[axis]]
             alone_of_them = sorted(([one] for one in same), key=lambda one: one != [axis])  # mostly the same axis
             choices = [*alone_of_them, same, []] if axis in same else [same, *alone_of_them, []]
-            ways.append([frozenset(itertools.product(members, chosen)) for chosen in choices])
+            ways.append([frozenset(itertools.product(members, chosen, [1])) for chosen in choices])
         for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
             if not takes(frozenset().union(alone, *way)):
                 continue

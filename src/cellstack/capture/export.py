@@ -6,6 +6,7 @@ PyTorch's exporter fixes the number of steps of an nn.LSTM, nn.GRU or nn.RNN. He
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import logging
@@ -105,7 +106,9 @@ def recorded(
         accelerate.accelerate(ready)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself
-        with nullcontext() if strict else Operators(cut):
+        with nullcontext() if strict else Operators(cut) as operators:
+            if operators:
+                operators.find(duplicate(ready), *copy.deepcopy((args, dict(kwargs or {}))))
             program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
     _check(program.graph)
     _keep_axes(program.graph)

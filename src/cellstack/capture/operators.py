@@ -81,7 +81,16 @@ class Operators(TorchFunctionMode):
         self.cut = cut
         self.packed: dict[int, Padded] = {}  # by id of batch_sizes
         self.lists = {kind: kind.tolist for kind in (FakeTensor, FunctionalTensor)}
-        self.renamed = Renamed(FUNCTIONS)
+        self.renamed, self.finding = Renamed(FUNCTIONS), False
+
+    def find(self, module: Any, args: Any, kwargs: Any) -> None:
+        """Run a module, to find the files in which functions on sizes are replaced: one may be called first in a file.
+
+        Functions of PyTorch aren't, except those of complex numbers.
+        """
+        self.finding = True
+        module(*args, **kwargs)
+        self.finding = False
 
     def __enter__(self) -> Operators:
         """Keep lengths a tensor in `pack_padded_sequence(x, lengths.tolist())`: a list has a fixed number of rows."""
@@ -106,6 +115,8 @@ class Operators(TorchFunctionMode):
         made = complexes.run(func, args, kwargs or {}, lambda *own, **named: again(own, named))
         if made is not NotImplemented:
             return made
+        if self.finding:
+            return func(*args, **(kwargs or {}))
         if name in MODES and not kwargs:
             return self._recurrent(MODES[name], *args)
         if name.removesuffix("_cell") in MODES and not kwargs:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cellstack.capture.axes import Axes, longer
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import Ends, GraphEnds
 from cellstack.capture.nested import fresh
@@ -51,6 +54,23 @@ def calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
 def calls_cells_repeatedly(module: Any, inputs: tuple[Any, ...]) -> bool:
     """Return whether a call of a module calls a cell several times."""
     return calls(module, [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)], inputs) > 1
+
+
+def steps_repeated(module: Any, inputs: tuple[Any, ...], axes: Sequence[Axes]) -> bool:
+    """Return whether a module calls more of PyTorch's functions for longer inputs, as a loop over the steps does."""
+    counts = list[int]()
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counts[-1] += 1
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), suppress(Exception):  # it may refuse all axes longer at once
+        for given in (inputs, longer(inputs, axes)):
+            counts.append(0)
+            with Count():
+                duplicate(module)(*fresh(given))
+    return len(counts) == 2 and counts[1] > counts[0]
 
 
 def compared_sizes(ends: Ends | GraphEnds, module: Any, example: tuple[Any, ...]) -> Places:

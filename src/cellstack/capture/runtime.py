@@ -8,6 +8,7 @@ compared with the module like a Network.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -21,7 +22,7 @@ import torch
 from torch.export import Dim
 
 from cellstack.capture.attempts import DRAWS, MORE_SCALES, SCALES, caveats
-from cellstack.capture.axes import Axes, axes_in_groups, resized
+from cellstack.capture.axes import Axes, axes_in_groups, longer, resized
 from cellstack.capture.complexes import with_real_ends
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import GraphEnds, difference, drawn
@@ -31,12 +32,15 @@ from cellstack.capture.nested import fresh
 from cellstack.capture.operators import on_the_op
 from cellstack.capture.packing import packs
 from cellstack.capture.prepared import Prepared
-from cellstack.capture.probes import compared_sizes
+from cellstack.capture.probes import compared_sizes, steps_repeated
 from cellstack.capture.unrolled import rolled
 from cellstack.cells.errors import FormatError
 from cellstack.formats.onnx.runtime import RuntimeModel
+from cellstack.layers import op
 
 NEEDS = "the rest of it would run in ONNX Runtime, which isn't installed: pip install 'cellstack[onnxruntime]'"
+
+NOTHING = "it has no recurrent layer that the kernel runs"
 
 
 def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[RuntimeModel, list[str]]:
@@ -61,9 +65,12 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
     whole = "torch.export of all steps", partial(_by_export, cut=False), True
     cells = "torch.export of hand-written cells", partial(_by_export, cells=True), False
     trace = "torch.jit.trace", _by_trace, False
-    best, packed = None, bool(packs(module, inputs))
+    least, best, packed = math.inf, None, bool(packs(module, inputs))
     loops = "torch.export of loops", partial(_by_export, loops=True, cut=False), packed
-    for how, save, padded in (cut, whole, cells, loops) if packed else (cut, cells, loops, trace):
+    routes = (cut, whole, cells, loops) if packed else (cut, cells, loops, trace)
+    if steps_repeated(module, inputs, axes):  # torch.export would record each step
+        routes = sorted(routes, key=lambda route: route not in (cells, loops))
+    for how, save, padded in routes:
         examples, random = list(_examples(inputs, axes)), None
         for given in examples:
             looks, ends = list[str](), GraphEnds(axes, padded)
@@ -89,7 +96,7 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
             made = network, [*notes, *caveats(module, inputs, looks, places)]
             if not ends.rejected:
                 return made
-            best = best or made
+            least, best = min((least, best), (len(ends.rejected), made), key=lambda one: one[0])
     if best is None:
         raise FormatError("; ".join(dict.fromkeys(tried)))
     return best
@@ -102,8 +109,8 @@ def _examples(inputs: tuple[Any, ...], axes: Sequence[Axes]) -> Iterator[tuple[A
     """
     given = list(inputs)
     for group in axes:
-        n, axis = min(group)
-        given = resized(given, group, 1) if given[n].shape[axis] == 1 else given
+        n, axis, unit = min(group)
+        given = resized(given, group, 1) if given[n].shape[axis] == unit else given
     yield tuple(given)
     if any(one is not other for one, other in zip(given, inputs, strict=True)):
         yield inputs
@@ -114,11 +121,8 @@ def _call_with_other_sizes(module: Any, inputs: tuple[Any, ...], axes: Sequence[
 
     It may keep the sizes of its last call and compare them with those of the next: then `torch.export` would fix them.
     """
-    others = list(inputs)
-    for group in axes:
-        others = resized(others, group, 1)
     with torch.no_grad(), suppress(Exception):  # it refuses these sizes
-        module(*others)
+        module(*longer(inputs, axes))
 
 
 def _saved(
@@ -139,7 +143,7 @@ def _saved(
         except Exception as error:  # exporters and ONNX Runtime fail in as many ways as there are modules
             raise FormatError(_reason(error)) from error
     if not network.kernels and not network.loops:
-        raise FormatError("it has no recurrent layer that the kernel runs")
+        raise FormatError(NOTHING)
     return network
 
 
@@ -161,22 +165,28 @@ def _by_export(
     loops: bool = False,
 ) -> list[str]:
     """Write what `torch.export` records of a module; return where its code depends on values."""
-    shapes, looks = (tuple(dict.fromkeys(one, Dim.AUTO) for one in _opened(axes, len(given))),), list[str]()
+    looks = list[str]()
     module, given = with_real_ends(module, given)
-    record = partial(recorded, dynamic_shapes=shapes, cut=cut, cells=cells)
+
+    def record(module: Any, given: Any, opened: Sequence[Axes] = axes, nested: bool = True) -> Any:
+        shapes = tuple(dict.fromkeys(one, Dim.AUTO) for one in _opened(opened, len(given)))
+        return recorded(module, tuple(given), None, (shapes,) if nested else shapes, cut=cut, cells=cells)
+
     with example_values(looks):
         if loops:
-            rolled_up, given = rolled(partial(record, module), given, axes)
-            program = recorded(rolled_up, tuple(given), dynamic_shapes=shapes[0])
+            single = [group for group in axes if min(group)[2] == 1]  # of others, a number of steps may be fixed alone
+            program = record(*rolled(lambda given: record(module, given, single), given, axes), nested=False)
         else:
             program = record(module, given)
+            if not program.graph.find_nodes(op="call_function", target=op.recurrent):
+                raise FormatError(NOTHING)
         write(program, path, *names)
     return looks
 
 
 def _opened(axes: Sequence[Axes], inputs: int) -> list[list[int]]:
     """Return the axes of each input that may change."""
-    return [sorted(axis for m, axis in frozenset().union(*axes) if m == n) for n in range(inputs)]
+    return [sorted(axis for m, axis, _ in frozenset().union(*axes) if m == n) for n in range(inputs)]
 
 
 def _by_trace(module: Any, given: Any, opened: Sequence[Axes], path: str, names: Any, outs: Any) -> list[str]:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,21 +57,25 @@ def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Ax
     Raises:
         FormatError: it has no loop, or its operators aren't the same at another length.
     """
-    given, program = list(given), record(tuple(given))
+    short = list(given)
+    for number, group in enumerate(axes):  # other lengths for each, or else a number may come from two of them
+        n, axis, unit = min(group)
+        short = resized(short, group, min(SHORT + number - given[n].shape[axis] // unit, 0))
+    try:
+        given, program = short, record(tuple(short))
+    except Exception:  # the code may need a longer example
+        given = list(given)
+        program = record(tuple(given))
     inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-    fixed = [group for group in axes if all(str(inputs[n].meta["val"].shape[axis]).isdigit() for n, axis in group)]
-    places, short = [min(group) for group in fixed], given
-    for group, (n, axis) in zip(fixed, places, strict=True):
-        short = resized(short, group, SHORT - given[n].shape[axis])
-    with suppress(Exception):  # the code may need a longer example: then the loop is recorded at the given length
-        program, given = record(tuple(short)) if fixed else program, short
+    fixed = [group for group in axes if all(str(inputs[n].meta["val"].shape[axis]).isdigit() for n, axis, _ in group)]
+    places = [min(group) for group in fixed]
     made = _plain(program)
     if not _roll(made):
         raise FormatError("no operators are repeated for each step of a sequence")
     others = [_plain(record(tuple(resized(given, group, 1)))) for group in fixed]
     for other in others:
         _roll(other)
-    _open([made, *others], places, [given[n].shape[axis] for n, axis in places])
+    _open([made, *others], places, [given[n].shape[axis] // unit for n, axis, unit in places])
     made.recompile()
     return made, given
 
@@ -242,9 +245,14 @@ def _needed(nodes: Sequence[Node], step: Sequence[Node]) -> list[Node | None]:
 def _kind(node: Node) -> Any:
     """Return what an operator has in common with that of another step: all but its tensors and numbers."""
     leaves, structure = tree_flatten((node.args, node.kwargs))
-    value = node.meta.get("val")
     sort = [Node if isinstance(one, Node) else int if type(one) is int else repr(one) for one in leaves]
-    return node.target, str(structure), *sort, str(getattr(value, "shape", "")), getattr(value, "dtype", None)
+    return node.target, str(structure), *sort, *_shape(node)
+
+
+def _shape(node: Node) -> tuple[str, Any]:
+    """Return the shape and the dtype of what an operator returns."""
+    value = node.meta.get("val")
+    return str(getattr(value, "shape", "")), getattr(value, "dtype", None)
 
 
 class _Loop:
@@ -277,8 +285,7 @@ class _Loop:
                 continue
             if all(type(one) is tuple or (isinstance(one, Place) and one.place in self.fixed) for one in own):
                 self.fixed.add(place)
-        taken = [*self.entries.values(), *(one for own in self.given for one in own if isinstance(one, Taken))]
-        return bool(taken) and len(self.given) > len(self.entries) + len(self.fixed)
+        return len(self.given) > len(self.entries) + len(self.fixed)
 
     def _argument(self, values: list[Any]) -> Any:
         """Return what an argument is in each step; `(value,)` if it is the same; None if it is nothing that repeats."""
@@ -292,6 +299,8 @@ class _Loop:
         own, delay, made = [(k, last[1]) for k in range(len(places))], places.count(None), Place(last[1])
         for start in reversed(values[:delay]):
             made = State(made, start)
+        if any(_shape(one) != _shape(values[-1]) for one in values):  # a first step may use a start for all rows
+            return None
         return made if places == [None] * delay + own[: len(own) - delay] else None
 
     def _taken(self, nodes: Sequence[Any]) -> Taken | None:
@@ -365,6 +374,8 @@ class _Loop:
         while n < len(groups[0]):  # a state may have another state as its source
             results.append(inside([*groups[0]][n].source))
             n += 1
+        if not groups[1]:
+            inner(1, None)
         states, taken, others = (list(group) for group in groups)
         ended = {state.source.place: n for n, state in enumerate(states) if isinstance(state.source, Place)}
         every = [place for place, ks in used.items() if ks != [last] or place not in ended]
@@ -374,7 +385,12 @@ class _Loop:
             next(iter(body.nodes)).prepend(node)
         name = f"loop_{number}"
         setattr(self.made, name, GraphModule({}, body))
-        sequences = [_sequence(add, one._replace(x=outer.get(one.x, one.x)), last + 1) for one in taken]
+        sequences = [
+            _sequence(add, one._replace(x=outer.get(one.x, one.x)), last + 1)
+            if one
+            else add(ATEN.new_zeros.default, states[0].start, [last + 1])  # which only has as many entries as steps
+            for one in taken
+        ]
         with graph.inserting_before(first):
             step = graph.get_attr(name)
             starts = [graph.call_function(ATEN.clone.default, (one.start,)) for one in states]  # two may be the same
@@ -477,13 +493,13 @@ def _piece(graph: Graph, first: Any, count: int, step: int, axis: int, stacked: 
 Number = Callable[[tuple[int, ...]], Node]
 
 
-def _open(graphs: Sequence[GraphModule], places: Sequence[tuple[int, int]], lengths: Sequence[int]) -> None:
+def _open(graphs: Sequence[GraphModule], places: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> None:
     """Compute the numbers of a graph that aren't the same in others from the sizes of its inputs.
 
     Args:
-        graphs: the graph, and the same recorded with one more entry along each of `places`.
-        places: the inputs, and an axis of each.
-        lengths: the lengths of these in the graph.
+        graphs: the graph, and the same recorded with one more unit along each of `places`.
+        places: the inputs, an axis of each, and the entries that are a unit of its length.
+        lengths: the lengths of these in the graph, in units.
     """
     graph, known = graphs[0].graph, dict[tuple[int, ...], Node]()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -498,9 +514,10 @@ def _open(graphs: Sequence[GraphModule], places: Sequence[tuple[int, int]], leng
         if values not in known:
             made: Any = None
             rest = values[0]
-            for value, (n, axis), length in zip(values[1:], places, lengths, strict=True):
+            for value, (n, axis, unit), length in zip(values[1:], places, lengths, strict=True):
                 if share := value - values[0]:
                     size = add(SIZE, inputs[n], axis)
+                    size = add(operator.floordiv, size, unit) if unit > 1 else size
                     part = add(operator.mul, size, share) if share != 1 else size
                     made, rest = part if made is None else add(operator.add, made, part), rest - share * length
             known[values] = add(operator.add, made, rest) if rest else made
