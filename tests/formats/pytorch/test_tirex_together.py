@@ -1,12 +1,16 @@
 """TiRex-2: series that are forecast together, with covariates: forecasts and streams agree with the package tirex-2."""
 
+from io import StringIO
+
 import numpy as np
+import pandas as pd
 import pytest
 import tirex_cases as cases
 import tirex_together
 import tolerances
 
 import cellstack as cs
+from cellstack.cli.main import main
 from cellstack.train import TiRexForecaster, UsageError
 
 torch = pytest.importorskip("torch")
@@ -128,6 +132,50 @@ def test_a_stream_with_known_covariates_is_the_package_over_the_whole_sequence(m
             agree(stream.forecast(4)[..., quantile], expected[..., steps - cases.PATCH : steps][..., :4])
             stream.step(targets[..., steps : steps + 4])
     assert stream.restarted().forecast(4).shape == (2, 2, 4, 5)
+
+
+def table(rows_of):
+    """Return a frame of two shops of 40 days, without sales in the last 8 of `a`, and in the last 10 of `b`."""
+    frame = pd.DataFrame({"shop": np.repeat(["b", "a"], 40), "day": [*pd.date_range("2024-01-01", periods=40)] * 2})
+    for n, name in enumerate(("sales", "visits", "price", "rain")):
+        frame[name] = rows_of[:, n].reshape(-1)
+    frame.loc[[*range(30, 40), *range(72, 80)], ["sales", "visits", "rain"]] = np.nan
+    return frame
+
+
+def test_predict_of_a_frame(forecaster):
+    x = rows(2, 4, 40).astype(np.float64)
+    found = forecaster.predict(table(x), ["sales", "visits"], 8, inputs="rain", known="price", id="shop")
+    assert list(found.ids) == ["b", "a"]
+    for n, steps in enumerate((30, 32)):
+        given = {"past": [x[n, 3:, :steps]], "known": [x[n, 2:3, : steps + 8]]}
+        agree(found.values[n].swapaxes(0, 1), forecaster.forecast([x[n, :2, :steps]], 8, **given)[0])
+    frame = found.to_frame()
+    assert frame["day"].iloc[0] == pd.Timestamp("2024-01-31")
+    assert list(frame.columns[:4]) == ["shop", "day", "sales", "sales_0.1"]
+    earlier = forecaster.predict(table(x), "sales", 4, known=["price"], id="shop", origin="2024-01-20")
+    assert np.isfinite(earlier.scores["sales"]["mae"])
+    with pytest.warns(UserWarning, match="`price`, known in advance, has no value at 6 of 24 forecast steps"):
+        forecaster.predict(table(x), "sales", 12, known="price", id="shop")
+    with pytest.raises(UsageError, match="snow"):
+        forecaster.predict(table(x), "sales", 8, inputs="snow", id="shop")
+
+
+def test_the_command_forecasts_a_table(tmp_path, forecaster, capsys):
+    x = rows(2, 4, 40).astype(np.float64)
+    net, data = str(tmp_path / "tirex.safetensors"), str(tmp_path / "shops.csv")
+    forecaster.network.save(net)
+    table(x).to_csv(data, index=False)
+    assert (
+        main(["run", net, data, "--target", "sales,visits", "--horizon", "8", "--known", "price", "--id", "shop"]) == 0
+    )
+    found = pd.read_csv(StringIO(capsys.readouterr().out))
+    expected = forecaster.predict(table(x), ["sales", "visits"], 8, known="price", id="shop").to_frame()
+    agree(found["visits_0.1"], expected["visits_0.1"])
+    assert main(["run", net, data, "--target", "sales"]) == 2
+    assert "expected --horizon" in capsys.readouterr().err
+    assert main(["run", net, data, "--horizon", "8"]) == 2
+    assert "--horizon applies only to a TiRex, with --target" in capsys.readouterr().err
 
 
 X = np.ones((2, 3, 9))

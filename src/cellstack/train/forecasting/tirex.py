@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +13,7 @@ from cellstack.network import Network, processors
 from cellstack.nodes.cell_arrays import WEIGHTS
 from cellstack.nodes.checks import check_choice, check_flag, check_integer
 from cellstack.train.checks import UsageError, is_count
+from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.tirex_running import Array, Model, Together
 from cellstack.train.forecasting.tirex_scaling import (
     Floats,
@@ -21,6 +24,7 @@ from cellstack.train.forecasting.tirex_scaling import (
     mirrored,
 )
 from cellstack.train.forecasting.tirex_series import LARGEST, Group, Prepared, groups_of, shaped
+from cellstack.train.forecasting.tirex_tables import forecasts_of_table
 
 
 class TiRexForecaster:
@@ -119,6 +123,43 @@ class TiRexForecaster:
             done += count
         return self._finished(np.concatenate(parts, axis=1)[:, :horizon], prepared, axes)
 
+    def predict(
+        self,
+        data: Any,
+        target: str | Sequence[str],
+        horizon: int,
+        *,
+        inputs: str | Sequence[str] = (),
+        known: str | Sequence[str] = (),
+        origin: Any = None,
+        pad: bool = True,
+        threads: int | None = None,
+        **reading: Any,
+    ) -> Forecasts:
+        """Forecast columns of a table; those of a series together.
+
+        Args:
+            data: a pandas or polars frame, the name of a CSV or Parquet file, or a `Table`.
+            target: the columns to forecast.
+            horizon: the number of steps to forecast.
+            inputs: the columns of covariates up to the forecast.
+            known: those of covariates whose future is known: the table has them in later rows.
+            origin: the last row to use: see `Network.predict`; None: in each series the last row with a target.
+            pad, threads: see `forecast`.
+            reading: arguments of `read_table`, such as `id` and `time`.
+
+        Returns:
+            A `Forecasts`, with an entry for each series: see `Network.predict`.
+
+        Raises:
+            UsageError, FormatError: see `read_table` and `forecast`; also a column that doesn't exist.
+        """
+        how = {"inputs": inputs, "known": known, "origin": origin, "pad": pad, "threads": threads}
+        found, notes = forecasts_of_table(self, data, target, horizon, **how, **reading)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return found
+
     def stream(
         self, series: Any, *, past: Any = None, known: Any = None, pad: bool = True, threads: int = 1
     ) -> TiRexStream:
@@ -147,7 +188,7 @@ class TiRexForecaster:
         check_flag("TiRexForecaster", "pad", pad)
         if not pad and not self.settings.second:
             raise UsageError("TiRexForecaster: expected pad=True for a TiRex, which always pads its context")
-        if not self.settings.second and any(len(group.past) or len(group.known) or axes > 1 for group in groups):
+        if not self.settings.second and any(sum(map(len, group)) > 1 for group in groups):
             raise UsageError("TiRexForecaster: groups and covariates aren't supported by a TiRex, only by a TiRex-2")
         return groups + [group.negated for group in groups if self.settings.sign_flip], axes
 
