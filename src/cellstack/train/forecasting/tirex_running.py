@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cellstack.network import Network
 from cellstack.nodes import Attention, Dense, Merge, Node, Select, Skipped
+from cellstack.streaming.stream import Stream
 
 Array = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -52,11 +53,11 @@ class Model:
         self.network, self.weights = network, weights
         self._networks: dict[int, Network] = {}  # by the number of steps that they return
 
-    def alone(self, tokens: Array, count: int, threads: int, states: Any) -> tuple[Array, Any]:
-        """Run series by themselves, `[B, T, 2·patch]`; return the last outputs `[B, count, Q·patch]` and the states."""
+    def alone(self, tokens: Array, count: int, threads: int) -> Array:
+        """Run series by themselves, `[B, T, 2·patch]`, and return the last outputs, `[B, count, Q·patch]`."""
         if count not in self._networks:
             self._networks[count] = last_steps(self.network, count)
-        return self._networks[count].run(tokens, states, threads=threads, weights=self.weights)
+        return self._networks[count].run(tokens, threads=threads, weights=self.weights)[0]
 
     @cached_property
     def _parts(self) -> tuple[Network, list[Block], Network]:
@@ -148,6 +149,7 @@ class Together:
         self.targets, self._model, self._covariates, self._known = targets, model, covariates, known
         self._threads = threads
         self._states: tuple[Any, Any] = None, None  # of the covariates, of the targets
+        self._stream: Stream | None = None  # of series by themselves, once they are continued
         self._ahead: Seen = []  # of covariates with a known future, from the next step on
 
     def foresee(self, tokens: Array, wanted: slice = slice(None)) -> None:
@@ -174,8 +176,14 @@ class Together:
         """
         own, steps, (before, states) = tokens[self.targets], tokens.shape[1], self._states
         if self.targets.shape[1] + self._covariates.shape[1] == 1:
-            y, states = self._model.alone(own[:, 0], count, self._threads, states)
-            y = y[:, None]
+            if self._stream is None and not keep:
+                return self._model.alone(own[:, 0], count, self._threads)[:, None]
+            network, weights = self._model.network, self._model.weights
+            stream = self._stream = self._stream or network.stream(len(own), self._threads, weights)
+            if not keep:
+                stream = self._stream.fork()
+                stream.state = self._stream.state
+            y = stream.run(own[:, 0])[:, None, -count:]
         else:
             how: dict[str, Any] = {"threads": self._threads, "wanted": slice(steps - count, None)}
             seen = None
