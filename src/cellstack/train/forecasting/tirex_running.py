@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from cellstack.network import Network
 from cellstack.nodes import Attention, Dense, Merge, Node, Select, Skipped
-from cellstack.streaming.stream import Stream
 
 Array = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -149,7 +148,7 @@ class Together:
         self.targets, self._model, self._covariates, self._known = targets, model, covariates, known
         self._threads = threads
         self._states: tuple[Any, Any] = None, None  # of the covariates, of the targets
-        self._stream: Stream | None = None  # of series by themselves, once they are continued
+        self._stream: Any = None  # of series by themselves, once they are continued
         self._ahead: Seen = []  # of covariates with a known future, from the next step on
 
     def foresee(self, tokens: Array, wanted: slice = slice(None)) -> None:
