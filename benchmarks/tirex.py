@@ -1,12 +1,13 @@
 """Forecasts of a TiRex-2 of the published size with random weights: tirex-2's own, compiled, and cellstack's.
 
-    python benchmarks/tirex.py [--series B …] [--threads N] [--horizon H] [--seconds S] [--eager]
+    python benchmarks/tirex.py [--cases G,V,P,K …] [--weights W …] [--threads N] [--horizon H] [--rounds N] [--eager]
 
-Needs tirex-2 with its dependencies and a C++ compiler. For each number of series it compares the forecasts, and then
-times in turn: a forecast after a context of 2,048 observations by tirex-2, as `load_model(compile=True)` compiles it,
-and by cellstack; and a stream's next patch with its forecast, with weights in each number format. Each result is the
-fastest of several rounds: processor time with one thread, else elapsed time. A patch of one series is mostly the time
-of reading the weights once, which is measured too.
+Needs tirex-2 with its dependencies and a C++ compiler. A case is G groups of V variates with P past and K known
+covariates. For each it compares the forecasts, and then times in turn: a forecast after a context of 2,048 observations
+by tirex-2, as `load_model(compile=True)` compiles it, and by cellstack; and a stream's next patch with its forecast,
+where the known covariates are past ones. Each ratio is the median of those of the rounds, each time that of the fastest
+round: processor time with one thread, else elapsed time. A patch of one series is mostly the time of reading the
+weights once, which is measured too.
 """
 
 import argparse
@@ -18,10 +19,10 @@ import torch
 import cellstack as cs
 from cellstack.nodes.cell_arrays import WEIGHTS
 from cellstack.train import TiRexForecaster
-from cellstack_bench.turns import alternate
+from cellstack_bench.turns import alternate, timed
 
 CONTEXT, PATCH = 2048, 32
-MOST_ROUNDS = 15
+CASES = ("1,1,0,0", "1,12,0,0", "1,4,4,4", "64,1,0,0", "8,4,4,4", "8,12,0,0")
 
 
 def configuration():
@@ -68,60 +69,70 @@ def package(compiled):
     return model
 
 
-def rounds_in(runs, seconds):
-    """Return how many rounds, with two calls of each, fit into some seconds."""
-    begin = time.perf_counter()
-    for run in runs.values():
-        run()
-    return max(2, min(MOST_ROUNDS, int(seconds / 2 / (time.perf_counter() - begin))))
-
-
 def reading(net, clock):
     """Print how long a sum over as many bytes as the weights have takes."""
     weights = torch.ones(sum(node.numbers_read for node in net.nodes))
-    ((low, _),) = alternate({"read": weights.sum}, MOST_ROUNDS, clock).values()
+    ((low, _),) = alternate({"read": weights.sum}, 5, clock).values()
     size = 4 * len(weights)
     print(f"{size / 1e6:.0f} MB of weights, read once in {low:.1f} ms: {size / low / 1e6:.1f} GB/s")
 
 
-def compare(model, net, count, given, clock):
-    """Print the differences and the times for some series."""
-    series = np.random.default_rng(0).normal(size=(count, CONTEXT + PATCH)).cumsum(axis=1).astype(np.float32)
-    context, patch = series[:, :CONTEXT], series[:, CONTEXT:]
+def compare(model, net, case, given, clock):
+    """Print the differences and the times of a case."""
     from tirex2 import TimeseriesType
 
-    own = [TimeseriesType(torch.from_numpy(row[None]), None, None) for row in context]
+    groups, variates, past, known = map(int, case.split(","))
+    rng, steps = np.random.default_rng(0), CONTEXT + max(given.horizon, PATCH)
+    x = rng.normal(size=(groups, variates + past + known, steps)).cumsum(axis=2).astype(np.float32)
+    parts = [variates, variates + past]
+    targets, earlier, ahead = np.split(x, parts, axis=1)
+    covariates = {"past": earlier[..., :CONTEXT], "known": ahead[..., : CONTEXT + given.horizon]}
+    own = [
+        TimeseriesType(
+            torch.from_numpy(group[:, :CONTEXT]),
+            *(torch.from_numpy(part[n]) if part.shape[1] else None for part in covariates.values()),
+        )
+        for n, group in enumerate(targets)
+    ]
 
     def theirs():
-        return np.stack([one[0].numpy().T for one in model.predict(own, given.horizon)])
+        return np.stack([one.numpy().swapaxes(1, 2) for one in model.predict(own, given.horizon)])
 
     runs, expected = {"tirex-2": theirs}, theirs()  # the first call compiles
-    for weights in WEIGHTS:
+    for weights in given.weights:
         forecaster = TiRexForecaster(net, weights)
-        found = forecaster.forecast(context, given.horizon, threads=given.threads)
-        far = np.abs(found - expected).max() / np.abs(expected).max()
+
+        def whole(forecaster=forecaster):
+            return forecaster.forecast(targets[..., :CONTEXT], given.horizon, **covariates, threads=given.threads)
+
+        far = np.abs(whole() - expected).max() / np.abs(expected).max()
         print(f"{weights}: forecasts differ by {far:.1e} of the largest value")
         if weights == "float32" and not far < 1e-4:
             raise SystemExit("expected a difference below 1e-4")
-        runs[f"forecast, {weights}"] = lambda f=forecaster: f.forecast(context, given.horizon, threads=given.threads)
-        stream = forecaster.stream(context, threads=given.threads)
+        runs[f"forecast, {weights}"] = whole
+        others = {"past": x[:, variates:, :CONTEXT]}
+        stream = forecaster.stream(targets[..., :CONTEXT], **others, threads=given.threads)
 
         def continued(stream=stream):
-            stream.step(patch)
+            stream.step(targets[..., CONTEXT:][..., :PATCH], past=x[:, variates:, CONTEXT:][..., :PATCH])
             return stream.forecast(given.horizon)
 
+        continued()
         runs[f"next patch, {weights}"] = continued
-    times = {name: low for name, (low, _) in alternate(runs, rounds_in(runs, given.seconds), clock).items()}
-    for name, low in times.items():
-        print(f"  {name:<24}{low:>9.1f} ms   {times['tirex-2'] / low:6.1f} times", flush=True)
+    turns = [{name: timed(run, 1, clock) for name, run in runs.items()} for _ in range(given.rounds)]
+    for name in runs:
+        low = 1000 * min(turn[name] for turn in turns)
+        ratio = np.median([turn[name] / turn["tirex-2"] for turn in turns])
+        print(f"  {name:<24}{low:>9.1f} ms   {ratio:6.3f} of tirex-2", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--series", type=int, nargs="+", default=[1], help="numbers of series")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="G,V,P,K")
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--horizon", type=int, default=PATCH)
-    parser.add_argument("--seconds", type=float, default=30, help="about how long to measure each number of series")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="don't compile the package's model")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -129,9 +140,9 @@ def main():
     net = cs.load(model)
     clock = time.process_time if given.threads == 1 else time.perf_counter
     reading(net, clock)
-    for count in given.series:
-        print(f"{count} series, {given.threads} threads, horizon {given.horizon}")
-        compare(model, net, count, given, clock)
+    for case in given.cases:
+        print(f"G,V,P,K = {case}: {given.threads} threads, horizon {given.horizon}")
+        compare(model, net, case, given, clock)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from cellstack.nodes import (
     RMSNorm,
     Scale,
     Select,
+    Skipped,
     Standardise,
     StepMask,
     Take,
@@ -153,20 +154,23 @@ def test_every_node_round_trips_with_every_setting(kind, dtype, tmp_path):
 
 
 def test_every_node_is_tested():
-    assert {*EVERY, "recurrent", "bidirectional", "per_frame"} == NODES.keys()
+    assert {*EVERY, "recurrent", "bidirectional", "per_frame", "skipped"} == NODES.keys()
 
 
+@pytest.mark.parametrize("kind", [PerFrame, Skipped])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_nodes_within_a_frame_round_trip(dtype, tmp_path):
+def test_nodes_within_a_frame_round_trip(kind, dtype, tmp_path):
     inner = (Reshape((-1, 2)), Conv1D(floats(2, 2, 4, dtype=dtype)), Activation("tanh"), Merge("mul"), Flatten())
-    node = PerFrame((8,), inner, ((0,), (1,), (2,), (2, 3), (4,)))
-    net = cs.Network([node], ["node"])
+    node = kind((8,), inner, ((0,), (1,), (2,), (2, 3), (4,)))
+    net = cs.Network([node], ["node"], inputs={"x": (None, 8)})
     net.save(tmp_path / "net.safetensors")
     other = cs.load(tmp_path / "net.safetensors")
+    assert type(other.nodes[0]) is kind
     assert (other.nodes[0].frame, other.nodes[0].takes) == (node.frame, node.takes)
     assert other.nodes[0].nodes[1].kernel.tobytes() == inner[1].kernel.tobytes()
     x = floats(2, 3, 8, dtype=dtype)
     np.testing.assert_array_equal(other(x), net(x))
+    assert np.array_equal(net(x), x) == (kind is Skipped)
     assert other.nodes[0].stored()[0] == node.stored()[0]
 
 

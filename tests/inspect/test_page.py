@@ -518,6 +518,26 @@ def test_a_line_says_what_each_gate_and_state_is(open_page, rng, kind):
     assert screen.texts(".meanings dd") == [KINDS[kind].meaning(name) for name in names]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tab_goes_through_the_wiring_from_left_to_right(open_page, rng, kind):
+    t = Network([Recurrent((make_cell(rng, 3, 4, kind=kind),))]).trace(rng.normal(size=(1, 4, 3)))
+    screen = open_page(t)
+    ports = screen.page.locator(".wires .port")
+    ports.first.focus()
+    middle = """() => {
+        const own = document.activeElement.shadowRoot?.activeElement ?? document.activeElement;
+        const box = own.matches(".port") ? own.querySelector("rect") : null;
+        const at = (name) => Number(box.getAttribute(name));
+        return box && [Math.round(at("x") + at("width") / 2), at("y")];
+    }"""
+    places = []
+    for _ in range(ports.count()):
+        places.append(screen.page.evaluate(middle))
+        screen.page.keyboard.press("Tab")
+    assert places == sorted(places)
+    assert screen.page.evaluate(middle) is None
+
+
 # ── traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1413,9 +1433,9 @@ def test_the_playground_learns(open_page, net, x):
     assert loss < 0.2 * first
     assert right > 95.0
     screen.page.locator('#panel-playground .choice button[data-value="z"]').click()
-    screen.page.locator("#panel-playground summary").click()
+    screen.page.get_by_label("Show as a table: units over time").click()
     screen.settle()
-    assert screen.page.locator("#panel-playground tbody tr").count() == 1 + 8
+    assert screen.page.locator("#panel-playground tbody tr").count() == 8
     screen.page.get_by_role("button", name="Restart").click()
     screen.settle()
     assert "hasn't learned" in said.inner_text()

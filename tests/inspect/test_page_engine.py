@@ -49,6 +49,7 @@ from cellstack.nodes import (
     RMSNorm,
     Scale,
     Select,
+    Skipped,
     Standardise,
     Take,
 )
@@ -402,6 +403,7 @@ def every_node():
     add(first, GroupNorm(4, epsilon=0.1, over_time=False))
     add(GroupedDense(floats(rng, 2, 2, 3), floats(rng, 6)))
     add(GroupedDense(floats(rng, 4, 1, 2)))
+    add(Skipped((None, 4), (Dense(floats(rng, 4, 2)), Reshape((-1, 4))), ((0,), (1,))))
     ids = {"x": np.array([[0, 3, 1, 0, 2, 5, 4], [1, 1, 0, 5, 0, 2, 3]], float)}
     for mask_zero in (False, True):
         add(Embedding(floats(rng, 6, 3), mask_zero), GlobalPool("mean"), x=ids, inputs={"x": (None,)}, mask=mask)

@@ -7,6 +7,7 @@ from networks import make_cell
 from cellstack import Network, ShapeError
 from cellstack.nodes import (
     Activation,
+    Attention,
     Context,
     Conv1D,
     Dense,
@@ -102,6 +103,17 @@ def test_frames_of_several_axes():
     x = floats(2, 4, 6, 2)
     assert net.shapes == {"x": (None, 6, 2), "layer_0": (None, 20), "layer_1": (None, 3)}
     np.testing.assert_array_equal(net(x)[:, 1], Network([*node.nodes, Dense(floats(20, 3))])(x[:, 1]))
+
+
+def test_frames_of_any_length():
+    node = PerFrame((None, 2), (Dense(floats(2, 3)), Attention()), ((0,), (1, 1, 1)))
+    net = Network([node], inputs={"x": (None, None, 2)})
+    x = floats(2, 3, 5, 2)
+    assert net(x[:, :, :4]).shape == (2, 3, 4, 3)
+    alone = Network(
+        [Dense(node.nodes[0].kernel), Attention()], ["a", "b"], inputs={"x": (None, 2)}, wires=[("x",), ("a", "a", "a")]
+    )
+    np.testing.assert_array_equal(net(x)[1, 2], alone(x[1, 2][None])[0])
 
 
 def test_the_plan_of_a_per_frame_graph():

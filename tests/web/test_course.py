@@ -27,7 +27,7 @@ SHOWN = 2e-3  # numbers are shown with four digits; in a drawing, where space is
 
 def number(text):
     """Return a number as the page shows it."""
-    return float(text.replace("−", "-").replace("∞", "inf"))
+    return np.nan if text == "–" else float(text.replace("−", "-").replace("∞", "inf"))
 
 
 class Shown:
@@ -345,10 +345,10 @@ TRAINER = """async ([text, options, count]) => {
     const { createTrainer } = await import(URL.createObjectURL(module));
     const trainer = createTrainer(options);
     const losses = Array.from({ length: count }, () => trainer.step().loss);
-    const { arrays } = trainer.network.nodes[0].cells[0];
-    const input = [...trainer.example().input.data];
-    for (const name in arrays) arrays[name] = [[...arrays[name].data], arrays[name].shape];
-    return { losses, arrays, input };
+    const [{ cells }, dense] = trainer.network.nodes;
+    const plain = ([name, { data, shape }]) => [name, [[...data], shape]];
+    const arrays = [cells[0], dense].map((one) => Object.fromEntries(Object.entries(one.arrays).map(plain)));
+    return { losses, arrays, input: [...trainer.example().input.data] };
 }"""
 
 
@@ -384,6 +384,8 @@ def test_training(opened, browser):
     page.get_by_role("button", name="Pause").click()
     figure.click("Restart")
     page.locator(".readout", has_text="It hasn't learned yet").wait_for()
+    for title in ("the loss", "the sequence outside the training data", "units over time"):
+        page.get_by_label(f"Show as a table: {title}", exact=True).click()
     for count in (1, 2, 3):
         figure.click("One batch")
         page.locator(f'.readout[data-batches="{count}"]').wait_for()
@@ -394,9 +396,17 @@ def test_training(opened, browser):
     loss = number(re.search(r"loss (\S+)", page.locator(".readout").inner_text())[1])
     np.testing.assert_allclose(loss, np.mean(found["losses"]), rtol=1e-2)  # three digits
     assert page.locator("canvas.chart").nth(1).evaluate(DOTS) > 0  # the only target, at the last step
-    page.locator("summary").click()
-    arrays = {name: np.reshape(data, shape) for name, (data, shape) in found["arrays"].items()}
-    out = reference.forward(CellSpec(2, 5), arrays, np.reshape(found["input"], (1, 20, 2)))
+    np.testing.assert_allclose([figure.table()[str(n)] for n in (1, 2, 3)], np.c_[found["losses"]], rtol=1e-2)
+    x = np.reshape(found["input"], (1, 20, 2))
+    arrays, dense = ({name: np.reshape(*array) for name, array in held.items()} for held in found["arrays"])
+    out = reference.forward(CellSpec(2, 5), arrays, x)
+    sequence = figure.table(1)
+    np.testing.assert_allclose([sequence["number"], sequence["mark"]], x[0].T, rtol=1e-2)
+    np.testing.assert_allclose(
+        sequence["output"], (out.y[0] @ dense["kernel"] + dense["bias"])[:, 0], rtol=1e-2, atol=1e-3
+    )
+    assert np.isnan(sequence["target"][:-1]).all()
+    np.testing.assert_allclose(sequence["target"][-1], x[0, :, 0] @ x[0, :, 1], rtol=1e-2)
     for field, planes in (
         ("i", out.gates[0, :, 0]),
         ("f", out.gates[0, :, 1]),
@@ -406,10 +416,38 @@ def test_training(opened, browser):
         ("h", out.y[0]),
     ):
         figure.click(field)
-        shown = figure.table()
+        shown = figure.table(2)
         np.testing.assert_allclose(
             [shown[f"{field} {unit}"] for unit in range(5)], planes.T, rtol=1e-2, atol=1e-3
         )  # three digits
+
+
+def test_training_is_announced_at_its_start_and_end_and_now_and_then(opened):
+    figure = opened("training")
+    page = figure.page
+    page.evaluate("""() => {
+        const now = performance.now.bind(performance);
+        window.later = 0;
+        performance.now = () => now() / 1000 + window.later; // a second takes a millisecond
+        window.inFigure = (what) => [...document.querySelector("[data-figure]").shadowRoot.querySelectorAll(what)];
+        window.told = [];
+        for (const one of inFigure("[role=status], [aria-live]"))
+            new MutationObserver(() => window.told.push(one.textContent)).observe(one, { childList: true });
+    }""")
+    learnt = "(count) => inFigure('.readout')[0].dataset.batches > count"
+    page.get_by_role("button", name="Learn", exact=True).click()
+    page.wait_for_function(learnt, arg=20)
+    assert page.evaluate("window.told") == ["Learning: It hasn't learned yet."]
+    page.evaluate("window.later = 10_001")
+    page.wait_for_function("window.told.length > 1")
+    page.wait_for_function(learnt, arg=int(figure.page.locator(".readout").get_attribute("data-batches")) + 20)
+    page.get_by_role("button", name="Pause").click()
+    page.wait_for_function("window.told.length > 2")
+    figure.settle()
+    _, between, end = page.evaluate("window.told")
+    assert re.fullmatch(r"Learning: after \d+ batches: loss .*", between)
+    assert end == page.locator(".readout").inner_text()
+    figure.moved = figure.controls()
 
 
 def test_units(opened):

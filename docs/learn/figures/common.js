@@ -2,7 +2,7 @@
 // A chapter has <div data-figure="name"></div>; `data-given` may hold JSON, such as a network that the chapter has trained.
 
 import { Plane } from "../../../src/cellstack/inspect/page/data.js";
-import { button, checkbox, make, replaceChildren, select, shown, table } from "../../../src/cellstack/inspect/page/dom.js";
+import { behind, button, checkbox, make, replaceChildren, select, shown, table } from "../../../src/cellstack/inspect/page/dom.js";
 import { colourBar, drawBars, drawLines, drawTiles } from "../../../src/cellstack/inspect/page/draw.js";
 import { byName, cellShapes } from "../../../src/cellstack/inspect/page/engine/cells.js";
 import { numbersIn } from "../../../src/cellstack/inspect/page/engine/shapes.js";
@@ -130,13 +130,13 @@ export class Figure {
   // A drawing with its title, a legend, and a table of its numbers.
   drawing(title, kind) {
     const canvas = make("canvas", { class: kind, role: "img", "aria-label": title });
-    const [legend, behind] = [make("div", { class: "legend key" }), make("div", { class: "behind" })];
-    const details = make("details", {}, make("summary", { "aria-label": `Show as a table: ${title}` }, "Show as a table"), behind);
-    this.add(make("div", { class: "group" }, make("h3", {}, title), canvas, legend, details));
+    const legend = make("div", { class: "legend key" });
+    const { element, body } = behind(title);
+    this.add(make("div", { class: "group" }, make("h3", {}, title), canvas, legend, element));
     const list = (rows) => {
       const steps = Math.max(0, ...rows.map(([, values]) => values.length));
       const cells = rows.map(([name, values]) => [name, ...Array.from(values, (value) => (typeof value === "number" ? shown(value, 4) : value))]);
-      behind.replaceChildren(table(["step", ...Array.from({ length: steps }, (_, n) => String(n))], cells));
+      body.replaceChildren(table(["step", ...Array.from({ length: steps }, (_, n) => String(n))], cells));
     };
     return { canvas, legend, list };
   }

@@ -32,10 +32,16 @@ def rounded(array: NDArray[np.float32]) -> NDArray[np.uint16]:
     [1.0, 1.0, 3.140625]
     """
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    upper = bits >> 16
-    nearest = (bits + np.uint32(0x7FFF) + (upper & 1)) >> 16
-    lost = np.isnan(array) & ((bits & 0xFFFF) != 0)  # the fraction may be in the lower 16 bits only
-    return np.where(np.isnan(array), upper | np.where(lost, np.uint32(0x40), np.uint32(0)), nearest).astype(np.uint16)
+    made = bits >> 16
+    made &= 1
+    made += 0x7FFF
+    made += bits
+    made >>= 16
+    nan = np.isnan(array)
+    if nan.any():
+        lost = (bits[nan] & 0xFFFF) != 0  # the fraction may be in the lower 16 bits only
+        made[nan] = (bits[nan] >> 16) | np.where(lost, np.uint32(0x40), np.uint32(0))
+    return made.astype(np.uint16)
 
 
 def exact(array: NDArray[np.float32]) -> bool:

@@ -219,6 +219,9 @@ def _add_run(runs: Parser) -> None:
     runs.add_argument("--label", dest="y", metavar="COLUMN", help=text)
     runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (default: the last row)")
     runs.add_argument("--picture", metavar="FILE", help="plot the forecast: to .png, .svg or .pdf")
+    for name, what in (("target", "columns to forecast"), ("inputs", "covariates"), ("known", "those known ahead")):
+        runs.add_argument(f"--{name}", type=names, metavar="A,B", help=f"of TiRex: {what}")
+    runs.add_argument("--horizon", type=int, metavar="STEPS", help="of TiRex: the number of steps to forecast")
     text = "round the matrices to this dtype (default: as in the file)"
     runs.add_argument("--weights", choices=STORED_WEIGHTS, help=text)
     add_load_options(runs)

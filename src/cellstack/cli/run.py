@@ -19,11 +19,14 @@ from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES_ONLY
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.predict import forecasts_after
+from cellstack.train.forecasting.tirex import TiRexForecaster
+from cellstack.train.forecasting.tirex_tables import forecasts_of_table
 from cellstack.train.history import PICTURES, check, save
 from cellstack.train.predict import as_trained, sequences
 from cellstack.train.predictions import Predictions
 from cellstack.train.tables.table import READING
 
+TIREX = ("target", "inputs", "known", "horizon")
 MOST_CLASSES = 10  # for which the confusion matrix is printed
 
 
@@ -33,11 +36,15 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("expected standard input to be open")
     net, path = load_model(args.model, load_options(args))
     net = with_weights(net, args.weights)
-    if net.task != "forecast":
-        for option in ("origin", "picture"):
-            if getattr(args, option) is not None:
-                raise UsageError(f"--{option} applies only to forecasts: {path} wasn't trained to forecast")
-    if net.metadata.get("task") is None:
+    tirex = args.target is not None and "tirex" in net.metadata
+    others = {"origin": "forecasts", "picture": "forecasts", **dict.fromkeys(TIREX, "a TiRex, with --target")}
+    for option, what in others.items():
+        applies = tirex or (net.task == "forecast" and option not in TIREX)
+        if not applies and getattr(args, option) is not None:
+            raise UsageError(f"--{option} applies only to {what}: {path} wasn't trained to forecast")
+    if tirex and args.horizon is None:
+        raise UsageError("expected --horizon, the number of steps to forecast, with --target")
+    if net.metadata.get("task") is None and not tirex:
         return run_any(args, net)
     if args.columns is not None:
         raise UsageError(f"--columns has no effect: {path} uses the columns that it was trained on, by name")
@@ -53,11 +60,15 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
     """Predict with a network trained by cellstack."""
     if net.task == "text":
         return measure(args, net, path)
-    if net.task == "forecast":
+    if net.task == "forecast" or args.target is not None:
         if args.picture is not None:
             check(args.picture, PICTURES, "--picture")
         how = given_options(args, READING)
-        found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, **how)
+        if args.target is None:
+            found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, **how)
+        else:
+            how |= given_options(args, ("target", "horizon", "inputs", "known", "origin", "threads"))
+            found, notes = forecasts_of_table(TiRexForecaster(net), args.file, **how)
         for note in notes:
             print(f"cellstack run: warning: {as_flags(note, args)}", file=sys.stderr)
         if args.picture is not None:

@@ -5,7 +5,7 @@ from cellstack.nodes.attention import Attention, TimeSoftmax
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Dense, GroupedDense
-from cellstack.nodes.frames import Context, PerFrame
+from cellstack.nodes.frames import Context, PerFrame, Skipped
 from cellstack.nodes.grid import GridConv, GridPool
 from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.norms import GroupNorm, LayerNorm, RMSNorm
@@ -61,6 +61,7 @@ __all__ = [
     "Reshape",
     "Scale",
     "Select",
+    "Skipped",
     "Standardise",
     "StepMask",
     "Take",

@@ -249,12 +249,16 @@ class Merge(Along):
         if len(shapes) < 2 or (self.mode == "sub" and len(shapes) != 2):
             expected = "two values" if self.mode == "sub" else "at least two values"
             raise ShapeError(f"{owner}: Merge expected {expected} to {self.mode}, got {len(shapes)}")
-        first, text = shapes[0], " and ".join(map(shown, shapes))
+        first = shapes[0]
+
+        def text() -> str:  # only for messages: this runs in every call
+            return " and ".join(map(shown, shapes))
+
         at = self.place(len(first))
         if len({len(shape) for shape in shapes}) > 1:
-            raise ShapeError(f"{owner}: Merge expected values with the same number of axes, got {text}")
+            raise ShapeError(f"{owner}: Merge expected values with the same number of axes, got {text()}")
         if not at and self.mode == "concat":
-            raise ShapeError(f"{owner}: Merge expected values with an axis {self.axis}, got {text}")
+            raise ShapeError(f"{owner}: Merge expected values with an axis {self.axis}, got {text()}")
         merged = []
         for number, lengths in enumerate(zip(*shapes, strict=True), start=1):
             known = {length for length in lengths if length is not None}
@@ -265,7 +269,7 @@ class Merge(Along):
                 continue
             longer = known - {1} if self.mode != "concat" else known
             if len(longer) > 1:
-                raise ShapeError(f"{owner}: Merge expected values of compatible shapes to {self.mode}, got {text}")
+                raise ShapeError(f"{owner}: Merge expected values of compatible shapes to {self.mode}, got {text()}")
             unknown = None in lengths and not longer
             merged.append(None if unknown else (longer or known).pop())
         return tuple(merged)

@@ -7,7 +7,7 @@ convolution over its samples, before a recurrent layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -125,7 +125,7 @@ class PerFrame(Node):
     The inner nodes see each frame as a row of a batch: their time axis is an axis of the frame, such as its samples.
 
     Args:
-        frame: the shape of a frame.
+        frame: the shape of a frame, None for an axis of any length.
         nodes: the inner nodes in the order of execution. Nodes with cells, with ids, or that make masks aren't allowed.
         takes: the inputs of each node: 0 is the frame, n the output of the n-th node. The output of the last node is
             the output of the graph.
@@ -142,16 +142,17 @@ class PerFrame(Node):
             [2.]]])
     """
 
-    frame: tuple[int, ...]
+    frame: tuple[int | None, ...]
     nodes: tuple[Node, ...]
     takes: tuple[tuple[int, ...], ...]
     file_type = "per_frame"
 
     def __post_init__(self) -> None:
-        owner = "PerFrame"
+        owner = type(self).__name__
         if not isinstance(self.frame, Sequence) or not 1 <= len(self.frame) < MOST_AXES:
             raise ValueError(f"{owner}: expected frame to be the shape of a frame, got {self.frame!r:.80}")
-        object.__setattr__(self, "frame", tuple(check_integer(owner, "every axis", axis) for axis in self.frame))
+        lengths = (None if axis is None else check_integer(owner, "every axis", axis) for axis in self.frame)
+        object.__setattr__(self, "frame", tuple(lengths))
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "takes", tuple(tuple(sources) for sources in self.takes))
         if not self.nodes or len(self.nodes) != len(self.takes):
@@ -181,7 +182,7 @@ class PerFrame(Node):
     def check(self, owner: str, *shapes: Shape) -> Shape:
         (shape,) = shapes
         fits = len(shape) == 1 + len(self.frame) and all(
-            got in (None, want) for got, want in zip(shape[1:], self.frame, strict=True)
+            None in (got, want) or got == want for got, want in zip(shape[1:], self.frame, strict=True)
         )
         if not fits:
             expected = f"expected frames {shown((None, *self.frame))}"
@@ -205,14 +206,14 @@ class PerFrame(Node):
     def apply(self, x: Array) -> Array:
         """Return `[B, T, …]` for `x [B, T, *frame]`."""
         batch, steps = x.shape[:2]
-        rows = np.ascontiguousarray(x).reshape(batch * steps, *self.frame)
+        rows = np.ascontiguousarray(x).reshape(batch * steps, *x.shape[2:])
         blocks = [self._rows(rows[at : at + BLOCK]) for at in range(0, max(1, len(rows)), BLOCK)]
         y = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return y.reshape(batch, steps, *y.shape[1:])
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         x = run.inputs[0].x
-        values = [Flow(np.ascontiguousarray(x).reshape(-1, *self.frame))]
+        values = [Flow(np.ascontiguousarray(x).reshape(-1, *x.shape[2:]))]
         for node, sources in zip(self.nodes, self.takes, strict=True):
             values.append(node.run([values[source] for source in sources], (), 1))
         found = [np.zeros_like(value.x) for value in values]
@@ -252,7 +253,7 @@ class PerFrame(Node):
     @property
     def summary(self) -> str:
         kinds = [type(node).__name__ for node in self.nodes]
-        return f"{' '.join(map(str, self.frame))}: {', '.join(kinds)}"
+        return f"{' '.join('any' if axis is None else str(axis) for axis in self.frame)}: {', '.join(kinds)}"
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         ours = [node for node in self.nodes if node.engine(dtype).startswith("fused kernel")]
@@ -265,12 +266,69 @@ class PerFrame(Node):
     @property
     def multiplications(self) -> int:
         """The number of multiplications by parameters of the nodes per frame."""
-        steps = (prod(shape[:-1]) for shape in self._shapes[1:])  # pyright: ignore[reportAttributeAccessIssue]
+        shapes: list[Shape] = self._shapes[1:]  # pyright: ignore[reportAttributeAccessIssue]
+        steps = (prod(axis or 1 for axis in shape[:-1]) for shape in shapes)
         return sum(node.multiplications * count for node, count in zip(self.nodes, steps, strict=True))
 
     @property
     def numbers_read(self) -> int:
         return sum(node.numbers_read for node in self.nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class Skipped(PerFrame):
+    """A graph of nodes that a network stores and doesn't run: the input passes unchanged.
+
+    Some models have parts that only some inputs need. TiRex-2 mixes series that are forecast together: in a run of its
+    network each row is a series by itself, which isn't mixed, and `TiRexForecaster` runs the mixing.
+
+    Args:
+        frame: the shape of what the graph takes, None for an axis of any length. It may differ from that of the input.
+        nodes: see `PerFrame`.
+        takes: see `PerFrame`.
+
+    Raises:
+        ValueError, ShapeError, TypeError: see `PerFrame`.
+
+    >>> from cellstack.nodes import Dense
+    >>> Skipped((4,), (Dense(np.ones((4, 2))),), ((0,),)).apply(np.array([[[1.0, 2.0]]]))
+    array([[[1., 2.]]])
+    """
+
+    file_type = "skipped"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "input_size", None)
+        object.__setattr__(self, "axes", (None, None))
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        (shape,) = shapes
+        return shape
+
+    def apply(self, x: Array) -> Array:
+        """Return `x`."""
+        return x
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return [dy]
+
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule(step=self.apply)
+
+    def with_weights(self, weights: str) -> Skipped:
+        return replace(self, nodes=tuple(node.with_weights(weights) for node in self.nodes))
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        return "none: it isn't run"
+
+    @property
+    def multiplications(self) -> int:
+        return 0
+
+    @property
+    def numbers_read(self) -> int:
+        return 0
 
 
 def _call(node: Node) -> Callable[..., Array]:

@@ -178,13 +178,9 @@ class Model(nn.Module):
                 "Model: every_step with pooling last isn't supported for bidirectional layers: at the last step the "
                 "backward direction has read one step only; choose pooling mean or max"
             )
-        self.task, self.pooling, self.every_step, self.bidirectional = (
-            task,
-            pooling,
-            every_step,
-            architecture.bidirectional,
-        )
-        self.architecture, self.own_loss, self.whole = architecture, architecture.loss, architecture.model is not None
+        self.task, self.pooling, self.every_step = task, pooling, every_step
+        self.architecture, self.bidirectional = architecture, architecture.bidirectional
+        self.own_loss, self.whole = architecture.loss, architecture.model is not None
         head = copy.deepcopy(architecture.model if self.whole else architecture.head)
         self.standardise = Standardise(*inputs.standardise)
         raw, indicators, changed = len(inputs.mean), len(inputs.observed), inputs.changes
@@ -332,12 +328,11 @@ class Model(nn.Module):
 
         Each takes the result of the one before; a Merge takes those of the two before.
         """
-        standardise = self.first
         stack = nodes_of_layers(self.recurrent)
         if self.ends_both_ways:
             stack = [*stack[:-1], final(stack[-1])]
-        changes = [] if self.changes is None else self.changes.to_nodes(len(standardise.mean))
-        before: list[Node] = [standardise, *changes, *stack]
+        changes = [] if self.changes is None else self.changes.to_nodes(len(self.standardise.mean))
+        before: list[Node] = [self.first, *changes, *stack]
         head = nodes_of(self.head)
         head = [*head[:-1], *_folded(head[-1], self.last)]
         pool = [] if self.pooling == "none" or self.ends_both_ways else [GlobalPool(self.pooling)]

@@ -254,6 +254,27 @@ def test_folders_of_the_large_model(hf, tmp_path):
     assert_close(net(tokens.numpy()), computed(model, tokens))
 
 
+@pytest.mark.parametrize("suffix", ["", ".pt", ".safetensors"])
+def test_matrices_in_bfloat16_stay_so(suffix, tmp_path):
+    model = language_model()
+    half = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
+    model.load_state_dict(half)  # rounds its weights, which stay float32
+    config = {name: value for name, value in LM_CONFIG.items() if name != "slstm_block"}
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save(half, path)
+    elif suffix:
+        save_file(half, path)
+    else:
+        folder(path, config, half)
+    net, wanted = cs.load(path), cs.load(model)
+    assert (wanted.weights, net.weights) == ("float32", "bfloat16")
+    wanted = wanted.with_weights("bfloat16")
+    for own, other in zip(net.nodes, wanted.nodes, strict=True):
+        assert getattr(own, "weights", None) == getattr(other, "weights", None)
+    assert (net(ids().numpy()) == wanted(ids().numpy())).all()
+
+
 def changed(**settings):
     return {**LM_CONFIG, **settings}
 

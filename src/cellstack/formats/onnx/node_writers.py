@@ -215,6 +215,7 @@ WRITERS: dict[type[nodes.Node], Callable[[Any, str, Any, Feed], Any]] = {
     nodes.Activation: lambda out, name, node, feed: out.activate(name, feed.x, node.activation, name),
     nodes.Clip: _clip,
     nodes.Pad: _pad,
+    nodes.Skipped: lambda out, name, node, feed: out.put("Identity", [feed.x], name),
     nodes.Flatten: lambda out, name, node, feed: out.put("Flatten", [feed.x], name, axis=1),
     nodes.Reshape: lambda out, name, node, feed: out.put("Reshape", [feed.x, out.integers(0, *node.shape)], name),
     nodes.Permute: lambda out, name, node, feed: out.put("Transpose", [feed.x], name, perm=[0, *node.dims]),

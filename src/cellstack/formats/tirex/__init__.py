@@ -2,8 +2,9 @@
 
 The networks take patches of a scaled series, `[B, T, 2·patch]`: the values, with zeros where they are missing, then 1
 for each value that is there and 0 for each that is missing. They return quantiles of the patch that follows each patch,
-`[B, T, quantiles·patch]`, and each step depends on earlier steps only. `cellstack.train.TiRexForecaster` computes what
-comes before and after; `docs/tirex.md` describes it.
+`[B, T, quantiles·patch]`, and each step depends on earlier steps only. Each row is a series by itself; the parts of a
+TiRex-2 for series that are forecast together are `Skipped` nodes. `cellstack.train.TiRexForecaster` runs these, and
+computes what comes before and after; `docs/tirex.md` describes it.
 
 Ref: Auer et al. 2025, "TiRex: Zero-Shot Forecasting Across Long and Short Horizons with Enhanced In-Context Learning";
 Podest et al. 2026, "TiRex-2: Generalizing TiRex to Multivariate Data and Streaming".
@@ -97,14 +98,17 @@ def _settings(model: Any) -> dict[str, Any]:
     """Return the configuration of a TiRex-2 in memory, as it would be in its file."""
     stack, norm = model.stack_config, model.stack_out_norm
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    mixers = {
-        name: {key: value for key, value in vars(template.time_mixer).items() if key != "act_fn"}
-        for name, template in stack.templates.items()
-    }
+    kept, query_norms = {}, {template.variate_mixer.use_qk_norm for template in stack.templates.values()}
+    for name, template in stack.templates.items():
+        parts = {part: vars(getattr(template, part)) for part in ("time_mixer", "variate_mixer")}
+        kept[name] = {
+            part: {key: value for key, value in found.items() if key not in ("act_fn", "use_qk_norm")}
+            for part, found in parts.items()
+        }
     tokens = ("output_patch_size", "input_patch_size", "input_patch_stride")
     return {
         "stack_config": {
-            "templates": {name: {"time_mixer": mixer} for name, mixer in mixers.items()},
+            "templates": kept,
             "recipe": list(stack.recipe),
         },
         "num_blocks": len(model.stack),
@@ -115,5 +119,6 @@ def _settings(model: Any) -> dict[str, Any]:
         "tokenizer_cfg": {name: getattr(model.tokenizer, name) for name in tokens},
         "scaler_cfg": {name: getattr(model.scaler, name) for name in ("eps", "use_arcsinh", "binaryaware")},
         "act_func": type(model.act_func).__name__,
+        "use_qk_norm": query_norms.pop() if len(query_norms) == 1 else "of some templates only",
         "stack_out_norm_config": None if epsilon is None else {"eps": epsilon},
     }

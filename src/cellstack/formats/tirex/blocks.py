@@ -1,7 +1,9 @@
 """The networks of TiRex and TiRex-2 from their designs and the weights of their state dicts.
 
 A block is `x + layer(norm(x))`, where the layer is an sLSTM or an mLSTM with a norm of each head, then
-`x + ffn(norm(x))`. The mLSTM and the feed-forward layer are those of xlstm's `xLSTMLarge`.
+`x + ffn(norm(x))`. The mLSTM and the feed-forward layer are those of xlstm's `xLSTMLarge`. In a TiRex-2, what series
+that are forecast together need is `Skipped`: after the cell, the layer that joins both directions of a covariate whose
+future is known; after the block, what mixes the series.
 """
 
 from __future__ import annotations
@@ -19,12 +21,11 @@ from cellstack.formats.tirex.design import SLSTM, Design
 from cellstack.formats.xlstm import large
 from cellstack.formats.xlstm.weights import Graph, Weights, linear
 from cellstack.network import Network
-from cellstack.nodes import Cell, GroupedDense, GroupNorm, Merge, Recurrent, RMSNorm
+from cellstack.nodes import Attention, Cell, GroupedDense, GroupNorm, Merge, Node, Recurrent, Reshape, RMSNorm, Skipped
 
 EPSILON = 1e-6  # of the norms; of TiRex's norm of each head 1e-5
 
-# Weights of TiRex-2 that the forecast of one series doesn't use: attention between series, the direction back in time.
-UNUSED = re.compile(r"stack\.\d+\.(variate_mixer|time_mixer\.combination)\.")
+QUERY_EPSILON = float(np.finfo(np.float32).eps)  # of the norms of queries and keys
 
 # Names in a state dict of TiRex-2 that stand for the weight of another name: both directions share a cell.
 SHARED = (
@@ -39,24 +40,23 @@ def network(where: str, design: Design, tensors: Mapping[str, Any]) -> Network:
     Raises:
         FormatError: a tensor is missing, has another shape, or isn't part of the model.
     """
-    named = _named(where, design, tensors)
-    weights = Weights({name: array for name, array in named.items() if not UNUSED.match(name)}, where)
+    weights = Weights(_named(where, design, tensors), where)
     builder = Builder()
     graph, width = Graph(builder), design.width
     x = builder.input("x", (None, 2 * design.patch))
     x = _hidden_layer(graph, weights, "input_patch_embedding", x, (2 * design.patch, design.hidden[0], width), design)
     for number in range(len(design.blocks)):
         x = _block(graph, weights, x, design, number)
+        if design.version == 2:
+            name = f"stack.{number}.variate_mixer"
+            x = graph.add(name, _mixer(weights.under(name), design, design.mixer_heads[number]), x)
     if design.out_epsilon is not None:
         name = "out_norm" if design.version == 1 else "stack_out_norm"
         x = graph.add(name, RMSNorm(weights.take(f"{name}.weight", width), epsilon=design.out_epsilon), x)
     widths = (width, design.hidden[1], design.outputs)
     builder.output(_hidden_layer(graph, weights, "output_patch_embedding", x, widths, design))
     weights.finish()
-    metadata: dict[str, Any] = {"source": {"format": "tirex"}, "tirex": design.forecaster}
-    if len(weights.tensors) < len(named):
-        metadata["left_out"] = "the weights for covariates and for several series (variate_mixer, combination)"
-    return builder.network(metadata)
+    return builder.network({"source": {"format": "tirex"}, "tirex": design.forecaster})
 
 
 def _named(where: str, design: Design, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,11 @@ def _block(graph: Graph, weights: Weights, x: str, design: Design, number: int) 
         wire = part.add(norm, RMSNorm(own.take(f"{norm}.weight", width), epsilon=EPSILON), wire)
         inner = "slstm_layer" if first else "fwd_cell"
         made = _slstm if design.blocks[number] == SLSTM else _mlstm
-        return made(part.under(inner), own.under(inner), wire, design, design.heads[number])
+        wire = made(part.under(inner), own.under(inner), wire, design, design.heads[number])
+        if first:
+            return wire
+        both = linear(own.under("combination"), 2 * width, width)
+        return part.add("combination", Skipped((2 * width,), (both,), ((0,),)), wire)
 
     def ffn(wire: str) -> str:
         wire = part.add("norm_ffn", RMSNorm(own.take("norm_ffn.weight", width), epsilon=EPSILON), wire)
@@ -103,6 +107,34 @@ def _block(graph: Graph, weights: Weights, x: str, design: Design, number: int) 
         return large.feed_forward(part.under("ffn"), own.under("ffn"), wire)
 
     return part.residual("ffn_added", part.residual("added", x, layer), ffn)
+
+
+def _mixer(weights: Weights, design: Design, heads: int) -> Skipped:
+    """Return what mixes variates `[V, W]` at a step: attention, then a hidden layer, each added to its input."""
+    width, attention, ffn = design.width, weights.under("attn"), weights.under("ffn")
+    nodes: list[Node] = []
+    takes: list[tuple[int, ...]] = []
+
+    def add(node: Node, *sources: int) -> int:
+        nodes.append(node)
+        takes.append(sources)
+        return len(nodes)
+
+    def projected(letter: str, normed: bool, x: int) -> int:
+        x = add(linear(attention.under(f"W{letter}"), width, width), x)
+        if not normed:
+            return x
+        apart = add(Reshape((-1, width // heads)), x)
+        return add(Reshape((-1, width)), add(RMSNorm(epsilon=QUERY_EPSILON), apart))
+
+    x = add(RMSNorm(weights.take("norm_attn.weight", width), epsilon=EPSILON), 0)
+    parts = [projected(letter, design.query_norm and letter != "V", x) for letter in "QKV"]
+    output = linear(attention.under("WO"), width, width)
+    added = add(Merge("add"), 0, add(output, add(Attention(heads), *parts)))
+    inside = add(RMSNorm(weights.take("norm_ffn.weight", width), epsilon=EPSILON), added)
+    inside = add(linear(ffn.under("wi"), width, 4 * width, design.activation), inside)
+    add(Merge("add"), added, add(linear(ffn.under("wo"), 4 * width, width), inside))
+    return Skipped((None, width), tuple(nodes), tuple(takes))
 
 
 def _mlstm(graph: Graph, weights: Weights, x: str, design: Design, heads: int) -> str:

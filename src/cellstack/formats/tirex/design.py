@@ -16,7 +16,7 @@ SETTINGS = (  # of TiRex-2
     *("input_patch_size", "output_patch_size", "tokenizer_cfg", "scaler_cfg", "quantiles", "context_len", "future_len"),
     *("tta_diff", "tta_sign_flip"),
 )
-NO_EFFECT = ("dropout", "use_qk_norm", "device", "matmul_precision", "postprocessor_cfg")  # on a forecast of one series
+NO_EFFECT = ("dropout", "device", "matmul_precision", "postprocessor_cfg")  # on a forecast
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Design:
         width: of the values between the blocks.
         blocks: `SLSTM` or `MLSTM`, one per block.
         heads: of each block.
+        mixer_heads: of the attention between variates in each block; none in a TiRex.
+        query_norm: whether this attention normalises its queries and keys.
         hidden: the widths of the hidden layers before and after the blocks.
         forward: the width of the feed-forward layers.
         activation: of the hidden layers before and after the blocks.
@@ -43,6 +45,8 @@ class Design:
     forward: int
     activation: str
     out_epsilon: float | None
+    mixer_heads: tuple[int, ...] = ()
+    query_norm: bool = True
     forecaster: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -126,7 +130,7 @@ def design_of_first(where: str, settings: Any) -> Design:
         _rounded(width * blocks.take("ffn_proj_factor", (int, float), 2.6667)),
         "relu",
         1e-6,
-        {"model": "TiRex", "patch": patch, "context": context, "quantiles": model.quantiles()},
+        forecaster={"model": "TiRex", "patch": patch, "context": context, "quantiles": model.quantiles()},
     )
 
 
@@ -137,7 +141,7 @@ def design_of_second(where: str, settings: Any) -> Design:
         FormatError: see `design_of_first`.
     """
     top = Entries(where, settings)
-    top.only((*SETTINGS, *NO_EFFECT))
+    top.only((*SETTINGS, "use_qk_norm", *NO_EFFECT))
     width, patch = top.take("embedding_dim", int), top.take("input_patch_size", int)
     context, future = top.take("context_len", int), top.take("future_len", int)
     tokens = top.inner("tokenizer_cfg")
@@ -147,7 +151,7 @@ def design_of_second(where: str, settings: Any) -> Design:
     for key, value in {"context_len": context, "future_len": future}.items():
         if value % patch:
             raise FormatError(f"{where}: expected {key} to be a multiple of {patch}, found {value}")
-    blocks, heads = _stack(top, width)
+    blocks, heads, mixer_heads = _stack(top, width)
     scaler = top.inner("scaler_cfg")
     act = top.take("act_func", str).rpartition(".")[2]
     if act not in ACTIVATIONS:
@@ -174,17 +178,19 @@ def design_of_second(where: str, settings: Any) -> Design:
         _rounded(width * 2.6667),
         ACTIVATIONS[act],
         None if norm is None else top.inner("stack_out_norm_config").take("eps", float, 1e-7),
+        mixer_heads,
+        top.take("use_qk_norm", bool, True),
         forecaster,
     )
 
 
-def _stack(top: Entries, width: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return the kind and the number of heads of each block of a TiRex-2."""
+def _stack(top: Entries, width: int) -> tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return of each block of a TiRex-2 its kind, its number of heads, and that of its attention between variates."""
     stack = top.inner("stack_config")
     templates, recipe = stack.inner("templates"), stack.take("recipe", (list, tuple))
     if len(recipe) != top.take("num_blocks", int):
         raise FormatError(f"{stack.where}: expected a recipe of {top.found['num_blocks']} blocks, found {len(recipe)}")
-    kinds, heads = [], []
+    kinds, heads, mixer_heads = [], [], []
     for name in recipe:
         mixer = templates.inner(name).inner("time_mixer")
         mixer.only(("model_type", "embedding_dim", "num_heads", "num_slstm_heads", "device", "rnn_backend"))
@@ -194,9 +200,16 @@ def _stack(top: Entries, width: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
         if mixer.take("embedding_dim", int) != width:
             raise FormatError(f"{mixer.where}: expected embedding_dim={width}, found {mixer.found['embedding_dim']}")
         own = kind == SLSTM and mixer.found.get("num_slstm_heads") is not None
+        between = templates.inner(name).inner("variate_mixer")
+        between.only(("embedding_dim", "num_heads", "use_flex_attention"))
+        if between.take("embedding_dim", int) != width:
+            raise FormatError(
+                f"{between.where}: expected embedding_dim={width}, found {between.found['embedding_dim']}"
+            )
+        mixer_heads.append(_heads(between, "num_heads", width))
         kinds.append(kind)
         heads.append(_heads(mixer, "num_slstm_heads" if own else "num_heads", width))
-    return tuple(kinds), tuple(heads)
+    return tuple(kinds), tuple(heads), tuple(mixer_heads)
 
 
 def _heads(entries: Entries, key: str, width: int) -> int:

@@ -96,13 +96,15 @@ def network_of(
             metadata lists under `"assumed"`.
 
     Returns:
-        The network; it takes ids if there is a table of embeddings, else `[B, T, D]`.
+        The network; it takes ids if there is a table of embeddings, else `[B, T, D]`. If all matrices of the file are
+        bfloat16, so are those of its cells and products.
 
     Raises:
         FormatError: a weight is missing, has another shape, or has no place in the model.
     """
     builder = Builder()
-    weights, graph, x = Weights(tensors, where), Graph(builder), builder.input("x")
+    weights, x = Weights(tensors, where), builder.input("x")
+    graph = Graph(builder, narrow=weights.narrow)
     metadata: dict[str, Any] = {"source": {"format": "xlstm"}}
     if is_large(tensors):
         chosen = settings if isinstance(settings, large.LargeSettings) else large.LargeSettings()

@@ -73,6 +73,11 @@ class Weights:
         """Return a weight as `take` does, or None if there is none of this name."""
         return self.take(name, *shape) if self.prefix + name in self.tensors else None
 
+    @property
+    def narrow(self) -> bool:
+        """Whether all matrices are stored as bfloat16."""
+        return all(tensor.dtype in ("bfloat16", "BF16") for tensor in self.tensors.values() if len(tensor.shape) > 1)
+
     def finish(self) -> None:
         """Raise `FormatError` if a weight wasn't used."""
         unused = [name for name in self.tensors if name not in self.used]
@@ -108,18 +113,19 @@ class Graph:
     Args:
         builder: the network's builder.
         prefix: the path of the part within the model, `""` or `"blocks.0."`.
+        narrow: whether matrices become bfloat16, one node after the other: all at once in float32 take twice the room.
     """
 
-    def __init__(self, builder: Builder, prefix: str = "") -> None:
-        self.builder, self.prefix = builder, prefix
+    def __init__(self, builder: Builder, prefix: str = "", narrow: bool = False) -> None:
+        self.builder, self.prefix, self.narrow = builder, prefix, narrow
 
     def under(self, name: str) -> Graph:
         """Return the graph of a part of the model."""
-        return Graph(self.builder, f"{self.prefix}{name}.")
+        return Graph(self.builder, f"{self.prefix}{name}.", self.narrow)
 
     def add(self, name: str, node: Node, *wires: str) -> str:
         """Add a node, and return its wire."""
-        return self.builder.add(self.prefix + name, node, *wires)
+        return self.builder.add(self.prefix + name, node.with_weights("bfloat16") if self.narrow else node, *wires)
 
     def concat(self, name: str, *wires: str) -> str:
         """Join values along the features."""

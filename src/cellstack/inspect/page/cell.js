@@ -95,7 +95,7 @@ export class CellView {
     this.wires.setAttribute("viewBox", `0 0 ${wide} ${high}`);
     this.wires.setAttribute("aria-label", `The wiring of one unit of this ${cell.form.title} cell`);
     const ports = {};
-    const boxes = Object.entries(wiring.ports).map(([name, [left, y]]) => {
+    const boxes = Object.entries(wiring.ports).sort(([, a], [, b]) => a[0] - b[0] || a[1] - b[1]).map(([name, [left, y]]) => {
       const x = left * across;
       const width = name === "x" ? 86 : 86 * across;
       const value = svg("text", { x, y: y + 12, class: "value" }, "");

@@ -162,6 +162,13 @@ export function table(head, rows, { caption = null, rowHeads = true } = {}) {
   );
 }
 
+// The numbers behind a drawing, as a table that the reader opens: `body` is for the table.
+export function behind(title, ontoggle = () => {}) {
+  const body = make("div", { class: "behind" });
+  const summary = make("summary", { "aria-label": `Show as a table: ${title}` }, "Show as a table");
+  return { element: make("details", { ontoggle }, summary, body), body };
+}
+
 // A popover next to the element that is pointed at, focused or touched; Escape closes it.
 export function popover(root) {
   const box = make("div", { class: "popover", role: "tooltip", id: "formula", hidden: true });

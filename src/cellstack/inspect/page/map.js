@@ -1,6 +1,6 @@
 // The heat map: units by steps of one gate or state, on a canvas; only the visible part is drawn.
 
-import { button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
+import { behind, button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { Plane } from "./data.js";
 import { clipped, colourBar, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
 import { keepingOf } from "./formulas.js";
@@ -71,8 +71,7 @@ export class HeatMap {
     this.readout = make("p", { class: "readout", role: "status", "aria-live": "polite" });
     this.legend = make("div", { class: "legend" });
     this.extremes = make("span", { class: "extent", hidden: true }, "several steps per pixel: the upper half of a row shows the largest value, the lower half the smallest");
-    this.body = make("div", { class: "behind" });
-    this.behind = make("details", { ontoggle: () => this.fillTable() }, make("summary", {}, "Show as a table"), this.body);
+    this.behind = behind("what is around the cursor", () => this.fillTable());
     this.element = make(
       "div",
       { class: "map" },
@@ -90,7 +89,7 @@ export class HeatMap {
       this.whole,
       make("div", { class: "under" }, this.readout, zooms),
       this.legend,
-      this.behind,
+      this.behind.element,
     );
     this.listen();
     view.on((changed) => this.update(changed));
@@ -274,7 +273,7 @@ export class HeatMap {
     this.drawRuler();
     this.drawWhole();
     this.wave.draw();
-    if (this.behind.open) this.fillTable();
+    this.fillTable();
   }
 
   drawCells() {
@@ -526,17 +525,17 @@ export class HeatMap {
   // The visible part as a table: at most 12 units, and 12 steps or as many as fit.
   fillTable() {
     const { view, plane } = this;
-    if (!this.behind.open || plane === null) return;
+    if (!this.behind.element.open || plane === null) return;
     const headOf = (step) => view.labels.full(view.row, step).slice("step ".length);
     const widest = Math.max(9, ...Array.from({ length: view.steps }, (_, n) => headOf(n).length).slice(0, 1000));
-    const most = Math.max(2, Math.min(12, Math.floor((this.body.clientWidth - Math.max(view.left, 76) - 20) / (16 + LETTER * widest))));
+    const most = Math.max(2, Math.min(12, Math.floor((this.behind.body.clientWidth - Math.max(view.left, 76) - 20) / (16 + LETTER * widest))));
     const first = Math.max(0, Math.min(view.step - Math.floor(most / 2), view.steps - most));
     const steps = Array.from({ length: Math.min(most, view.steps) }, (_, n) => first + n);
     const top = Math.max(0, Math.min((this.rowOf[view.unit] ?? 0) - 5, plane.units - 12));
     const rows = Array.from({ length: Math.min(12, plane.units) }, (_, n) => this.positions[top + n]);
     const caption = `${view.field} of ${view.place.title}: ${plural(rows.length, "unit")} and ${plural(steps.length, "step")} around the cursor`;
     replaceChildren(
-      this.body,
+      this.behind.body,
       table(
         ["unit, step", ...steps.map(headOf)],
         rows.map((unit) => [

@@ -1,7 +1,7 @@
 // The playground: a small network that learns a task live.
 
 import { Plane, planeOf } from "./data.js";
-import { button, choice, make, numberBox, plural, replaceChildren, select, shown, table } from "./dom.js";
+import { behind, button, choice, make, numberBox, plural, replaceChildren, select, shown, table } from "./dom.js";
 import { colourBar, drawLines, drawTiles, scaleOf } from "./draw.js";
 import { TASKS } from "./engine/training.js";
 import { isGate, keepsOf, meaningOf } from "./view.js";
@@ -10,6 +10,8 @@ import { isGate, keepsOf, meaningOf } from "./view.js";
 
 const MOST_LEARNING = 48;
 const TURN = { milliseconds: 60, most: 50 }; // training between two redraws
+const TOLD = 10000; // milliseconds between announcements to screen readers while it learns
+const LOSS_ROWS = 20; // most rows of the table of losses
 const KINDS = Object.entries(cellKinds).map(([name, { title }]) => [name, title]);
 
 export class Playground {
@@ -17,9 +19,11 @@ export class Playground {
     this.view = view;
     this.runner = runner;
     this.open = false;
-    this.running = false;
+    this.running = false; // as the reader wants it
+    this.busy = false; // until the last batches are done
     this.losses = [];
     this.rights = [];
+    this.toldAt = -Infinity; // the time of the last announcement while it learns
     this.example = null;
     this.field = null;
     this.task = select("Task", Object.entries(TASKS).map(([name, task]) => [name, task.title]), "echo", () => this.begin());
@@ -32,15 +36,16 @@ export class Playground {
     this.one = button("One batch", () => this.turn({ milliseconds: 0, most: 1 }));
     this.restart = button("Restart", () => this.begin());
     this.about = make("p", { class: "note" });
-    this.said = make("p", { class: "readout", role: "status" });
+    this.said = make("p", { class: "readout" });
+    this.told = make("p", { class: "unseen", role: "status" });
     this.loss = make("canvas", { class: "chart", role: "img" });
     this.answer = make("canvas", { class: "chart", role: "img" });
     this.inputs = make("canvas", { class: "tiles", role: "img" });
     this.gates = make("canvas", { class: "tiles", role: "img" });
     this.legend = make("div", { class: "legend" });
     this.gate = choice("Gate or state", (field) => { this.field = field; this.draw(); });
-    this.table = make("div", { class: "behind" });
-    this.behind = make("details", { ontoggle: () => this.draw() }, make("summary", {}, "Show as a table"), this.table);
+    const tableOf = (title) => behind(title, () => this.draw());
+    this.tables = { loss: tableOf("the loss"), answer: tableOf("the sequence outside the training data"), units: tableOf("units over time") };
     const group = (title, ...children) => make("div", { class: "group" }, make("h3", {}, title), ...children);
     this.element = make(
       "div",
@@ -48,11 +53,12 @@ export class Playground {
       make("div", { class: "toolbar" }, this.task.element, this.kind.element, this.units.element, this.delay.element, this.rate.element, this.seed.element, this.go, this.one, this.restart),
       this.about,
       this.said,
+      this.told,
       make(
         "div",
         { class: "columns" },
-        make("div", {}, group("Logarithm of the loss, base 10", this.loss), group("A sequence outside the training data: the target is dashed", this.answer)),
-        make("div", {}, group("Input", this.inputs), group("Units over time", this.gate.element, this.gates, this.legend, this.behind)),
+        make("div", {}, group("Logarithm of the loss, base 10", this.loss, this.tables.loss.element), group("A sequence outside the training data: the target is dashed", this.answer, this.tables.answer.element)),
+        make("div", {}, group("Input", this.inputs), group("Units over time", this.gate.element, this.gates, this.legend, this.tables.units.element)),
       ),
     );
     view.on((changed) => {
@@ -96,16 +102,17 @@ export class Playground {
 
   toggle() {
     this.running = !this.running;
+    if (this.running && !this.busy) this.learn();
     this.draw();
-    if (this.running) this.learn();
   }
 
   async learn() {
+    this.busy = true;
     while (this.running && this.open) {
       await this.turn(TURN);
       await new Promise((resolve) => requestAnimationFrame(resolve));
     }
-    this.running = false;
+    this.running = this.busy = false;
     this.draw();
   }
 
@@ -133,14 +140,15 @@ export class Playground {
     const task = TASKS[this.task.box.value];
     this.go.textContent = this.running ? "Pause" : "Learn";
     const count = this.losses.length;
-    const last = this.losses.slice(-20);
-    const mean = last.reduce((sum, one) => sum + one, 0) / Math.max(1, last.length);
-    const rights = this.rights.slice(-20).filter((one) => one !== null);
-    const right = rights.reduce((sum, one) => sum + one, 0) / Math.max(1, rights.length);
+    const scored = count > 0 && this.rights[0] !== null;
+    const mean = (all, from, to) => all.slice(from, to).reduce((sum, one) => sum + one, 0) / (to - from);
+    const means = (from, to) => [shown(mean(this.losses, from, to), 3), ...(scored ? [`${shown(100 * mean(this.rights, from, to), 3)} %`] : [])];
+    const [loss, right] = means(Math.max(0, count - 20), count);
     this.said.textContent = count
-      ? `after ${plural(count, "batch", "batches")}: loss ${shown(mean, 3)}${rights.length ? `, ${shown(100 * right, 3)} % of the answers right` : ""}${Number.isFinite(mean) ? "" : ": it has diverged, restart with a smaller learning rate"}`
+      ? `after ${plural(count, "batch", "batches")}: loss ${loss}${scored ? `, ${right} of the answers right` : ""}${Number.isFinite(this.losses.at(-1)) ? "" : ": it has diverged, restart with a smaller learning rate"}`
       : "It hasn't learned yet.";
     this.said.dataset.batches = String(count);
+    this.tell();
     const logs = new Plane(Float64Array.from(this.losses, (loss) => Math.log10(Math.max(loss, 1e-12))), 1, count);
     drawLines(this.loss, view.colours, count ? [{ plane: logs, unit: 0, colour: view.colours.accent }] : [], { from: 0, span: Math.max(50, count) }, { zero: false, ends: count ? null : { low: -2, high: 0 } });
     this.loss.setAttribute("aria-label", `The loss of each batch. ${this.said.textContent}`);
@@ -163,11 +171,24 @@ export class Playground {
     drawTiles(this.gates, view, shownPlane, scale, null);
     replaceChildren(this.legend, ...colourBar(scale, view.theme), make("span", { class: "extent" }, `${this.field}: ${meaningOf(this.form, this.field)}`));
     this.gates.setAttribute("aria-label", `${this.field} of ${shownPlane.units} units over ${steps} steps`);
-    if (!this.behind.open) return;
-    const rows = [
-      ...task.inputs.map((name, n) => [name, ...Array.from(given.line(n), (value) => shown(value, 3))]),
-      ...Array.from({ length: shownPlane.units }, (_, unit) => [`${this.field} ${unit}`, ...Array.from(shownPlane.line(unit), (value) => shown(value, 3))]),
-    ];
-    this.table.replaceChildren(table(["", ...Array.from({ length: steps }, (_, step) => `step ${step}`)], rows, { caption: "The input and the units, by step" }));
+    const list = ({ element, body }, head, rows) => { if (element.open) body.replaceChildren(table(head, rows())); };
+    const part = Math.max(1, Math.ceil(count / LOSS_ROWS));
+    list(this.tables.loss, ["batches", "loss", ...(scored ? ["answers right"] : [])], () => Array.from({ length: Math.ceil(count / part) }, (_, n) => {
+      const [from, to] = [n * part, Math.min(count, (n + 1) * part)];
+      return [to - from > 1 ? `${from + 1} to ${to}` : String(to), ...means(from, to)];
+    }));
+    const byStep = ["step", ...Array.from({ length: steps }, (_, step) => String(step))];
+    const rowsOf = (plane, nameOf) => Array.from({ length: plane.units }, (_, n) => [nameOf(n), ...Array.from(plane.line(n), (value) => (Number.isNaN(value) ? "–" : shown(value, 3)))]);
+    list(this.tables.answer, byStep, () => [...rowsOf(given, (n) => task.inputs[n]), ...rowsOf(output, () => "output"), ...rowsOf(asked, () => "target")]);
+    list(this.tables.units, byStep, () => rowsOf(shownPlane, (unit) => `${this.field} ${unit}`));
+  }
+
+  // Announce the state to screen readers: when learning begins or ends, and now and then in between.
+  tell() {
+    const now = performance.now();
+    if (this.busy && now < this.toldAt + TOLD) return;
+    this.toldAt = this.busy ? now : -Infinity;
+    const text = `${this.busy ? "Learning: " : ""}${this.said.textContent}`;
+    if (this.told.textContent !== text) this.told.textContent = text;
   }
 }

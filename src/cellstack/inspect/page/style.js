@@ -168,7 +168,7 @@ input[type="range"] { accent-color: var(--accent); width: 180px; min-height: 32p
 input[type="number"] { width: 100px; }
 output { font-weight: 600; min-width: 56px; display: inline-block; align-self: center; }
 .toolbar output { align-self: end; line-height: 32px; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px 28px; align-items: start; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px 28px; align-items: start; margin-top: 8px; }
 .group { border-top: 1px solid var(--grid); padding-top: 10px; margin-top: 14px; }
 .group:first-child { border-top: 0; padding-top: 0; margin-top: 0; }
 .patches { list-style: none; padding: 0; margin: 6px 0; }
@@ -177,6 +177,7 @@ pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflo
 .sliders { display: grid; grid-template-columns: auto minmax(80px, 1fr) auto; gap: 2px 10px; align-items: center; max-width: 460px; }
 .sliders input[type="range"] { width: 100%; }
 .weights input { width: 116px; min-height: 28px; padding: 1px 6px; text-align: right; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .status { color: var(--muted); min-height: 1.45em; }
 @media (max-width: 1340px) { .stage { grid-template-columns: minmax(0, 400px) minmax(0, 1fr); } }
 @media (max-width: 1240px) { .cellview { grid-template-columns: minmax(0, 1fr); } }

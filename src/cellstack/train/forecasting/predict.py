@@ -86,11 +86,11 @@ def forecasts_after(
         table = read_table(data, **merged(reading(net, path), given))
     origins = None if origin is None else origins_at(table, origin)
     forecasts = forecast(net, table, path, origins, threads)
-    ids = _own_ids(data, table, forecasts.ids)
+    ids = own_ids(data, table, forecasts.ids)
     return replace(forecasts, ids=ids, polars=is_polars(data)), unknown(recipe, table, forecasts.origins)
 
 
-def _own_ids(data: Any, table: Table, ids: list[Any]) -> list[Any]:
+def own_ids(data: Any, table: Table, ids: list[Any]) -> list[Any]:
     """Return the ids of series with the type of the frame's column, so that results can be joined with the frame."""
     if table.id is None or not is_frame(data) or table.id not in map(str, data.columns):
         return ids

@@ -107,6 +107,11 @@ class Scaling(NamedTuple):
             binary = ((values == 0) | (values == 1) | ~there).all(axis=-1, keepdims=True)
         return cls(np.where(binary, 0.0, loc), np.where(binary, 1.0, scale), binary, differenced[:, None])
 
+    def of_first(self, count: int) -> Scaling:
+        """Return the scaling of the first series."""
+        loc, scale, binary, differenced = self
+        return Scaling(loc[:count], scale[:count], binary[:count], differenced[:count])
+
     def apply(self, values: Floats, settings: ScalingSettings) -> Floats:
         """Return values `[B, T]` scaled."""
         scaled = (values - self.loc) / self.scale

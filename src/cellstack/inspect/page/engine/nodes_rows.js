@@ -192,6 +192,7 @@ export const ROW_NODES = {
     (settings, x) => Math[settings.function](x),
     (settings, y, x) => [FUNCTION_SLOPES[settings.function](x)],
   ),
+  skipped: stepwiseNode(["frame", "nodes", "takes"], [], (node, x) => x, (node, x, y, dy) => dy),
   embedding: embeddingNode,
   masking: maskingNode,
 };
