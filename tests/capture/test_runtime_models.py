@@ -264,6 +264,55 @@ def test_hand_written_cells_run_on_the_kernel():
             np.testing.assert_allclose(found, expected.detach(), atol=tolerances.NETWORK, rtol=0)
 
 
+class Wave(nn.Module):
+    """Convolutions, an LSTM and convolutions back, each with a shortcut; the samples are padded as these need it."""
+
+    def __init__(self, depth=4):
+        super().__init__()
+        torch.manual_seed(0)
+        channels = [1, *[4] * depth]
+        self.down = nn.ModuleList(nn.Conv1d(n, 4, 8, 4) for n in channels[:-1])
+        self.up = nn.ModuleList(nn.ConvTranspose1d(4, n, 8, 4) for n in channels[-2::-1])
+        self.rnn = nn.LSTM(4, 4, batch_first=True)
+
+    def padded(self, samples):
+        samples = math.ceil(samples * 1)
+        for _ in self.down:
+            samples = max(1, math.ceil((samples - 8) / 4) + 1)
+        for _ in self.down:
+            samples = (samples - 1) * 4 + 8
+        return samples
+
+    def forward(self, x):
+        length, kept = x.shape[-1], []
+        over = self.padded(length) - length
+        x = pad(x, (over // 2, over - over // 2))
+        for layer in self.down:
+            x = layer(x)
+            kept.append(x)
+        x = x + self.rnn(x.transpose(1, 2))[0].transpose(1, 2)
+        for layer in self.up:
+            x = layer(x + kept.pop()[..., : x.shape[-1]])
+        over = x.shape[-1] - length
+        if over:
+            x = x[..., over // 2 : -(over - over // 2)]
+        half = torch.floor(torch.as_tensor(length / 2)).long()
+        return x, x[..., :half]
+
+
+def test_sizes_may_be_computed_at_length_from_those_of_the_input():
+    module = Wave().eval()
+    with (
+        pytest.warns(UserWarning, match="compares sizes of its input"),
+        pytest.warns(UserWarning, match="ONNX Runtime"),
+    ):
+        net: Any = cs.compile(module, torch.randn(2, 1, 1000))
+    for rows, samples in ((1, 340), (2, 1001), (3, 1364), (2, module.padded(900))):
+        x = torch.randn(rows, 1, samples)
+        for found, expected in zip(net(x.numpy()), module(x), strict=True):
+            np.testing.assert_allclose(found, expected.detach(), atol=tolerances.NETWORK, rtol=0)
+
+
 def test_an_export_writes_hand_written_cells_as_single_operators(tmp_path):
     torch.manual_seed(0)
     module, path, time = Loop().eval(), str(tmp_path / "loop.onnx"), torch.export.Dim("time")

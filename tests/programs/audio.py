@@ -313,7 +313,7 @@ def tts_speaker_state():
     return module, lambda rows, steps: (torch.randn(rows, 40, steps),)
 
 
-@program("demucs: Demucs", "demucs==4.1.0", "julius==0.2.8", AUDIO, sizes=WAVES, refused="can't export it")
+@program("demucs: Demucs", "demucs==4.1.0", "julius==0.2.8", AUDIO, sizes=WAVES, runtime=True)
 def demucs():
     from demucs.demucs import Demucs
 
@@ -328,7 +328,7 @@ def demucs():
     AUDIO,
     sizes=WAVES,
     served=4,
-    refused="can't export it",
+    runtime=True,
 )
 def demucs_branches():
     from demucs.demucs import Demucs
@@ -337,7 +337,7 @@ def demucs_branches():
     return module, lambda rows, samples: (torch.randn(rows, 2, samples),)
 
 
-@program("denoiser: Demucs", "denoiser==0.1.5", AUDIO, sizes=WAVES, refused="Mul")
+@program("denoiser: Demucs", "denoiser==0.1.5", AUDIO, sizes=WAVES, runtime=True)
 def denoiser():
     from denoiser.demucs import Demucs
 

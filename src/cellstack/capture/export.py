@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import math
+import operator
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from torch import nn
 from torch._library import utils
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from cellstack.capture.copied import duplicate
 from cellstack.capture.operators import Operators
@@ -108,7 +111,7 @@ def recorded(
         with nullcontext() if strict else Operators(cut):
             program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
     _check(program.graph)
-    _keep_axes(program.graph)
+    _corrected(program.graph)
     return program
 
 
@@ -147,6 +150,8 @@ def example_values(looks: list[str]) -> Iterator[None]:
     try:
         with (
             importlib.import_module("torch._functorch.config").patch(fake_tensor_propagate_real_tensors=True),
+            # In its assertions about sizes, it would divide the graph's symbols by a function of SymPy.
+            mock.patch.object(PythonReferenceAnalysis, "int_truediv", staticmethod(operator.truediv)),
             # PyTorch doesn't copy the values of parameters.
             mock.patch.object(
                 meta_utils, "_safe_copy", lambda to, value: copy(to, None if value is None else value.detach())
@@ -160,10 +165,25 @@ def example_values(looks: list[str]) -> Iterator[None]:
         logger.removeFilter(note)
 
 
-def _keep_axes(graph: Any) -> None:
-    """Make copies of squeezes of an axis that is longer than 1, which keep it: the exporter writes them as they are."""
+def _corrected(graph: Any) -> None:
+    """Change what the exporter would write with another meaning.
+
+    - A squeeze of an axis that is longer than 1 keeps it: a copy.
+    - Rounding an integer, which ONNX doesn't, keeps it.
+    - A slice with a negative end, as in `x[..., : -n]`: this end may be 0 at other sizes, where code has a branch for it.
+    """
     for node in graph.nodes:
-        if node.target is torch.ops.aten.squeeze.dim:
+        if node.target in (math.ceil, math.floor) and isinstance(node.args[0].meta["val"], (int, torch.SymInt)):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is torch.ops.aten.slice.Tensor and getattr((*node.args, None)[3], "target", "") is operator.neg:
+            x, axis, start, end = node.args
+            with graph.inserting_before(node):
+                size = graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
+                end = graph.call_function(operator.sub, (size, end.args[0]))
+            size.meta["val"] = x.meta["val"].shape[axis]
+            end.meta["val"] = size.meta["val"] - node.args[3].args[0].meta["val"]
+            node.args = x, axis, start, end
+        elif node.target is torch.ops.aten.squeeze.dim:
             value, axis = node.args
             size = value.meta["val"].shape[axis]
             if not isinstance(size, int) or size != 1:
@@ -177,7 +197,10 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
         made: Any = torch.onnx.export(
             program,
             dynamo=True,
-            custom_translation_table={op.recurrent: _translated},
+            custom_translation_table={
+                op.recurrent: _translated,
+                torch.ops.cellstack.with_new_size.default: lambda x, axis: importlib.import_module("onnxscript").opset18.Identity(x),
+            },
             input_names=input_names,
             output_names=output_names,
             verbose=False,

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 from cellstack.capture import complexes
 from cellstack.capture.copied import duplicate
-from cellstack.capture.counts import FUNCTIONS, is_open
+from cellstack.capture.counts import FUNCTIONS, SYMBOLS, is_open
 from cellstack.capture.sizes import OURS, Renamed, outside, pytorch
 from cellstack.layers.accelerated import run_stack
 from cellstack.layers.eligibility import KINDS
 
+LONG = 12  # operations in a size of a tensor, above which it becomes a symbol of its own
 MODES = {mode.lower(): mode for mode in KINDS}  # of PyTorch's modules, by the function that each calls
 
 
@@ -131,7 +132,12 @@ class Operators(TorchFunctionMode):
             return contiguous(args[0]).view(-1).view(*args[1:])  # PyTorch would compare each old size with the new ones
         if name == "__getitem__" and first is not None and args[1] == 0:  # the number of rows
             return first.rows
-        return func(*args, **(kwargs or {}))
+        if name in ("as_tensor", "tensor") and isinstance(args[0], SYMBOLS):  # which would be a number
+            return torch.full((), args[0], **(kwargs or {}))  # type: ignore[arg-type]
+        if name == "__getitem__":
+            args = args[0], _with_sizes(args[1])
+        y = func(*args, **(kwargs or {}))
+        return _with_short_sizes(y) if type(y) in self.lists else y
 
     def _pack(self, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
         x = x if batch_first else x.transpose(0, 1)
@@ -167,6 +173,37 @@ class Operators(TorchFunctionMode):
         y, ends = run_stack(mode, x, weights, states, used, biases, layers, both)  # y [T, B, ·]
         y = y.transpose(0, 1) if first else y
         return y if padded is None else contiguous(y).view(padded.rows * padded.steps, y.shape[-1]), *ends
+
+
+@torch.library.custom_op("cellstack::with_new_size", mutates_args=())
+def with_new_size(x: Tensor, axis: int) -> Tensor:
+    """Return x with a new symbol as the size of an axis."""
+    return x.clone()
+
+
+@with_new_size.register_fake
+def _(x: Tensor, axis: int) -> Tensor:
+    shape = list(x.shape)
+    shape[axis] = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(shape)
+
+
+def _with_short_sizes(x: Tensor) -> Tensor:
+    """Return a tensor with new symbols in the place of long expressions, which take PyTorch minutes to compare."""
+    for axis, size in enumerate(x.shape):
+        if isinstance(size, SymInt) and size.node.expr.count_ops() > LONG:
+            x = with_new_size(x, axis)
+    return x
+
+
+def _with_sizes(index: Any) -> Any:
+    """Return an index with the bounds of slices as sizes: a tensor as a bound would become a number."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_sizes, index))
+    if not isinstance(index, slice):
+        return index
+    bounds = index.start, index.stop, index.step
+    return slice(*(bound.item() if isinstance(bound, Tensor) else bound for bound in bounds))
 
 
 def _chunks(x: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...] | None:

@@ -86,6 +86,7 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
             places = compared_sizes(ends, module, inputs)
             if save is not _by_trace:
                 places.converted.clear()  # torch.export keeps such a size open, or fixes it in the graph's inputs
+            looks = [line for line in looks if line not in places.compared]  # values that are computed from sizes
             made = network, [*notes, *caveats(module, inputs, looks, places)]
             if not ends.rejected:
                 return made
