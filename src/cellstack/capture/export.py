@@ -178,7 +178,9 @@ def _corrected(graph: Any) -> None:
     for node in graph.nodes:
         if node.target in (math.ceil, math.floor) and isinstance(node.args[0].meta["val"], (int, torch.SymInt)):
             node.replace_all_uses_with(node.args[0])
-        elif node.target is torch.ops.aten.slice.Tensor and getattr((*node.args, None)[3], "target", "") is operator.neg:
+        elif (
+            node.target is torch.ops.aten.slice.Tensor and getattr((*node.args, None)[3], "target", "") is operator.neg
+        ):
             x, axis, start, end = node.args
             with graph.inserting_before(node):
                 size = graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
@@ -202,7 +204,9 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
             dynamo=True,
             custom_translation_table={
                 op.recurrent: _translated,
-                torch.ops.cellstack.with_new_size.default: lambda x, axis: importlib.import_module("onnxscript").opset18.Identity(x),
+                torch.ops.cellstack.with_new_size.default: lambda x, axis: importlib.import_module(
+                    "onnxscript"
+                ).opset18.Identity(x),
             },
             input_names=input_names,
             output_names=output_names,
