@@ -44,6 +44,7 @@ from cellstack.nodes.cell_arrays import Cell
 
 DOMAIN = "cellstack"  # of the operators that stand for cells until their weights are computed
 INT32 = 6
+SLICE = torch.ops.aten.slice.Tensor
 FIXING = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")  # operators whose export fixes the length
 
 
@@ -173,20 +174,18 @@ def _corrected(graph: Any) -> None:
 
     - A squeeze of an axis that is longer than 1 keeps it: a copy.
     - Rounding an integer, which ONNX doesn't, keeps it.
-    - A slice with a negative end, as in `x[..., : -n]`: this end may be 0 at other sizes, where code has a branch for it.
+    - The end of a slice such as `x[..., :-n]` may be 0 at other sizes, where code has a branch for it: the size less n.
     """
     for node in graph.nodes:
         if node.target in (math.ceil, math.floor) and isinstance(node.args[0].meta["val"], (int, torch.SymInt)):
             node.replace_all_uses_with(node.args[0])
-        elif (
-            node.target is torch.ops.aten.slice.Tensor and getattr((*node.args, None)[3], "target", "") is operator.neg
-        ):
-            x, axis, start, end = node.args
+        elif node.target is SLICE and getattr((*node.args, None)[3], "target", "") is operator.neg:
+            x, axis, start, minus = node.args
             with graph.inserting_before(node):
                 size = graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
-                end = graph.call_function(operator.sub, (size, end.args[0]))
+                end = graph.call_function(operator.sub, (size, minus.args[0]))
             size.meta["val"] = x.meta["val"].shape[axis]
-            end.meta["val"] = size.meta["val"] - node.args[3].args[0].meta["val"]
+            end.meta["val"] = size.meta["val"] - minus.args[0].meta["val"]
             node.args = x, axis, start, end
         elif node.target is torch.ops.aten.squeeze.dim:
             value, axis = node.args
@@ -197,6 +196,7 @@ def _corrected(graph: Any) -> None:
 
 def write(program: Any, path: str, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
     """Write what `recorded` returns as an ONNX file."""
+    script = importlib.import_module("onnxscript")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         made: Any = torch.onnx.export(
@@ -204,9 +204,7 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
             dynamo=True,
             custom_translation_table={
                 op.recurrent: _translated,
-                torch.ops.cellstack.with_new_size.default: lambda x, axis: importlib.import_module(
-                    "onnxscript"
-                ).opset18.Identity(x),
+                torch.ops.cellstack.with_new_size.default: lambda x, axis: script.opset18.Identity(x),
             },
             input_names=input_names,
             output_names=output_names,
@@ -214,7 +212,6 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
             optimize=False,  # which drops x + eps for eps up to 1e-8, and computes small constants only
         )
     most = 1 + max((value.nbytes for value in program.state_dict.values()), default=0)  # weights in ONNX's order
-    script = importlib.import_module("onnxscript")
     common = script.ir.passes.common
     common.InlinePass()(made.model)
     script.optimizer.fold_constants(made.model, input_size_limit=most, output_size_limit=most)
