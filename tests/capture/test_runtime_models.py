@@ -11,11 +11,13 @@ import pytest
 import tolerances
 import torch
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import batch_norm, pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import cellstack as cs
 from cellstack.capture import compile_network, export_onnx
+from cellstack.capture.axes import axes_in_groups
+from cellstack.capture.export import example_values, recorded
 from cellstack.capture.nested import array_of
 from cellstack.formats.onnx.runtime import RuntimeModel
 
@@ -45,6 +47,12 @@ def best(m, x):
     y, (h, _) = m.rnn(x)
     values, places = m.head(y).topk(2, dim=-1)
     return {"places": places, "h": h, "values": values}
+
+
+def normed_over_steps(m, x):
+    y = m.rnn(x)[0].contiguous()
+    y = batch_norm(y.transpose(1, 2), torch.zeros(6), torch.ones(6)).transpose(1, 2)
+    return m.head(y).topk(2, dim=-1).values
 
 
 def attended_from_a_state(m, x, state):
@@ -298,6 +306,23 @@ class Wave(nn.Module):
             x = x[..., over // 2 : -(over - over // 2)]
         half = torch.floor(torch.as_tensor(length / 2)).long()
         return x, x[..., :half]
+
+
+def test_a_batch_norm_of_transposed_values_is_recorded():
+    module = Model(normed_over_steps).eval()
+    with example_values([]):
+        program = recorded(module, x_of(2, 9), dynamic_shapes=(({0: torch.export.Dim.AUTO},),))
+    (x,) = x_of(3, 9)
+    np.testing.assert_allclose(program.module()(x).detach(), module(x).detach(), atol=tolerances.NETWORK, rtol=0)
+
+
+def test_an_axis_may_change_by_multiples_only():
+    def steps(x, starts):
+        return x.reshape(len(starts), -1, 4)
+
+    rows = frozenset({(0, 0, 1), (1, 0, 1)})
+    assert axes_in_groups(steps, (torch.ones(3, 4), torch.zeros(3))) == [rows]
+    assert axes_in_groups(steps, (torch.ones(3, 8), torch.zeros(3))) == [rows, frozenset({(0, 1, 4)})]
 
 
 def test_sizes_may_be_computed_at_length_from_those_of_the_input():

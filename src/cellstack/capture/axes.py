@@ -2,7 +2,8 @@
 
 To test an axis, it is made longer by one, alone or together with axes of the same length. For `x [2, 7, 3]` and
 `h [1, 2, 4]`, the first axis of x can only change together with the second of h, the second of x can change alone, and
-no other axis can change. An axis that only changes by multiples of a number, as that of `[B, 6 T]`, changes alone.
+no other axis can change. An axis that only changes by multiples of a number, as that of `[B, 6 T]`, changes alone; the
+example has two of them at least, or features would be taken for a sequence.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def axes_in_groups(module: Any, inputs: tuple[Any, ...]) -> list[Axes]:
             if any((n, axis) == place[:2] for one in found for place in one):
                 continue
             size = value.shape[axis]
-            several = (unit for unit in range(2, size + 1) if size % unit == 0)
+            several = (unit for unit in range(2, size // 2 + 1) if size % unit == 0)
             if made := group(n, axis) or next((one for unit in several if (one := group(n, axis, unit))), None):
                 found.append(made)
     return found

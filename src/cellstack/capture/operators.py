@@ -147,6 +147,8 @@ class Operators(TorchFunctionMode):
             return torch.full((), args[0], **(kwargs or {}))  # type: ignore[arg-type]
         if name == "__getitem__":
             args = args[0], _with_sizes(args[1])
+        if name == "batch_norm":  # of another tensor, torch.export records other strides than those of the result
+            args = contiguous(args[0]), *args[1:]
         y = func(*args, **(kwargs or {}))
         return _with_short_sizes(y) if type(y) in self.lists else y
 
@@ -189,7 +191,7 @@ class Operators(TorchFunctionMode):
 @torch.library.custom_op("cellstack::with_new_size", mutates_args=())
 def with_new_size(x: Tensor, axis: int) -> Tensor:
     """Return x with a new symbol as the size of an axis."""
-    return x.clone()
+    return contiguous(x)  # as the fake one
 
 
 @with_new_size.register_fake
