@@ -154,7 +154,7 @@ def dual_path():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("speechbrain: AttentionalRNNDecoder", *SPEECHBRAIN, served=1, runtime=True, accepts=3)
+@program("speechbrain: AttentionalRNNDecoder", *SPEECHBRAIN, served=1, runtime=True)
 def attentional_decoder():
     from speechbrain.nnet.RNN import AttentionalRNNDecoder
 
