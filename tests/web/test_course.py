@@ -430,21 +430,21 @@ def test_training_is_announced_at_its_start_and_end_and_now_and_then(opened):
         window.later = 0;
         performance.now = () => now() / 1000 + window.later; // a second takes a millisecond
         window.inFigure = (what) => [...document.querySelector("[data-figure]").shadowRoot.querySelectorAll(what)];
-        window.told = [];
+        window.announced = [];
         for (const one of inFigure("[role=status], [aria-live]"))
-            new MutationObserver(() => window.told.push(one.textContent)).observe(one, { childList: true });
+            new MutationObserver(() => window.announced.push(one.textContent)).observe(one, { childList: true });
     }""")
     learnt = "(count) => inFigure('.readout')[0].dataset.batches > count"
     page.get_by_role("button", name="Learn", exact=True).click()
     page.wait_for_function(learnt, arg=20)
-    assert page.evaluate("window.told") == ["Learning: It hasn't learned yet."]
+    assert page.evaluate("window.announced") == ["Learning: It hasn't learned yet."]
     page.evaluate("window.later = 10_001")
-    page.wait_for_function("window.told.length > 1")
+    page.wait_for_function("window.announced.length > 1")
     page.wait_for_function(learnt, arg=int(figure.page.locator(".readout").get_attribute("data-batches")) + 20)
     page.get_by_role("button", name="Pause").click()
-    page.wait_for_function("window.told.length > 2")
+    page.wait_for_function("window.announced.length > 2")
     figure.settle()
-    _, between, end = page.evaluate("window.told")
+    _, between, end = page.evaluate("window.announced")
     assert re.fullmatch(r"Learning: after \d+ batches: loss .*", between)
     assert end == page.locator(".readout").inner_text()
     figure.moved = figure.controls()

@@ -81,7 +81,7 @@ def difference(
             if not what:
                 return f"the network rejects the example: {error}"
             continue  # the network raises an error for this shape
-        except RuntimeError:  # ONNX Runtime's loops need a step, and the first may be outside
+        except RuntimeError:  # a loop after the first step has none at a length of 1, which ONNX Runtime refuses
             if not one:
                 raise
             continue

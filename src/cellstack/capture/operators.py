@@ -191,7 +191,7 @@ class Operators(TorchFunctionMode):
 @torch.library.custom_op("cellstack::with_new_size", mutates_args=())
 def with_new_size(x: Tensor, axis: int) -> Tensor:
     """Return x with a new symbol as the size of an axis."""
-    return contiguous(x)  # as the fake one
+    return contiguous(x)  # as `new_empty` below: a fake tensor needs the strides of the real one
 
 
 @with_new_size.register_fake

@@ -10,7 +10,7 @@ import { isGate, keepsOf, meaningOf } from "./view.js";
 
 const MOST_LEARNING = 48;
 const TURN = { milliseconds: 60, most: 50 }; // training between two redraws
-const TOLD = 10000; // milliseconds between announcements to screen readers while it learns
+const ANNOUNCED_EVERY = 10000; // milliseconds between announcements to screen readers while it learns
 const LOSS_ROWS = 20; // most rows of the table of losses
 const KINDS = Object.entries(cellKinds).map(([name, { title }]) => [name, title]);
 
@@ -23,7 +23,7 @@ export class Playground {
     this.busy = false; // until the last batches are done
     this.losses = [];
     this.rights = [];
-    this.toldAt = -Infinity; // the time of the last announcement while it learns
+    this.announcedAt = -Infinity; // the time of the last announcement while it learns
     this.example = null;
     this.field = null;
     this.task = select("Task", Object.entries(TASKS).map(([name, task]) => [name, task.title]), "echo", () => this.begin());
@@ -37,7 +37,7 @@ export class Playground {
     this.restart = button("Restart", () => this.begin());
     this.about = make("p", { class: "note" });
     this.said = make("p", { class: "readout" });
-    this.told = make("p", { class: "unseen", role: "status" });
+    this.announcement = make("p", { class: "screen-reader-only", role: "status" });
     this.loss = make("canvas", { class: "chart", role: "img" });
     this.answer = make("canvas", { class: "chart", role: "img" });
     this.inputs = make("canvas", { class: "tiles", role: "img" });
@@ -53,7 +53,7 @@ export class Playground {
       make("div", { class: "toolbar" }, this.task.element, this.kind.element, this.units.element, this.delay.element, this.rate.element, this.seed.element, this.go, this.one, this.restart),
       this.about,
       this.said,
-      this.told,
+      this.announcement,
       make(
         "div",
         { class: "columns" },
@@ -186,9 +186,9 @@ export class Playground {
   // Announce the state to screen readers: when learning begins or ends, and now and then in between.
   tell() {
     const now = performance.now();
-    if (this.busy && now < this.toldAt + TOLD) return;
-    this.toldAt = this.busy ? now : -Infinity;
+    if (this.busy && now < this.announcedAt + ANNOUNCED_EVERY) return;
+    this.announcedAt = this.busy ? now : -Infinity;
     const text = `${this.busy ? "Learning: " : ""}${this.said.textContent}`;
-    if (this.told.textContent !== text) this.told.textContent = text;
+    if (this.announcement.textContent !== text) this.announcement.textContent = text;
   }
 }

@@ -177,7 +177,7 @@ pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflo
 .sliders { display: grid; grid-template-columns: auto minmax(80px, 1fr) auto; gap: 2px 10px; align-items: center; max-width: 460px; }
 .sliders input[type="range"] { width: 100%; }
 .weights input { width: 116px; min-height: 28px; padding: 1px 6px; text-align: right; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.screen-reader-only { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .status { color: var(--muted); min-height: 1.45em; }
 @media (max-width: 1340px) { .stage { grid-template-columns: minmax(0, 400px) minmax(0, 1fr); } }
 @media (max-width: 1240px) { .cellview { grid-template-columns: minmax(0, 1fr); } }
