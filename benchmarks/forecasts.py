@@ -2,6 +2,7 @@
 
     python benchmarks/forecasts.py --out results                        everything that is missing
     python benchmarks/forecasts.py --out results --only rules co2 beer  a part of it
+    python benchmarks/forecasts.py --out results --pretrained TiRex-2   also a TiRex or TiRex-2, whose file this is
     python benchmarks/forecasts.py --out results --table                the table of the results, as Markdown
 
 The last fifth of every series is the test part, the 15 % before it the validation part. Forecasts start from
@@ -32,7 +33,11 @@ from boosting import Boosting, Panel
 from series import SERIES, options, write
 
 import cellstack
+from cellstack.train import TiRexForecaster
 from cellstack.train.forecasting import predict, rules, seasons
+from cellstack.train.forecasting.recipe import Recipe
+from cellstack.train.forecasting.tirex_tables import medians
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.tables.table import Table, read_table
 
 STEPS = {"hourly": "h", "half-hourly": "30min", "daily": "D", "weekly": "7D", "monthly": "MS", "quarterly": "QS"}
@@ -46,7 +51,7 @@ NATURAL = {
 }
 TEST, VALIDATION = 0.2, 0.15
 ORIGINS = 400
-COMPARED = ("rules", "quick", "boosting", "cellstack")
+COMPARED = ("rules", "quick", "boosting", "pretrained", "cellstack")
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,19 @@ def run_boosting(task: Problem, tuned: bool) -> dict[str, object]:
     return {**task.measure(forecasts), "seconds": time.perf_counter() - start, "chosen": chosen}
 
 
+def run_pretrained(task: Problem, file: Path) -> dict[str, float]:
+    """A TiRex or TiRex-2, which gets the columns known in advance as cellstack does."""
+    start, forecaster, entry = time.perf_counter(), TiRexForecaster(cellstack.load(file)), SERIES[task.name]
+    with tempfile.TemporaryDirectory() as folder:
+        table = read_table(write(task.name, Path(folder)), id=(entry.id,) if entry.id else ())
+    known = tuple(name for name in entry.known if name in table.columns)
+    recipe = Recipe((entry.target,), task.horizon, forecaster.settings.context, known=known)
+    origins = np.concatenate([a + each for a, each in zip(task.panel.starts[:-1], task.origins, strict=True)])
+    found = medians(forecaster, Windows(recipe, table, origins), threads=1)[..., 0]
+    parts = np.split(found, np.cumsum([len(each) for each in task.origins])[:-1])
+    return {**task.measure(parts), "seconds": time.perf_counter() - start}
+
+
 def run_cellstack(task: Problem, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file, model = write(task.name, Path(folder)), Path(folder, "model.safetensors")
@@ -202,9 +220,9 @@ def forecasts_of(
 def table(folder: Path) -> str:
     """Return the Markdown table of the results in a folder, and the number of wins."""
     lines = [
-        "| | steps | series × rows | best rule | | boosting | smoothing alone | cellstack, median (range of seeds) | "
-        "processor s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | steps | series × rows | best rule | | boosting | pretrained | smoothing alone | cellstack, median (range "
+        "of seeds) | processor s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     won: dict[bool, list[bool]] = {False: [], True: []}
     for name, entry in SERIES.items():
@@ -221,9 +239,11 @@ def table(folder: Path) -> str:
         took, alone = (
             np.median([run[key] for run in results["cellstack"].values()]) for key in ("processor", "smoothing")
         )
+        beside = f"{results['pretrained']['pretrained']['mase']:.3f}" if "pretrained" in results else "not measured"
         lines.append(
             f"| {name}{', held out' if entry.held_out else ''} | {entry.spacing} | {results['series']} × "
-            f"{results['rows']:,} | {rule} | {shown[0]} | {shown[1]} | {alone:.3f} | {shown[2]}{spread} | {took:.0f} |"
+            f"{results['rows']:,} | {rule} | {shown[0]} | {shown[1]} | {beside} | {alone:.3f} | {shown[2]}{spread} | "
+            f"{took:.0f} |"
         )
         won[entry.held_out].append(best == 2)
     every = won[False] + won[True]
@@ -242,6 +262,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="data sets; default: all")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--only", choices=COMPARED, action="append", help="what to run; can be repeated")
+    parser.add_argument("--pretrained", type=Path, metavar="FILE", help="a TiRex or TiRex-2, to compare with")
     parser.add_argument("--table", action="store_true", help="print the table of existing results without running")
     parser.add_argument("--seeds", type=int, default=5, help="number of trainings (%(default)s)")
     arguments = parser.parse_args()
@@ -260,6 +281,8 @@ def main() -> None:
                 "quick": lambda task=task: {"boosting": run_boosting(task, False)},
                 "boosting": lambda task=task: {"boosting": run_boosting(task, True)},
             }
+            if arguments.pretrained is not None:
+                runs["pretrained"] = lambda task=task: {"pretrained": run_pretrained(task, arguments.pretrained)}
             if what in runs and what not in results:
                 results[what] = runs[what]()
                 keep(path, results)

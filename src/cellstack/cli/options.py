@@ -42,6 +42,7 @@ OWN: dict[str, tuple[Callable[[str], Any], str]] = {
     "test": (float, "P"),
     "validation": (float, "P"),
     "init": (str, "MODEL"),
+    "pretrained": (str, "MODEL"),
     "sample_weight": (str, "COLUMN"),
     "class_weight": (_classes, "balanced"),
     "decimal": (_sign, "{point,comma}"),

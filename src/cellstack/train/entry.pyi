@@ -95,6 +95,7 @@ def fit_forecast(
     patience: int | None = None,
     seed: int = 0,
     validation: Any = 0.15,
+    pretrained: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,

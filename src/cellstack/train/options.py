@@ -399,6 +399,12 @@ class FitOptions(Optimisation):
         of="sequences",
         flag=False,
     )
+    pretrained: Any = option(
+        None,
+        "a network of TiRex or TiRex-2, or its file, whose forecasts of the test part are measured too",
+        of="forecasts",
+        unset="none",
+    )
     search: int | None = option(
         None,
         "settings to try on the validation part before the training: units, layers, cell, lr, pooling and noise that "

@@ -15,7 +15,9 @@ import torch
 from safetensors.numpy import save_file
 
 import cellstack as cs
-from cellstack.train import TiRexForecaster
+from cellstack import train
+from cellstack.cli.main import main
+from cellstack.train import TiRexForecaster, UsageError
 
 EXPECTED = np.load(Path(__file__).with_name("tirex.npz"))  # written by tirex_cases.py
 
@@ -395,3 +397,46 @@ def test_the_packages_return_what_these_tests_expect(tmp_path):
     assert set(found) == set(EXPECTED)
     for name in found:
         agree(found[name], EXPECTED[name])
+
+
+def table():
+    n = np.arange(80)
+    rain = np.random.default_rng(3).random(80)
+    days = pd.date_range("2026-01-01", periods=80)
+    return pd.DataFrame({"day": days, "a": 5 + np.sin(n) + rain, "b": np.cos(n) - rain, "rain": rain})
+
+
+QUICK = {"known": "rain", "units": 4, "members": 1, "epochs": 1, "threads": 1, "seasons": 7}
+
+
+@pytest.mark.parametrize("kind", ["TiRex", "TiRex-2"])
+def test_it_is_compared_with_a_network_that_is_trained(tmp_path, kind):
+    file = write(tmp_path, kind == "TiRex")
+    done = train.fit_forecast(table(), ["a", "b"], horizon=5, pretrained=file, **QUICK)
+    errors, found = done.scores["targets"]["b"], done.test.baselines[f"{kind}, pretrained"]
+    forecaster, origin = TiRexForecaster(cs.load(file)), "2026-03-16"
+    if kind == "TiRex":  # each target by itself
+        one = forecaster.predict(table(), "b", 5, origin=origin)
+    else:
+        one = forecaster.predict(table(), ["a", "b"], 5, known="rain", origin=origin)
+    np.testing.assert_allclose(found[-1, :, 1], one.median[0, :, -1], rtol=1e-5)
+    off = np.abs(done.test.actual - found)[..., 1]
+    assert errors[f"{kind}, pretrained"]["mae"] == pytest.approx(off.mean())
+
+
+def test_comparisons_that_cant_be_made_are_refused_before_the_training(second):
+    with pytest.raises(UsageError, match="has no effect without a test part"):
+        train.fit_forecast(table(), "a", test=0, pretrained=second.network, **QUICK)
+    longer = pd.concat([table()] * 4, ignore_index=True).drop(columns="day")
+    with pytest.raises(UsageError, match="expected horizon to be a count from 1 to 24, got 30"):
+        train.fit_forecast(longer, "a", horizon=30, pretrained=second.network, **QUICK)
+
+
+def test_the_command_compares_too(tmp_path, capsys):
+    table().to_csv(tmp_path / "table.csv", index=False)
+    arguments = ["--target", "a", "--units", "4", "--members", "1", "--epochs", "1", "--threads", "1"]
+    file = str(write(tmp_path, False))
+    assert (
+        main(["train", str(tmp_path / "table.csv"), *arguments, "--pretrained", file, "-o", str(tmp_path / "a")]) == 0
+    )
+    assert "TiRex-2, pretrained" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.forecasting.forecasts import Forecasts
+from cellstack.train.forecasting.parts import OriginParts, spread_out
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.rules import rules
 from cellstack.train.forecasting.windows import Windows
@@ -113,6 +114,11 @@ def _spread(quantiles: Floats, actual: Floats, recipe: Recipe) -> dict[str, floa
             "coverage": coverage(quantiles[..., 0], quantiles[..., -1], actual),
         }
     return found
+
+
+def origins(cut: OriginParts) -> Ints:
+    """Return the origins of the test part from which forecasts are measured."""
+    return spread_out(cut.test, MOST_ORIGINS)
 
 
 def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:

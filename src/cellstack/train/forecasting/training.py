@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from cellstack.formats import load_network
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
 from cellstack.train import history
+from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.fitting import Result, fitted
 from cellstack.train.forecasting import backtest
@@ -34,6 +36,8 @@ from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.predict import forecasts_of, outputs
 from cellstack.train.forecasting.prepare import MEASURED, prepared, refit_epochs, smoothings
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
+from cellstack.train.forecasting.tirex import TiRexForecaster
+from cellstack.train.forecasting.tirex_tables import medians
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.locks import locked
@@ -134,6 +138,7 @@ def train_forecast(
         recipe = recipe or plan(table, request, options.validation + test)
         ready = prepared(table, recipe, request, options.validation, test)
     windows, cut = ready
+    beside = {} if options.pretrained is None or not is_first() else _pretrained(options, windows, cut)
     fits = _Fits(build, options, windows, cut)
     checkpoint, first = options.checkpoint, is_first()
     if checkpoint is not None and first:
@@ -156,7 +161,7 @@ def train_forecast(
     tested = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        tested = measured(network, windows, fits.inputs, cut)
+        tested = measured(network, windows, fits.inputs, cut, beside)
         scores = tested.scores
     said = understood(table, recipe, request, cut)
     result = Result(
@@ -172,15 +177,27 @@ def train_forecast(
     return Trained(result, recipe, tested, said)
 
 
-def measured(network: Network, windows: Windows, inputs: Inputs, cut: OriginParts) -> backtest.Backtest:
-    """Return the forecasts of a network and of its baselines on the test part."""
+def measured(
+    network: Network, windows: Windows, inputs: Inputs, cut: OriginParts, beside: dict[str, Floats]
+) -> backtest.Backtest:
+    """Return the forecasts of a network and of its baselines, the rules and those `beside`, on the test part."""
     table, recipe, typical = windows.table, windows.recipe, windows.typical
     assert typical is not None
-    origins = spread_out(cut.test, backtest.MOST_ORIGINS)
-    windows = Windows(recipe, table, origins)
+    windows = Windows(recipe, table, backtest.origins(cut))
     forecasts = forecasts_of(network, inputs, windows)
-    others = backtest.by_rules(table, windows)
-    return backtest.Backtest(forecasts, windows.actual(np.arange(len(origins))), others, typical, windows.series)
+    others = backtest.by_rules(table, windows) | beside
+    actual = windows.actual(np.arange(len(windows.origins)))
+    return backtest.Backtest(forecasts, actual, others, typical, windows.series)
+
+
+def _pretrained(options: FitOptions, windows: Windows, cut: OriginParts) -> dict[str, Floats]:
+    """Return the medians of the pretrained network on the test part, by its name."""
+    if not len(cut.test):
+        raise UsageError("`pretrained=…` has no effect without a test part, on which it is measured: see `test=…`")
+    given = options.pretrained
+    forecaster = TiRexForecaster(given if isinstance(given, Network) else load_network(given))
+    name = f"{'TiRex-2' if forecaster.settings.second else 'TiRex'}, pretrained"
+    return {name: medians(forecaster, Windows(windows.recipe, windows.table, backtest.origins(cut)), options.threads)}
 
 
 class _Fits:
