@@ -27,6 +27,8 @@
     ARRAY(cell_bias, kVectors, d.units, 1) \
     ARRAY(gate_kernel, kMatrix, d.backbone_units * d.gates() * d.units, 0) \
     ARRAY(gate_bias, kBias, d.gates() * d.units, 0) \
+    ARRAY(backbone_kernel, kMatrix, d.more_layers() * d.backbone_units * d.backbone_units, 0) \
+    ARRAY(backbone_bias, kBias, d.more_layers() * d.backbone_units, 0) \
     ARRAY(cell_vectors, kVectors, 2 * d.units, 2)
 
 // type, name, default: settings of CellSpec; None is an infinity, a text its place in its options
@@ -48,4 +50,5 @@
     FLAG(bool, exponential_forget, false) \
     FLAG(int, mode, 0) \
     FLAG(int64_t, backbone_units, 0) \
+    FLAG(int64_t, backbone_layers, 1) \
     FLAG(bool, scalar, false)

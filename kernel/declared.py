@@ -18,6 +18,7 @@ AXES = {
     "S": "d.sum_gates() * d.sum_units()",
     "GH": "d.gates() * d.units",
     "G-1": "(d.gates() - 1)",
+    "L-1": "d.more_layers()",
     "heads": "d.heads",
     "P/heads": "(d.output / d.heads)",
     "S/heads": "d.sum_gates() * d.sum_units() / d.heads",

@@ -43,14 +43,15 @@ enum ActivationCode : int {
     kScaledTanh,
     kPositive,
     kActivations,
-    // of nodes only, in the order of kNodeActivations
+    // in the order of kNodeActivations
     kSilu = kActivations,
-    kGeluTanh,
-    kGelu
+    kGelu,
+    kGeluTanh
 };
 
-// Activations of layers without a state, in addition to those of cells; "gelu" in float32 only.
-inline constexpr const char* kNodeActivations[] = {"silu", "gelu_tanh", "gelu"};
+// Activations whose derivative isn't a function of their value: of layers without a state, and, except the last one, of
+// backbones.
+inline constexpr const char* kNodeActivations[] = {"silu", "gelu", "gelu_tanh"};
 
 struct Activation {
     int code;
@@ -87,6 +88,11 @@ struct Description {
     int sum_gates() const { return backbone_units ? 1 : gates(); }
     int64_t sum_units() const { return backbone_units ? backbone_units : units; }
     const Activation& backbone_activation() const { return activations[kind->gates]; }
+    // Layers of a backbone after the first one.
+    int64_t more_layers() const { return backbone_layers - 1; }
+    // The numbers of a layer of a backbone that the forward pass stores per step: its output; and the derivative of its
+    // activation, where that isn't a function of the output.
+    int64_t layer_size() const { return backbone_units * (1 + (backbone_activation().code >= kActivations)); }
     // The position of a gate's block in the caller's matrices and biases.
     int place(int gate) const { return rows ? kind->in_rows[gate] : gate; }
     bool resets_before() const { return kind->resets && !reset_after; }
@@ -103,8 +109,10 @@ struct Description {
     int normed() const { return kind->recurrent && !joint() ? 2 : 1; }
     // The numbers between the products and the gates that the forward pass stores per step for the backward pass: with
     // layer normalisation these sums, normalised, and for each the reciprocal deviations of two groups of gates; or the
-    // output of a backbone, which excludes layer normalisation.
-    int64_t intermediate_size() const { return layer_norm ? normed() * (gates() * units + 2) : backbone_units; }
+    // layers of a backbone, which excludes layer normalisation.
+    int64_t intermediate_size() const {
+        return layer_norm ? normed() * (gates() * units + 2) : backbone_layers * layer_size();
+    }
     bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
     // Whether every gate has its default activation: a constant in a specialised copy of each routine.
     bool usual() const {

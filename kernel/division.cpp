@@ -19,9 +19,10 @@ bool divides(const Weights<T>& weights) {
 // which the sums hide; and if the weights of a core exceed that cache, each panel is loaded once from a slower level.
 double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes, bool pairs) {
     constexpr double near_bytes = 48, far_bytes = 10, activation = 12, gigahertz = 3;
-    const double depth =
-        double(d.sum_units() * d.sum_gates() * (d.multiplied() + d.recurrent())) / double(d.units * d.gates()) +
-        double(d.backbone_units);
+    const double depth = double(d.sum_units() * (d.sum_gates() * (d.multiplied() + d.recurrent()) +
+                                                 d.more_layers() * d.backbone_units)) /
+                             double(d.units * d.gates()) +
+                         double(d.backbone_units);
     const double panel = depth * d.gates() * width * bytes;
     const double sums = double(rows) * depth * d.gates() / (pairs ? 4 : 2),
                  near = double(ceil_div(rows, 6)) * panel / near_bytes;

@@ -318,7 +318,7 @@ void run_dense(const Forward<T>& f) {
             each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {
                 const V<T> z = load(f.z + ((n - f.first) * f.rows + r) * wide + at.unit);
                 T* y = f.y + r * f.y_row + at.t * f.y_time + at.unit;
-                store_lanes(y, node_activation<T>(d.activations[0], z), at.lanes);
+                store_lanes(y, every_activation<T>(d.activations[0], z), at.lanes);
             });
 }
 

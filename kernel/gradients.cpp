@@ -121,6 +121,7 @@ class BackwardLayer {
     const int64_t columns = columns_of(P), unit_columns = columns_of(H);
     // Of the sums over x and h: of the gates, or of the backbone.
     const int64_t U = d.sum_units(), sum_blocks = ceil_div(U, W), sum_deep = sum_gates * W;
+    const int64_t layers = d.backbone_layers;
     const int64_t planes = d.planes(), intermediate_size = d.intermediate_size();
     const int inner = d.inner_states();
     const bool by_rows = !d.plain(), reset_before = d.resets_before();
@@ -136,15 +137,16 @@ class BackwardLayer {
     const Cut cut;
 
     std::unique_ptr<Scratch<T>> scratch;
-    T *dh, *dinner[kInner]{}, *carry, *initial[kStates]{};             // initial: gradients of initial states, per row
-    T *recurrent_t, *candidate_t, *kernel_t, *projection_t, *gates_t;  // transposed
+    T *dh, *dinner[kInner]{}, *carry, *initial[kStates]{};  // initial: gradients of initial states, per row
+    T *recurrent_t, *candidate_t, *kernel_t, *projection_t, *gates_t, *backbone_t;  // transposed
     T *dz, *dq, *db, *dp, *dm, *m_rows_at, *h_dropped, *line, *vector_sums, *zeros;
     T *gradients, *gradients_out, *gradients_gates, *copied;
     T* rows_in_pairs;  // `paired` numbers per thread: operands as pairs of bfloat16
-    T *made_gates, *made_intermediate, *x_in, *states_in[kStates]{};  // for recomputed gates
-    int64_t rows_again, lines, copies, paired;
-    // For each row of dz, in its order: x, h before the step, r·h, the output of a backbone, and dx.
-    std::vector<const T*> x_rows, h_rows, m_rows, b_rows;
+    T *made_gates, *made_intermediate, *x_in, *states_in[kStates]{};        // for recomputed gates
+    int64_t rows_again, lines, copies, paired, chunk_db, transposed_layer;  // the last two: of a layer of a backbone
+    // For each row of dz, in its order: x, h before the step, r·h, the output of each layer of a backbone, and dx.
+    std::vector<const T*> x_rows, h_rows, m_rows;
+    std::vector<std::vector<const T*>> b_rows;
     std::vector<T*> dx_rows;
     std::unique_ptr<Weights<T>> packed;
     std::vector<uint8_t> mask_in;
@@ -168,9 +170,10 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
     : in(in),
       s(s),
       g(g),
-      threads(useful_threads(most_threads,
-                             B * steps * 2 * (sum_gates * U * (I + d.recurrent()) + G * H * d.backbone_units))),
-      chunk(chunk_of(in, d, blocks * deep + (d.backbone_units ? sum_blocks * W : 0))),
+      threads(useful_threads(
+          most_threads,
+          B * steps * 2 * (sum_gates * U * (I + d.recurrent()) + G * H * d.backbone_units + d.more_layers() * U * U))),
+      chunk(chunk_of(in, d, blocks * deep + (d.backbone_units ? layers * sum_blocks * W : 0))),
       cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), pairs, threads) : Cut{1, 1, 1, chunk}) {}
 
 // Without steps, the gradients of matrices and biases are zero.
@@ -191,8 +194,9 @@ void BackwardLayer<T>::take_memory() {
     const int64_t transposed_in = if_(g.dx, columns_of(I) * sum_blocks * sum_deep);
     const int64_t transposed_gates = if_(d.backbone_units, columns_of(U) * blocks * deep);
     const int64_t transposed_out = if_(d.projects(), unit_columns * output_blocks * W);
+    transposed_layer = if_(layers > 1, columns_of(U) * sum_blocks * W);
     const int64_t chunk_dz = Parts<T>::size(blocks * chunk_rows * deep);
-    const int64_t chunk_db = if_(d.backbone_units, sum_blocks * chunk_rows * W);
+    chunk_db = if_(d.backbone_units, sum_blocks * chunk_rows * W);
     const int64_t chunk_dp = if_(d.projects(), output_blocks * chunk_rows * W);
     const int64_t chunk_m = if_(d.projects() || reset_before, chunk_rows * H);
     const int64_t dropped = if_(s.dropped_h(), chunk_rows * P);
@@ -205,7 +209,7 @@ void BackwardLayer<T>::take_memory() {
     // Columns whose sums are in scratch until they are written.
     const int64_t matrices = d.rows ? I + (1 + reset_before) * d.recurrent() : 0;
     const int64_t sums = Parts<T>::size(sum_blocks * (matrices + 2) * sum_deep);
-    const int64_t sums_gates = if_(d.backbone_units, blocks * deep);
+    const int64_t sums_gates = if_(d.backbone_units, blocks * deep + d.more_layers() * sum_blocks * W);
     const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
     const int64_t most = std::max({X, P, H, d.backbone_units});
     const int64_t gates_again = if_(again, chunk_rows * planes * H),
@@ -218,10 +222,11 @@ void BackwardLayer<T>::take_memory() {
                                  kBlocksOfPanel * ceil_div(chunk_rows, 2) * deep));
     copies = Parts<T>::size(chunk_rows * (gradient_stride(I) + gradient_stride(most) * (reset_before ? 2 : 1)));
     scratch.reset(new Scratch<T>(3 * rows_h + 2 * inner * rows_c + (1 + reset_before) * transposed + transposed_in +
-                                 transposed_out + transposed_gates + (1 + d.apart()) * chunk_dz + chunk_db + chunk_dp +
-                                 chunk_m + dropped + rows_dm + cut.groups * lines + vectors + sums + sums_gates +
-                                 sums_out + threads * (copies + paired) + Parts<T>::size(most) + gates_again +
-                                 intermediate_again + x_again + h_again + inner * c_again));
+                                 transposed_out + transposed_gates + d.more_layers() * transposed_layer +
+                                 (1 + d.apart()) * chunk_dz + layers * chunk_db + chunk_dp + chunk_m + dropped +
+                                 rows_dm + cut.groups * lines + vectors + sums + sums_gates + sums_out +
+                                 threads * (copies + paired) + Parts<T>::size(most) + gates_again + intermediate_again +
+                                 x_again + h_again + inner * c_again));
     Parts<T> parts(scratch->get());
     const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
     dh = take(rows_h), carry = take(rows_h), initial[0] = take(rows_h);
@@ -229,7 +234,7 @@ void BackwardLayer<T>::take_memory() {
     recurrent_t = take(transposed), candidate_t = reset_before ? take(transposed) : nullptr;
     kernel_t = take(transposed_in), projection_t = take(transposed_out), gates_t = take(transposed_gates);
     dz = take(chunk_dz), dq = d.apart() ? take(chunk_dz) : dz, dp = take(chunk_dp), m_rows_at = take(chunk_m);
-    db = take(chunk_db);
+    db = take(layers * chunk_db), backbone_t = take(d.more_layers() * transposed_layer);
     h_dropped = take(dropped), dm = take(rows_dm), line = take(cut.groups * lines), vector_sums = take(vectors);
     gradients = take(sums), gradients_out = take(sums_out), gradients_gates = take(sums_gates),
     copied = take(threads * copies), zeros = take(most);
@@ -240,7 +245,8 @@ void BackwardLayer<T>::take_memory() {
     std::fill_n(zeros, most, T(0));
     std::fill_n(vector_sums, vectors, T(0));
     for (int s = 0; s <= inner; ++s) std::fill_n(initial[s], s ? rows_c : rows_h, T(0));
-    for (auto* rows : {&x_rows, &h_rows, &m_rows, &b_rows}) rows->resize(size_t(chunk_rows));
+    for (auto* rows : {&x_rows, &h_rows, &m_rows}) rows->resize(size_t(chunk_rows));
+    b_rows.assign(size_t(layers), std::vector<const T*>(size_t(chunk_rows)));
     dx_rows.resize(size_t(chunk_rows));
     mask_in.resize(again && in.mask ? size_t(rows_again) : 0);
 }
@@ -248,18 +254,22 @@ void BackwardLayer<T>::take_memory() {
 template <class T>
 void BackwardLayer<T>::transpose_weights() {
     const Matrix<T> recurrent = recurrent_of(d, arrays.recurrent_kernel, bands.band());
-    const struct {
+    struct Pack {
         T* to;
         Matrix<T> from;
         int first, last;
         int64_t panels;
-    } packs[] = {
+    };
+    std::vector<Pack> packs{
         {d.kind->recurrent && (steps > 1 || to_start) ? recurrent_t : nullptr, recurrent, 0,
          reset_before ? 2 : sum_gates, ceil_div(P, wide)},
         {candidate_t, recurrent, 2, 3, ceil_div(P, wide)},
         {I ? kernel_t : nullptr, matrix_of(d, arrays.kernel, I, U, sum_gates), 0, sum_gates, ceil_div(I, wide)},
         {gates_t, matrix_of(d, arrays.gate_kernel, U, H, G), 0, G, ceil_div(U, wide)},
         {projection_t, matrix_of(d, arrays.projection, H, P, 1), 0, 1, ceil_div(H, wide)}};
+    for (int64_t k = 0; k < d.more_layers(); ++k)
+        packs.push_back({backbone_t + k * transposed_layer, matrix_of(d, arrays.backbone_kernel + k * U * U, U, U, 1),
+                         0, 1, ceil_div(U, wide)});
     parallel(threads, [&](int k) {
         for (const auto& pack : packs)
             if (pack.to)
@@ -308,8 +318,25 @@ void BackwardLayer<T>::list_passes() {
                   recurrent_bias,
                   gradients + blocks * ((d.rows ? I : 0) + 1) * deep});
     }
+    for (int64_t k = 0; k < d.more_layers(); ++k)
+        add_pass(
+            {db + (k + 1) * chunk_db,
+             1,
+             U,
+             sum_blocks,
+             0,
+             {{&b_rows[size_t(k)], to.backbone_kernel ? to.backbone_kernel + k * U * U : nullptr, U, 0, 1, 1}, {}, {}},
+             to.backbone_bias ? to.backbone_bias + k * U : nullptr,
+             gradients_gates + blocks * deep + k * sum_blocks * W});
     if (d.backbone_units)
-        add_pass({dz, G, H, blocks, 0, {{&b_rows, to.gate_kernel, U, 0, G, 1}, {}, {}}, to.gate_bias, gradients_gates});
+        add_pass({dz,
+                  G,
+                  H,
+                  blocks,
+                  0,
+                  {{&b_rows.back(), to.gate_kernel, U, 0, G, 1}, {}, {}},
+                  to.gate_bias,
+                  gradients_gates});
     if (d.projects())
         add_pass({dp, 1, P, output_blocks, 0, {{&m_rows, to.projection, H, 0, 1, 1}, {}, {}}, nullptr, gradients_out});
 }
@@ -359,6 +386,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.dgates = at(g.dgates, steps * planes * H), f.dh = at(dh, columns), f.carry = at(carry, columns),
     f.dm = at(dm, unit_columns);
     f.vectors = at(vector_sums, kSums * blocks * W);
+    f.db_step = chunk_db, f.backbone_t = backbone_t, f.backbone_step = transposed_layer;
     f.db = db, f.dsums = d.backbone_units ? db : dq, f.sum_gates = sum_gates, f.sum_blocks = sum_blocks;
     f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
     f.tiles = &tiles, f.pairs = pairs_of(share * cut.groups + group);
@@ -391,9 +419,10 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
                 h_rows[m] = product;
             }
             if (m_rows_at) m_rows[m] = m_rows_at + m * H;
-            if (d.backbone_units)
-                b_rows[m] = again ? made_intermediate + m * intermediate_size
-                                  : s.intermediate + (b * steps + t) * intermediate_size;
+            for (int64_t k = 0; d.backbone_units && k < layers; ++k)
+                b_rows[size_t(k)][size_t(m)] = (again ? made_intermediate + m * intermediate_size
+                                                      : s.intermediate + (b * steps + t) * intermediate_size) +
+                                               k * d.layer_size();
         }
 }
 

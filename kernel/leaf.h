@@ -101,14 +101,17 @@ struct Panels {
     const Description* d = nullptr;
     bool usual = false, flagless = false;   // d->usual(), d->plain(): they take longer than a test in a step
     int64_t blocks = 0, output_blocks = 0;  // of H, of P
-    int64_t sum_blocks = 0;             // of the sums over x and h: of H, or of U with a backbone, [gates] then is 1
-    const T* kernel = nullptr;          // [sum_blocks][I][gates][W]; unpacked: [I, gates·H]
-    const T* recurrent = nullptr;       // [sum_blocks][band.depth][gates][W]; unpacked: as in Arrays
-    const T* bias = nullptr;            // [sum_blocks][gates][W]; unpacked: [gates·H], or null
-    const T* recurrent_bias = nullptr;  // the same for the sums over h, if they are separate; null: none
-    const T* gate_kernel = nullptr;     // [blocks][U][gates][W]; unpacked: [U, gates·H]
-    const T* gate_bias = nullptr;       // [blocks][gates][W]; unpacked: [gates·H], or null
-    const T* projection = nullptr;      // [output_blocks][H][1][W]; unpacked: [H, P]
+    int64_t sum_blocks = 0;              // of the sums over x and h: of H, or of U with a backbone, [gates] then is 1
+    const T* kernel = nullptr;           // [sum_blocks][I][gates][W]; unpacked: [I, gates·H]
+    const T* recurrent = nullptr;        // [sum_blocks][band.depth][gates][W]; unpacked: as in Arrays
+    const T* bias = nullptr;             // [sum_blocks][gates][W]; unpacked: [gates·H], or null
+    const T* recurrent_bias = nullptr;   // the same for the sums over h, if they are separate; null: none
+    const T* gate_kernel = nullptr;      // [blocks][U][gates][W]; unpacked: [U, gates·H]
+    const T* gate_bias = nullptr;        // [blocks][gates][W]; unpacked: [gates·H], or null
+    const T* backbone_kernel = nullptr;  // of each layer after the first, [sum_blocks][U][1][W]; unpacked: [U, U]
+    const T* backbone_bias = nullptr;    // of each, [sum_blocks][1][W]; unpacked: [U], or null
+    int64_t backbone_step = 0, backbone_bias_step = 0;  // from one to the next
+    const T* projection = nullptr;                      // [output_blocks][H][1][W]; unpacked: [H, P]
     Arrays<const T> arrays{};
     bool unpacked = false;
     Element element = element_of<T>();  // format of a matrix's weights; narrow.h describes the layout of narrow ones
@@ -170,8 +173,9 @@ struct Forward {
     // [(last-first)·rows][gates][stride], stride = blocks·W; unpacked: H. With a backbone, its sums
     // [(last-first)·rows][sum_blocks·W]; unpacked: U.
     T* z;
-    // Scratch of the path by rows: separate sums over h, or those of the gates over a backbone, [rows][gates][stride];
-    // a vector per row [rows][blocks·W]; the projected h [rows][output_blocks·W].
+    // Scratch of the path by rows: separate sums over h, or those of the gates over a backbone, [rows][gates][stride],
+    // and a layer of it, as in z, if it has several; a vector per row [rows][blocks·W]; the projected h
+    // [rows][output_blocks·W].
     T *q, *m, *p;
     // Scratch for narrow weights: rows of x; rows of h, r·h, o·φ(c) or a backbone; scales of rows: see Product.
     T *narrow_x, *narrow_h, *scales;
@@ -189,7 +193,8 @@ struct Backward {
     int64_t phase, end_phase, block, end_block;                            // what this call computes
     bool reverse;
     // Transposed panels, see pack_transposed; candidate_t: if a reset acts before the product.
-    const T *recurrent_t, *candidate_t, *projection_t, *gates_t;
+    const T *recurrent_t, *candidate_t, *projection_t, *gates_t, *backbone_t;
+    int64_t backbone_step;                    // from one layer's panels to the next
     Band band;                                // the blocks of dz that a panel of recurrent_t or candidate_t multiplies
     const T *gates, *intermediate;            // [planes][H], [intermediate_size()] of every row and step;
     int64_t kept_first, kept_row, kept_time;  // row r and time t: kept_first + r·kept_row + t·kept_time
@@ -207,7 +212,8 @@ struct Backward {
     // Out, [blocks][(last - first)·batch][gates][W], row (n - first)·batch + b: for the sums over x and over h; dq = dz
     // unless these are separate.
     T *dz, *dq;
-    T* db;  // out, [sum_blocks][(last - first)·batch][1][W]: for the sums of a backbone; null without
+    T* db;  // out, [sum_blocks][(last - first)·batch][1][W]: for the sums of each layer of a backbone; null without
+    int64_t db_step;  // from one layer to the next
     // What is multiplied by the transposed recurrent weights, dq or db, and its gates and blocks.
     const T* dsums;
     int sum_gates;

@@ -30,7 +30,8 @@ inline int64_t chunk_steps(int64_t rows, int64_t steps) {
 // Multiplications per row and step.
 inline int64_t multiplications(const Description& d) {
     return d.sum_units() * d.sum_gates() * (d.multiplied() + d.recurrent()) +
-           d.units * (d.gates() * d.backbone_units + (d.projects() ? d.output : 0));
+           d.units * (d.gates() * d.backbone_units + (d.projects() ? d.output : 0)) +
+           d.more_layers() * d.backbone_units * d.backbone_units;
 }
 
 // The fastest cut with at most this many groups of rows, by an estimate.
@@ -71,6 +72,7 @@ struct Runner {
             inner = d.inner_states() * Parts<T>::size(wide);
             z = w.by_blocks() && chunk == 1 ? 0 : chunk * rows * d.sum_gates() * w.sum_blocks * width;
             q = d.apart() || d.backbone_units ? d.gates() * wide : 0;
+            q += d.more_layers() ? rows * w.sum_blocks * width : 0;
             m = d.projects() || d.layer_norm || d.resets_before() ? wide : 0;
             p = d.projects() ? h : 0;
             const auto narrow_rows = [&](int64_t count, int64_t columns) {

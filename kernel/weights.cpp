@@ -48,12 +48,16 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     const int64_t step = narrow(element) ? 32 / bits_of(element) : 1;
     Bands bands = bands_of(d, leaf.width, d.output, step, element);
     const int64_t recurrent = bands.depth * step;  // rows of a panel
+    const int64_t U = d.backbone_units, layers = d.more_layers();
+    const int64_t step_of_layers = Parts<T>::size(size(U, U, 1, element)), step_of_biases = Parts<T>::size(sum_row);
     const int64_t matrices[] = {size(d.multiplied(), d.sum_units(), d.sum_gates(), element),
                                 size(recurrent, d.sum_units(), d.sum_gates(), element),
                                 sum_row,
                                 sum_row,
-                                d.backbone_units ? size(d.backbone_units, d.units, d.gates(), element) : 0,
-                                d.backbone_units ? row : 0,
+                                U ? size(U, d.units, d.gates(), element) : 0,
+                                U ? row : 0,
+                                layers * step_of_layers,
+                                layers * step_of_biases,
                                 d.projects() ? size(d.units, d.output, 1, element) : 0};
     int64_t count = 0;
     for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
@@ -70,6 +74,8 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = d.two_biases() ? arrays.bias + columns : nullptr;
     p.gate_kernel = arrays.gate_kernel, p.gate_bias = arrays.gate_bias;
+    p.backbone_kernel = arrays.backbone_kernel, p.backbone_bias = arrays.backbone_bias;
+    p.backbone_step = copy ? step_of_layers : U * U, p.backbone_bias_step = copy ? step_of_biases : U;
     p.projection = arrays.projection, p.arrays = arrays;
     if (!copy) return;
     Parts<T> parts(impl_->memory.get());
@@ -99,11 +105,19 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     if (d.kind->recurrent) p.recurrent = packed(recurrent_of(d, p.recurrent, p.band), recurrent, element);
     p.bias = bias(p.bias, d.sum_units(), d.sum_gates());
     if (d.two_biases()) p.recurrent_bias = bias(p.recurrent_bias, d.units, d.gates());
-    if (d.backbone_units) {
-        p.gate_kernel =
-            packed(matrix_of(d, p.gate_kernel, d.backbone_units, d.units, d.gates()), d.backbone_units, element);
+    if (U) {
+        p.gate_kernel = packed(matrix_of(d, p.gate_kernel, U, d.units, d.gates()), U, element);
         p.gate_bias = bias(p.gate_bias, d.units, d.gates());
     }
+    const auto each_layer = [&](const T*& all, int64_t depth, Element held) {
+        const T* from = all;
+        for (int64_t k = 0; k < layers; ++k) {
+            const T* own = packed(matrix_of(d, from ? from + k * depth * U : from, depth, U, 1), depth, held);
+            if (!k) all = own;
+        }
+    };
+    each_layer(p.backbone_kernel, U, element);
+    each_layer(p.backbone_bias, 1, element_of<T>());
     if (d.projects()) p.projection = packed(matrix_of(d, p.projection, d.units, d.output, 1), d.units, element);
     each_array(p.arrays, d, [&](const T*& array, const Layout& layout) {
         if (!array || layout.form != Form::kVectors) return;

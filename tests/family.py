@@ -6,7 +6,7 @@ import numpy as np
 from kinds import TESTED, chosen
 
 from cellstack.cells import KINDS
-from cellstack.cells.activations import ACTIVATIONS, PARAMETERS
+from cellstack.cells.activations import ACTIVATIONS, OF_BACKBONES, PARAMETERS
 from cellstack.cells.spec import GATES, CellSpec
 
 ALPHAS = {
@@ -59,7 +59,7 @@ def random_spec(rng, kind=None, largest=8):
     if flags.get("layer_norm") and "reset_after" in flags:
         flags["reset_after"] = True
     if flags.get("backbone_units") and often(0.5):
-        flags["backbone_activation"] = random_activation(rng)
+        flags["backbone_activation"] = random_activation(rng, OF_BACKBONES)
     if flags.get("layer_norm") and declared.joins and often(0.5):
         flags["layer_norm"] = "joint"
     if often(0.3):
@@ -94,6 +94,7 @@ def random_arrays(rng, spec):
     """Return random arrays of the cell, by name; all numbers differ, and gains are near 1."""
     scales = {"kernel": spec.features**-0.5, "recurrent_kernel": 0.7 * spec.output_size**-0.5}
     scales |= {"projection": spec.units**-0.5, "gate_kernel": max(spec.backbone_units, 1) ** -0.5}
+    scales["backbone_kernel"] = scales["gate_kernel"]
     return {
         name: name.endswith("_gain") * 1.0 + scales.get(name, 0.4) * rng.standard_normal(shape)
         for name, shape in spec.shapes.items()

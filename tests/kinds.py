@@ -127,14 +127,22 @@ def slstm_row(spec, w, x, h_in, state):
     return (h, c, n, m), (i, f, g, o, log_f)
 
 
+def gate_sums_row(spec, w, z):
+    """Return the sums of the gates, from those over x and h: the same without a backbone."""
+    if not spec.backbone_units:
+        return z
+    biased = lambda z, bias: [v + shift for v, shift in zip(z, bias, strict=True)] if spec.use_bias else z  # noqa: E731
+    for n in range(spec.backbone_layers - 1):
+        b = [activated(spec, "backbone", v, clip=False) for v in z]
+        z = biased(times(b, w["backbone_kernel"][n]), w["backbone_bias"][n] if spec.use_bias else None)
+    b = [activated(spec, "backbone", v, clip=False) for v in z]
+    return biased(times(b, w["gate_kernel"]), w.get("gate_bias"))
+
+
 def cfc_row(spec, w, x, h_in, state):
     H, h = spec.units, [0.0] * spec.units
     *x, elapsed = x if spec.timespans else (*x, 1.0)
-    z = sums_row(spec, w, x, h_in)
-    if spec.backbone_units:
-        bias = w["gate_bias"] if spec.use_bias else [0.0] * 4 * H
-        b = [activated(spec, "backbone", v, clip=False) for v in z]
-        z = [v + shift for v, shift in zip(times(b, w["gate_kernel"]), bias, strict=True)]
+    z = gate_sums_row(spec, w, sums_row(spec, w, x, h_in))
     g, k = ([activated(spec, gate, v) for v in row] for gate, row in (("g", z[:H]), ("k", z[H : 2 * H])))
     s = z[2 * H : 3 * H]
     t = [activated(spec, "t", z[3 * H + u] + s[u] * elapsed) for u in range(H)]
@@ -166,7 +174,10 @@ def lstm_drawn(rng, often, units, largest):
 
 def cfc_drawn(rng, often, units, largest):
     drawn = {"timespans": often(0.5), "mode": "no_gate" if often(0.3) else "default"}
-    return drawn | ({"backbone_units": int(rng.integers(1, 3 * largest)), "layer_norm": False} if often(0.5) else {})
+    if often(0.5):
+        drawn |= {"backbone_units": int(rng.integers(1, 3 * largest)), "layer_norm": False}
+        drawn["backbone_layers"] = int(rng.integers(1, 4)) if often(0.5) else 1
+    return drawn
 
 
 TESTED = {
@@ -371,6 +382,8 @@ TESTED = {
             "layer norm": {"layer_norm": True},
             "joint layer norm": {"layer_norm": "joint", "timespans": True},
             "backbone": {"backbone_units": 5, "backbone_activation": "softsign", "timespans": True},
+            "backbone of silu": {"backbone_units": 5, "backbone_activation": "silu"},
+            "three layers": {"backbone_units": 6, "backbone_layers": 3, "backbone_activation": "gelu"},
             "clip": {"clip": 0.3},
             "zoneout": {"zoneout": 0.3},
             "activations": {"gate_activations": {"g": "softsign", "t": "hard_sigmoid"}},
@@ -380,6 +393,8 @@ TESTED = {
             "": {"mode": "no_gate"},
             "layer norm": {"norm_epsilon": 0.0011},
             "backbone": {"backbone_activation": "tanh"},
+            "backbone of silu": {"backbone_activation": "gelu"},
+            "three layers": {"backbone_activation": "silu"},
             "clip": {"clip": 0.301},
             "zoneout": {"zoneout": 0.301},
             "activations": {"gate_activations": {"g": "softsign", "t": "tanh"}},
@@ -389,6 +404,13 @@ TESTED = {
             "timespans": {"timespans": True},
             "flags": {"timespans": True, "mode": "no_gate", "layer_norm": True, "clip": 1.5, "zoneout": 0.2},
             "backbone": {"backbone_units": 37},
+            "layers": {
+                "backbone_units": 37,
+                "backbone_layers": 2,
+                "backbone_activation": "gelu",
+                "clip": 0.7,
+                "zoneout": 0.4,
+            },
             "backbone, flags": {
                 "backbone_units": 70,
                 "backbone_activation": "tanh",

@@ -6,7 +6,7 @@
 import math
 import statistics
 
-from cellstack.cells.activations import activation
+from cellstack.cells.activations import OF_BACKBONES, activation
 
 SCALARS = {
     "sigmoid": lambda z, a, b: 1.0 / (1.0 + math.exp(-z)),
@@ -22,12 +22,14 @@ SCALARS = {
     "thresholded_relu": lambda z, a, b: z if z > a else 0.0,
     "scaled_tanh": lambda z, a, b: a * math.tanh(b * z),
     "positive": lambda z, a, b: z + 0.5 if z >= 0.0 else 1.0 / (1.0 + math.exp(-z)),
+    "silu": lambda z, a, b: z / (1.0 + math.exp(-z)),
+    "gelu": lambda z, a, b: 0.5 * z * math.erfc(-z * math.sqrt(0.5)),
 }
 
 
 def activated(spec, slot, z, clip=True):
     usual = getattr(spec, spec.of_kind.activation(slot))
-    name, a, b = activation(dict(spec.gate_activations).get(slot, usual))
+    name, a, b = activation(dict(spec.gate_activations).get(slot, usual), OF_BACKBONES)
     if clip and spec.clip is not None:
         z = min(max(z, -spec.clip), spec.clip)
     return SCALARS[name](z, a, b)

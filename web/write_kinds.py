@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cellstack.cells import KINDS
-from cellstack.cells.activations import ACTIVATIONS
+from cellstack.cells.activations import OF_BACKBONES
 from cellstack.cells.arguments import Argument
 from cellstack.cells.base import Kind
 from cellstack.cells.spec import ARRAYS, FLAGS, MATRICES
@@ -53,7 +53,7 @@ def module() -> str:
         f"export const FLAGS = {json.dumps([flag(one) for one in FLAGS.values()])};",
         "",
         "// The kernel's codes of activations, its order of a cell's arrays, and those that are matrices.",
-        f"export const ACTIVATIONS = {json.dumps(ACTIVATIONS)};",
+        f"export const ACTIVATIONS = {json.dumps(OF_BACKBONES)};",
         f"export const ARRAYS = {json.dumps(ARRAYS)};",
         f"export const MATRICES = {json.dumps(MATRICES)};",
     )

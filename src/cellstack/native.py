@@ -88,6 +88,11 @@ ELEMENTS = ("float32", "float64", "bfloat16", "int8")
 """Number formats: a call computes in one of the first two; a float32 call may have its matrices in the last two."""
 
 
+def activation_code(name: str, alpha: float = 0.0, beta: float = 0.0) -> tuple[int, float, float]:
+    """Return the kernel's code of an activation of a cell, or of one in `NODE_ACTIVATIONS`, and its parameters."""
+    return (*ACTIVATIONS, *NODE_ACTIVATIONS).index(name), alpha, beta
+
+
 @lru_cache(maxsize=1024)
 def description(spec: CellSpec, rows: bool = False) -> Any:
     """Convert `spec` to the kernel's description.
@@ -100,7 +105,7 @@ def description(spec: CellSpec, rows: bool = False) -> Any:
         spec.features,
         spec.units,
         spec.output_size,
-        [(ACTIVATIONS.index(name), alpha, beta) for name, alpha, beta in spec.activations],
+        [activation_code(*one) for one in spec.activations],
         spec.numbers,
         rows,
     )
@@ -160,7 +165,7 @@ def weights(
     return weights_at(description(spec), element or next(iter(arrays.values())).dtype.name, in_order(arrays), copy)
 
 
-LINEAR = ACTIVATIONS.index("linear"), 0.0, 0.0
+LINEAR = activation_code("linear")
 
 
 def dense(
@@ -174,8 +179,7 @@ def dense(
     Args:
         kernel: `[I, O]`, float32 or float64.
         bias: `[O]` of the same dtype, or None.
-        activation: the code of an activation, its place in `ACTIVATIONS` and after these in `NODE_ACTIVATIONS`, and its
-            parameters.
+        activation: see `activation_code`.
         element: the number format of the kernel, one of `ELEMENTS`; None: its dtype.
     """
     width, units = kernel.shape

@@ -23,6 +23,7 @@ function symbolsOf(kind, spec) {
     S: sums,
     GH: [gates, "H"],
     "G-1": [gates - 1, ""],
+    "L-1": [spec.backbone_layers - 1, ""],
     heads: several ? [spec.heads, ""] : null,
     "P/heads": several ? [1, "D"] : output,
     "S/heads": several ? [gates, "D"] : sums,
@@ -32,7 +33,7 @@ function symbolsOf(kind, spec) {
 
 // The axes of a cell's arrays, by name.
 function symbolicShapes(kind, spec) {
-  const settings = { ...spec, joint: spec.layer_norm === "joint" };
+  const settings = { ...spec, joint: spec.layer_norm === "joint", deep: spec.backbone_layers > 1 };
   const symbols = symbolsOf(kind, spec);
   const has = (need) => need === "" || Boolean(settings[need.replace("not ", "")]) !== need.startsWith("not ");
   const own = kind.arrays.filter(([, , needs]) => needs.split(" and ").every(has));
@@ -58,8 +59,10 @@ export function formOf(where, given) {
     throw new FormatError(`${where}: expected heads to divide units=${spec.units}, got ${spec.heads}`);
   }
   if (spec.heads > 1 && spec.proj_size) throw new FormatError(`${where}: expected heads=1 with proj_size, got ${spec.heads}`);
-  if (spec.backbone_units !== undefined && !(Number.isInteger(spec.backbone_units) && spec.backbone_units >= 0)) {
-    throw new FormatError(`${where}: expected backbone_units to be a non-negative integer, got ${spec.backbone_units}`);
+  for (const [name, least] of [["backbone_units", 0], ["backbone_layers", 1]]) {
+    if (spec[name] !== undefined && !(Number.isInteger(spec[name]) && spec[name] >= least)) {
+      throw new FormatError(`${where}: expected ${name} to be an integer of at least ${least}, got ${spec[name]}`);
+    }
   }
   const activations = Object.entries(kind.slots).map(([slot, usual]) => [slot, spec.gate_activations[slot] ?? spec[usual]]);
   if (spec.backbone_units) activations.push(["backbone", spec.backbone_activation]);

@@ -73,9 +73,9 @@ export const KINDS = {
     states: ["h"],
     trace: ["g", "k", "s", "t", "h"],
     slots: {"g": "activation", "k": "activation", "s": "recurrent_activation", "t": "recurrent_activation"},
-    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["recurrent_gain", "S", "layer_norm and not joint"], ["gate_kernel", "U GH", "backbone_units"], ["gate_bias", "GH", "backbone_units and use_bias"], ["initial_h", "P", "learn_initial_state"]],
+    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["recurrent_gain", "S", "layer_norm and not joint"], ["gate_kernel", "U GH", "backbone_units"], ["gate_bias", "GH", "backbone_units and use_bias"], ["backbone_kernel", "L-1 U U", "deep"], ["backbone_bias", "L-1 U", "deep and use_bias"], ["initial_h", "P", "learn_initial_state"]],
     scalar: "timespans",
-    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "timespans": false, "mode": "default", "backbone_units": 0, "backbone_activation": "scaled_tanh(1.7159, 0.666)", "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "timespans": false, "mode": "default", "backbone_units": 0, "backbone_activation": "scaled_tanh(1.7159, 0.666)", "backbone_layers": 1, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   sru: {
     gates: ["g", "f", "r", "s"],
@@ -89,9 +89,9 @@ export const KINDS = {
 };
 
 // The settings that the kernel takes as numbers, with their defaults, and the options of texts.
-export const FLAGS = [["use_bias", true, []], ["peepholes", false, []], ["coupled", false, []], ["proj_size", 0, []], ["cell_clip", null, []], ["zoneout_cell", 0.0, []], ["layer_norm", false, [true, false, "joint"]], ["heads", 1, []], ["use_kernel", true, []], ["norm_epsilon", 1e-05, []], ["clip", null, []], ["zoneout", 0.0, []], ["learn_initial_state", false, []], ["reset_after", true, []], ["exponential_forget", false, []], ["mode", "default", ["default", "no_gate"]], ["backbone_units", 0, []], ["scalar", false, []]];
+export const FLAGS = [["use_bias", true, []], ["peepholes", false, []], ["coupled", false, []], ["proj_size", 0, []], ["cell_clip", null, []], ["zoneout_cell", 0.0, []], ["layer_norm", false, [true, false, "joint"]], ["heads", 1, []], ["use_kernel", true, []], ["norm_epsilon", 1e-05, []], ["clip", null, []], ["zoneout", 0.0, []], ["learn_initial_state", false, []], ["reset_after", true, []], ["exponential_forget", false, []], ["mode", "default", ["default", "no_gate"]], ["backbone_units", 0, []], ["backbone_layers", 1, []], ["scalar", false, []]];
 
 // The kernel's codes of activations, its order of a cell's arrays, and those that are matrices.
-export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive"];
-export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "gate_kernel", "gate_bias", "cell_vectors", "initial_h", "initial_c"];
-export const MATRICES = ["kernel", "recurrent_kernel", "projection", "gate_kernel"];
+export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive", "silu", "gelu"];
+export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "gate_kernel", "gate_bias", "backbone_kernel", "backbone_bias", "cell_vectors", "initial_h", "initial_c"];
+export const MATRICES = ["kernel", "recurrent_kernel", "projection", "gate_kernel", "backbone_kernel"];

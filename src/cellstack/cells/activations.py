@@ -24,6 +24,15 @@ ACTIVATIONS = (
 )
 """Activations that the kernel implements; the position in this tuple is the kernel's code for the activation."""
 
+OF_BACKBONES = (*ACTIVATIONS, "silu", "gelu")
+"""Those of backbones: also activations whose derivative isn't a function of their value."""
+
+
+def names_for(argument: str) -> tuple[str, ...]:
+    """Return the activations that an argument may name."""
+    return OF_BACKBONES if argument == "backbone_activation" else ACTIVATIONS
+
+
 PARAMETERS = {
     "hard_sigmoid": (1.0 / 6.0, 0.5),
     "elu": (1.0,),
@@ -59,8 +68,8 @@ _ACTIVATION = re.compile(r"(\w+)\s*(?:\(([^()]*)\))?")
 
 
 @lru_cache(maxsize=256)
-def activation(text: str) -> Activation:
-    """Parse an activation: a name in `ACTIVATIONS`, followed by its parameters in parentheses if it has any.
+def activation(text: str, names: tuple[str, ...] = ACTIVATIONS) -> Activation:
+    """Parse an activation: one of `names`, followed by its parameters in parentheses if it has any.
 
     Raises:
         ValueError: an unknown name, or invalid parameters.
@@ -69,8 +78,8 @@ def activation(text: str) -> Activation:
     Activation(name='hard_sigmoid', alpha=0.2, beta=0.5)
     """
     match = _ACTIVATION.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None or match[1] not in ACTIVATIONS:
-        raise ValueError(f"expected one of the activations {', '.join(ACTIVATIONS)}, got {text!r}")
+    if match is None or match[1] not in names:
+        raise ValueError(f"expected one of the activations {', '.join(names)}, got {text!r}")
     name, usual = match[1], PARAMETERS.get(match[1], ())
     try:
         given = () if match[2] is None else tuple(float(number) for number in match[2].split(","))

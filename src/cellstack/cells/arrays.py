@@ -50,8 +50,8 @@ RECURRENT_GAIN = Array("recurrent_gain", "S", "ones", "layer_norm and not joint"
 def symbols(spec: CellSpec) -> dict[str, Axis | None]:
     """Return the axes that the symbols in `Array.shape` stand for; None: the axis is left out.
 
-    I: features; H: units; G: gates; P: width of h; U: units of a backbone; S: columns of the products with x and h, of
-    all gates or the backbone; D: units of a head. web/src/cells.js has the same.
+    I: features; H: units; G: gates; P: width of h; U: units of a backbone; L: its layers; S: columns of the products
+    with x and h, of all gates or the backbone; D: units of a head. web/src/cells.js has the same.
     """
     gates, several = len(spec.gates), spec.heads > 1
     output = (1, "P" if spec.proj_size else "H")
@@ -64,6 +64,7 @@ def symbols(spec: CellSpec) -> dict[str, Axis | None]:
         "S": sums,
         "GH": (gates, "H"),
         "G-1": (gates - 1, ""),
+        "L-1": (spec.backbone_layers - 1, ""),
         "heads": (spec.heads, "") if several else None,
         "P/heads": (1, "D") if several else output,
         "S/heads": (gates, "D") if several else sums,
@@ -76,7 +77,7 @@ def axes_of(spec: CellSpec) -> dict[str, tuple[Axis, ...]]:
 
     `CellSpec.axes` stores them.
     """
-    settings, known = vars(spec) | {"joint": spec.joint}, symbols(spec)
+    settings, known = vars(spec) | {"joint": spec.joint, "deep": spec.backbone_layers > 1}, symbols(spec)
     return {
         array.name: tuple(
             axis

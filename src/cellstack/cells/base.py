@@ -61,8 +61,8 @@ class Ops(Protocol[V]):
     a vector or a matrix.
     """
 
-    def product(self, v: V, name: str, gates: slice = ...) -> V:
-        """Return `v` times a matrix, or times the columns of some of its gates."""
+    def product(self, v: V, name: str, part: slice | int | None = None) -> V:
+        """Return `v` times a matrix; or times the columns of some of its gates, or one of several matrices."""
         ...
 
     def weight(self, name: str, row: int | None = None) -> V:
@@ -204,10 +204,13 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
 def sums(ops: Ops[V], spec: CellSpec, a: V, h: V) -> V:
     """Return the pre-activations for kinds that add the two products; `a` is the result of `inputs`.
 
-    With a backbone, the two products add up to its pre-activations, and the result is a product with its output.
+    With a backbone, the two products add up to its first pre-activations, and the result is a product with its output.
     """
     z = ops.add(a, product(ops, spec, h, "recurrent_kernel"))
     if spec.backbone_units:
+        for layer in range(spec.backbone_layers - 1):
+            z = ops.product(ops.activation("backbone", z), "backbone_kernel", layer)
+            z = ops.add(z, ops.weight("backbone_bias", layer)) if spec.use_bias else z
         z = ops.product(ops.activation("backbone", z), "gate_kernel")
         return ops.add(z, ops.weight("gate_bias")) if spec.use_bias else z
     if not spec.joint:

@@ -52,6 +52,8 @@ CFC = Kind(
         RECURRENT_GAIN,
         Array("gate_kernel", "U GH", "kernel", "backbone_units", pack="matrix"),
         Array("gate_bias", "GH", "zeros", "backbone_units and use_bias", pack="bias"),
+        Array("backbone_kernel", "L-1 U U", "kernel", "deep", pack="matrix"),
+        Array("backbone_bias", "L-1 U", "zeros", "deep and use_bias", pack="bias"),
     ),
     scalar="timespans",
     flags=(
@@ -86,7 +88,15 @@ CFC = Kind(
             "backbone_activation",
             "Any",
             "scaled_tanh(1.7159, 0.666)",
-            "φ_b, in the forms of `activation`; the default is ncps's `lecun_tanh`.",
+            'φ_b, in the forms of `activation`, or "silu" or "gelu"; the default is ncps\'s `lecun_tanh`.',
+        ),
+        Argument(
+            "backbone_layers",
+            "int",
+            1,
+            "number of layers of the backbone: each after the first is `b = φ_b(b·backbone_kernel[n] + "
+            "backbone_bias[n])` of the one before it.",
+            Limit(lambda value: value >= 1, "to be at least 1"),
         ),
     ),
     fixed=("s",),
@@ -105,28 +115,36 @@ CFC = Kind(
 
         b = φ_b(x·kernel + h_prev·recurrent_kernel + bias)   z = b·gate_kernel + gate_bias
 
+    `backbone_layers` is the number of such layers; after the first, `b = φ_b(b·backbone_kernel[n] + backbone_bias[n])`.
+
     Ref: Hasani et al. 2022, "Closed-form continuous-time neural networks". Without a backbone it is the cell of the
     package ncps's networks with wirings; ncps's own default is a backbone of 128 units.
     """,
 )
 
-NCPS_ACTIVATIONS = {"LeCun": "scaled_tanh(1.7159, 0.666)", "Tanh": "tanh", "ReLU": "relu"}
+NCPS_ACTIVATIONS = {
+    "LeCun": "scaled_tanh(1.7159, 0.666)",
+    "Tanh": "tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "GELU": "gelu",
+}
 """The activations of a backbone, by the classes of the package ncps."""
 
 
 def ncps_settings(cell: Any) -> dict[str, Any]:
-    """Return the settings of a `CellSpec` for a `CfCCell` of the package ncps.
-
-    Raises:
-        ValueError: a backbone that isn't supported.
-    """
+    """Return the settings of a `CellSpec` for a `CfCCell` of the package ncps."""
     settings = {"input_size": cell.input_size, "units": cell.hidden_size, "mode": cell.mode}
     if not cell.backbone_layers:
         return settings
-    if cell.backbone_layers > 1:
-        raise ValueError(f"expected backbone_layers to be 0 or 1, got {cell.backbone_layers}")
-    layer, activation = cell.backbone
-    name = type(activation).__name__
-    if name not in NCPS_ACTIVATIONS:
-        raise ValueError(f"expected the backbone's activation to be lecun_tanh, tanh or relu, got {name}")
-    return settings | {"backbone_units": layer.out_features, "backbone_activation": NCPS_ACTIVATIONS[name]}
+    activation = cell.backbone[1]
+    return settings | {
+        "backbone_units": cell.backbone[0].out_features,
+        "backbone_activation": NCPS_ACTIVATIONS[type(activation).__name__],
+        "backbone_layers": cell.backbone_layers,
+    }
+
+
+def backbone_layers(cell: Any) -> list[int]:
+    """Return the places of the linear layers in the backbone of ncps's `CfCCell`, among activations and dropouts."""
+    return [n for n, one in enumerate(cell.backbone) if type(one).__name__ == "Linear"]

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from cellstack.cells import KINDS, Kind
-from cellstack.cells.activations import Activation, activation
+from cellstack.cells.activations import ACTIVATIONS, OF_BACKBONES, Activation, activation, names_for
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, documented
 from cellstack.cells.arrays import Axis, axes_of
 from cellstack.cells.errors import ShapeError, as_flag, as_integer, as_number
@@ -26,7 +26,7 @@ ARRAYS = tuple(_DECLARED)
 """Every array that a cell may have, in the order in which the kernel takes them; see `CellSpec.shapes`."""
 
 MATRICES = tuple(name for name, array in _DECLARED.items() if array.pack == "matrix")
-"""The arrays that are matrices multiplied by x, h, a backbone or m: nearly all of a cell's numbers."""
+"""The arrays that are matrices multiplied by x, h, a backbone's layers or m: nearly all of a cell's numbers."""
 
 
 DTYPES = ("float32", "float64")
@@ -87,6 +87,7 @@ class CellSpec:
     mode: str = "default"
     backbone_units: int = 0
     backbone_activation: str = "scaled_tanh(1.7159, 0.666)"
+    backbone_layers: int = 1
     learn_initial_state: bool = False
     exponential_forget: bool = False
     heads: int = 1
@@ -152,8 +153,10 @@ class CellSpec:
                         f"CellSpec: expected {name}={usual[name]} with backbone_units={self.backbone_units}, got "
                         f"{getattr(self, name)!r}"
                     )
-        elif self.backbone_activation != usual["backbone_activation"]:
-            raise ValueError("CellSpec: backbone_activation is valid with backbone_units only, which is 0")
+            return
+        for name in ("backbone_activation", "backbone_layers"):
+            if getattr(self, name) != usual[name]:
+                raise ValueError(f"CellSpec: {name} is valid with backbone_units only, which is 0")
 
     def _check_activations(self) -> None:
         chosen = self.gate_activations
@@ -196,7 +199,7 @@ class CellSpec:
     def activations(self) -> tuple[Activation, ...]:
         """The activation of each of `slots`."""
         named = dict(self.gate_activations)
-        return tuple(activation(named.get(slot, self._usual(slot))) for slot in self.slots)
+        return tuple(activation(named.get(slot, self._usual(slot)), OF_BACKBONES) for slot in self.slots)
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -265,9 +268,13 @@ class CellSpec:
 
     @cached_property
     def intermediate_size(self) -> int:
-        """How many intermediate values of layer normalisation or a backbone the kernel saves per row and step."""
+        """How many intermediate values of layer normalisation or a backbone the kernel saves per row and step.
+
+        Of each layer of a backbone they are its output, and the derivative of its activation where that isn't a
+        function of the output.
+        """
         if self.backbone_units:
-            return self.backbone_units
+            return self.backbone_layers * self.backbone_units * (1 + (self.activations[-1].name not in ACTIVATIONS))
         products = sum(name in self.shapes for name in ("kernel_gain", "recurrent_gain"))
         return products * (len(self.gates) * self.units + 2)
 
@@ -378,7 +385,7 @@ def _usual_values(spec: CellSpec) -> dict[str, Any]:
 
 def _canonical(name: str, text: str) -> str:
     try:
-        return str(activation(text))
+        return str(activation(text, names_for(name)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"CellSpec: {name}: {error}") from None
 

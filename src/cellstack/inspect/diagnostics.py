@@ -138,7 +138,7 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
 def spectral_radii(cell: Cell) -> dict[str, float]:
     """Return the spectral radius of each gate's recurrent weights, including the projection, by gate.
 
-    With a backbone they are `recurrent_kernel·gate_kernel`, as if its activation were linear. Empty for a kind without
+    With a backbone they are the product of all its matrices, as if its activation were linear. Empty for a kind without
     recurrent weights.
     """
     cell = cell.one_head
@@ -147,7 +147,9 @@ def spectral_radii(cell: Cell) -> dict[str, float]:
         return {}
     recurrent = cell.recurrent_kernel.astype(np.float64)
     if cell.gate_kernel is not None:
-        recurrent = recurrent @ cell.gate_kernel.astype(np.float64)
+        between = [] if cell.backbone_kernel is None else cell.backbone_kernel
+        for matrix in (*between, cell.gate_kernel):
+            recurrent = recurrent @ matrix.astype(np.float64)
     blocks = np.split(recurrent, len(spec.gates), axis=1)
     through = np.eye(spec.units) if cell.projection is None else cell.projection.astype(np.float64)
     return {

@@ -119,7 +119,7 @@ class CfC(Recurrent):
         recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
         timespans: bool = False, mode: str = 'default', backbone_units: int = 0,
-        backbone_activation: Any = 'scaled_tanh(1.7159, 0.666)', gate_activations: Any = (),
+        backbone_activation: Any = 'scaled_tanh(1.7159, 0.666)', backbone_layers: int = 1, gate_activations: Any = (),
         layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
         zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False, **kwargs: Any
     ) -> None: ...

@@ -167,7 +167,7 @@ class Cell(Layer):
                 turned = key == "activation" and isinstance(value, int)  # torch.nn.LSTM(input_size, hidden_size)
                 hint = f" {value}: the first argument is units, and input_size= is the width of x" if turned else ""
                 raise type(error)(f"{self._owner}: {key}: {error}{hint}") from None
-            texts[key] = name if eager.known(name) else "linear"
+            texts[key] = name if eager.known(name, key) else "linear"
         fields = {name: config[name] for name in KINDS[self.kind].settings if name in config}
         fields |= {key: texts[key] for key in usual}
         if "gate_activations" in fields:
@@ -178,9 +178,11 @@ class Cell(Layer):
             raise type(error)(str(error).replace("CellSpec", self._owner, 1)) from None
         arguments = {slot: spec.of_kind.activation(slot) for slot in spec.slots}
         chosen = [by_gate.get(slot, usual.get(name, getattr(spec, name))) for slot, name in arguments.items()]
-        names = [(eager.activation_name(value), value) for value in chosen]
+        names = [eager.activation_name(value) for value in chosen]
         foreign = [
-            name or getattr(value, "__name__", type(value).__name__) for name, value in names if not eager.known(name)
+            name or getattr(value, "__name__", type(value).__name__)
+            for name, value, argument in zip(names, chosen, arguments.values(), strict=True)
+            if not eager.known(name, argument)
         ]
         return [eager.as_function(value) for value in chosen], foreign, spec
 

@@ -124,7 +124,7 @@ class CfCCell(Cell):
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
         seed: int | None = None, *, timespans: bool = False, mode: str = 'default', backbone_units: int = 0,
-        backbone_activation: Any = 'scaled_tanh(1.7159, 0.666)', gate_activations: Any = (),
+        backbone_activation: Any = 'scaled_tanh(1.7159, 0.666)', backbone_layers: int = 1, gate_activations: Any = (),
         layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
         zoneout: float = 0.0, learn_initial_state: bool = False, input_size: int | None = None,
         dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None

@@ -87,14 +87,15 @@ def function_of(activation: activations.Activation) -> Function:
         "thresholded_relu": partial(thresholded_relu, alpha=alpha),
         "positive": positive,
         "scaled_tanh": partial(scaled_tanh, alpha=alpha, beta=beta),
+        "silu": functional.silu,
+        "gelu": functional.gelu,
     }[name]
 
 
 ACTIVATIONS: dict[str, Function] = {
-    **{name: function_of(activations.activation(name)) for name in activations.ACTIVATIONS},
+    **{name: function_of(activations.activation(name, activations.OF_BACKBONES)) for name in activations.OF_BACKBONES},
     "celu": functional.celu,
     "exponential": torch.exp,
-    "gelu": functional.gelu,
     "hard_silu": functional.hardswish,
     "hard_swish": functional.hardswish,
     "hard_tanh": functional.hardtanh,
@@ -103,7 +104,6 @@ ACTIVATIONS: dict[str, Function] = {
     "mish": functional.mish,
     "relu6": functional.relu6,
     "selu": functional.selu,
-    "silu": functional.silu,
     "softmax": softmax,
     "swish": functional.silu,
     "tanh_shrink": functional.tanhshrink,
@@ -114,9 +114,9 @@ _NAMES: dict[object, str] = {function: name for name, function in reversed(ACTIV
 _NAMES |= {functional.tanh: "tanh", functional.sigmoid: "sigmoid", functional.relu: "relu", functional.elu: "elu"}
 
 
-def known(name: str | None) -> bool:
-    """Whether the kernel implements the activation of that name, as returned by `activation_name`."""
-    return name is not None and name.partition("(")[0] in activations.ACTIVATIONS
+def known(name: str | None, argument: str = "") -> bool:
+    """Whether the kernel implements an activation, as returned by `activation_name`, of that argument."""
+    return name is not None and name.partition("(")[0] in activations.names_for(argument)
 
 
 def activation_name(chosen: str | Function | None) -> str | None:

@@ -35,8 +35,6 @@ def _log_softmax(z: Array) -> Array:
 _sigmoid = reference.ACTIVATIONS["sigmoid"][0]
 
 
-_exact_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf; this takes some 0.1 us per number
-
 # erf(x) = x·P(x²)/Q(x²) for |x| <= 4, computed in float32 with an error below 4e-7; beyond, erf is 1 in float32. The
 # coefficients, of the highest power first, are a least-squares fit with weights that level the largest errors.
 _ERF_P = (2.1338163e-6, 2.8317387e-4, 3.5431882e-3, 5.2062345e-2, 0.18476328, 1.1283792)
@@ -52,8 +50,6 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 
 
 def _erf(x: Array) -> Array:
-    if x.dtype != np.float32:
-        return np.asarray(_exact_erf(x), x.dtype)
     x = _between(x, 4.0)
     square = x * x
     return _between(x * _polynomial(_ERF_P, square) / _polynomial(_ERF_Q, square), 1.0)
@@ -64,7 +60,9 @@ def _between(x: Array, bound: float) -> Array:
 
 
 def _gelu(z: Array) -> Array:
-    return z * (0.5 + 0.5 * _erf(z * z.dtype.type(math.sqrt(0.5))))
+    if z.dtype != np.float32:
+        return reference.ACTIVATIONS["gelu"][0](z)
+    return z * (0.5 + 0.5 * _erf(z * np.float32(math.sqrt(0.5))))
 
 
 def _gelu_tanh(z: Array) -> Array:
@@ -103,20 +101,15 @@ Networks", eq. 2.
 
 
 @lru_cache(maxsize=256)
-def in_kernel(text: str, dtype: np.dtype[Any]) -> tuple[int, float, float] | None:
+def in_kernel(text: str) -> tuple[int, float, float] | None:
     """Return the kernel's code of an activation and its parameters; None if layers without a state lack it there.
 
     Args:
         text: what `check_activation` returns.
-        dtype: float32 or float64.
     """
     if text in native.NODE_ACTIVATIONS:
-        code = len(activations.ACTIVATIONS) + native.NODE_ACTIVATIONS.index(text)
-        return None if text == "gelu" and dtype != np.float32 else (code, 0.0, 0.0)
-    if text in MORE_ACTIVATIONS:
-        return None
-    name, alpha, beta = activations.activation(text)
-    return activations.ACTIVATIONS.index(name), alpha, beta
+        return native.activation_code(text)
+    return None if text in MORE_ACTIVATIONS else native.activation_code(*activations.activation(text))
 
 
 @lru_cache(maxsize=256)
@@ -129,22 +122,15 @@ def activation_function(text: str) -> Callable[[Array], Array]:
     return lambda z: function(z, alpha, beta)
 
 
-def _gelu_slope(z: Array) -> Array:
-    share = np.where(z == 0, 0.5, activation_function("gelu")(z) / np.where(z == 0, 1, z))  # (1 + erf(z/sqrt 2))/2
-    return share + z * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
-
-
 def activation_gradient(text: str, z: Array, dy: Array) -> Array:
     """Return the gradient of an activation's input, z."""
     if text in ("softmax", "log_softmax"):
         y = softmax(z)
         total = (dy * y).sum(axis=-1, keepdims=True) if text == "softmax" else dy.sum(axis=-1, keepdims=True)
         return y * (dy - total) if text == "softmax" else dy - y * total
-    if text == "gelu":
-        return dy * _gelu_slope(z)
     if text in FORMULAS:
         return gradient(FORMULAS[text](X), z, dy)
-    name, alpha, beta = activations.activation(text)
+    name, alpha, beta = activations.activation(text, activations.OF_BACKBONES)  # of those, gelu isn't a formula
     function, slope = reference.ACTIVATIONS[name]
     return dy * slope(z, function(z, alpha, beta), alpha, beta)
 

@@ -71,8 +71,8 @@ class Cell(Celled):
     Args:
         spec: the kind of cell, its widths and its flags.
         arrays: the arrays of `spec.shapes` in order, float32 or float64. The matrices of a float32 cell (`kernel`,
-            `recurrent_kernel`, `gate_kernel`, `projection`) may all be `BFloat16Array`; they are stored so, and the
-            attributes return them as float32. See `with_weights`.
+            `recurrent_kernel`, `gate_kernel`, `backbone_kernel`, `projection`) may all be `BFloat16Array`; they
+            are stored so, and the attributes return them as float32. See `with_weights`.
         named: the remaining arrays by name; None for one that the cell doesn't have.
 
     Raises:
@@ -253,11 +253,7 @@ class Cell(Celled):
     def multiplications(self) -> int:
         """The number of multiplications by parameters per step."""
         shapes = self.spec.shapes.items()
-        return sum(
-            math.prod(shape)
-            for name, shape in shapes
-            if not name.startswith(("initial", "bias", "gate_bias", "cell_bias"))
-        )
+        return sum(math.prod(shape) for name, shape in shapes if not name.startswith("initial") and name[-4:] != "bias")
 
     @property
     def numbers_read(self) -> int:

@@ -52,7 +52,9 @@ minGRU, gates z g, and minLSTM, gates i f g; both without recurrent_kernel:
 
 CfC, gates g k s t:
     z = a + b + bias                           with a, b, layer_norm and clip as for the LSTM, but no clip of s
-    z = φ_b(a + b + bias)·gate_kernel + gate_bias                                          backbone_units
+    z = v·gate_kernel + gate_bias              with v = φ_b(a + b + bias)                  backbone_units
+                                               and n times v = φ_b(v·backbone_kernel[n]
+                                               + backbone_bias[n])                         backbone_layers
     g = φ(z_g)    k = φ(z_k)    s = z_s        t = σ(z_t + s⊙τ), with τ = 1
                                                τ is the last column of x, the other columns
                                                are multiplied                              timespans
@@ -111,8 +113,8 @@ Ref, and where we differ:
         batch: if any n isn't 0, an m of 0 takes part in every maximum.
     Hasani et al. 2022, "Closed-form continuous-time neural networks": the CfC. Their f is s,
         their h is k, and our 1 - t is their σ(-f·τ), with an additional offset, -z_t, as in ncps. Their products with
-        the state and x pass through a network first, the backbone: one dense layer here, with backbone_units, or none,
-        as in ncps's networks with wirings.
+        the state and x pass through a network first, the backbone: dense layers here, with backbone_units, or none, as
+        in ncps's networks with wirings.
     Lei et al. 2018, "Simple Recurrent Units for Highly Parallelizable Recurrence", eq. 1 to 4: the SRU, without φ and
         a_s = x where x is as wide as the units.
     torchaudio's RNN-T (`torchaudio.models.RNNT`): layer_norm="joint".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -20,6 +21,13 @@ Back = tuple[Array, Array, tuple[Any, ...]]
 
 def _sigmoid(z: Array, *_: float) -> Array:
     return 0.5 * (1.0 + np.tanh(0.5 * z))  # the formula with exp(-z) overflows
+
+
+_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf; this takes some 0.1 us per number
+
+
+def _normal(z: Array) -> Array:
+    return 0.5 + 0.5 * np.asarray(_erf(z * math.sqrt(0.5)), z.dtype)
 
 
 # name -> (y as a function of z and the parameters, dy/dz as a function of z, y and the parameters). NaN stays NaN.
@@ -43,6 +51,11 @@ ACTIVATIONS: dict[str, tuple[Any, Any]] = {
         lambda z, y, *_: np.where(z < 0.0, y * (1.0 - y), 1.0),
     ),
     "scaled_tanh": (lambda z, a, b: a * np.tanh(b * z), lambda z, y, a, b: a * b * (1.0 - (y / a) ** 2)),
+    "silu": (lambda z, *_: z * _sigmoid(z), lambda z, y, *_: y + _sigmoid(z) * (1.0 - y)),
+    "gelu": (
+        lambda z, *_: z * _normal(z),
+        lambda z, *_: _normal(z) + z * np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi),
+    ),
 }
 
 
@@ -127,14 +140,26 @@ class _Cell:
         z = z + self.w.get("bias", 0.0)
         if not self.spec.backbone_units:
             return z
-        s.backbone = self.activate(s, "backbone", z)
-        return self.times("gate_kernel", s.backbone) + self.w.get("gate_bias", 0.0)
+        s.layers = [self.layer(s, z)]
+        for n in range(self.spec.backbone_layers - 1):
+            z = self.rows("backbone_kernel", s.layers[-1][0]) @ self.w["backbone_kernel"][n]
+            s.layers.append(self.layer(s, z + self.w["backbone_bias"][n] if self.spec.use_bias else z))
+        return self.times("gate_kernel", s.layers[-1][0]) + self.w.get("gate_bias", 0.0)
+
+    def layer(self, s: SimpleNamespace, z: Array) -> tuple[Array, Array]:
+        """Return the output of a layer of the backbone, and its slope."""
+        return self.activate(s, "backbone", z), s.slopes["backbone"]
 
     def sums_back(self, s: SimpleNamespace, d: Arrays, dz: Array) -> tuple[Array, Array]:
         if self.spec.backbone_units:
             if self.spec.use_bias:
                 d["gate_bias"] += dz.sum(axis=0)
-            dz = self.times_back(d, "gate_kernel", s.backbone, dz) * s.slopes["backbone"]
+            dz = self.times_back(d, "gate_kernel", s.layers[-1][0], dz) * s.layers[-1][1]
+            for n in reversed(range(self.spec.backbone_layers - 1)):
+                d["backbone_kernel"][n] += s.layers[n][0].T @ dz
+                if self.spec.use_bias:
+                    d["backbone_bias"][n] += dz.sum(axis=0)
+                dz = (dz @ self.w["backbone_kernel"][n].T) * s.layers[n][1]
         if self.spec.use_bias:
             d["bias"] += dz.sum(axis=0)
         if self.spec.joint:

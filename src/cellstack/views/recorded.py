@@ -24,7 +24,7 @@ class Value:
         of: the vectors that it is computed from.
         width: in columns: a number of blocks, and the letter of their width.
         name: the array, activation or state.
-        part: the gates of a product's matrix, the row of a weight, or the block of a split.
+        part: the gates of a product's matrix, or which of several matrices; the row of a weight; the block of a split.
         numbers: the bound of a clip, or the blocks of a norm.
     """
 
@@ -96,12 +96,13 @@ class Recorded:
         """Record a named value."""
         return self._new("record", v, name=name)
 
-    def product(self, v: Value, name: str, gates: slice = slice(None)) -> Value:
+    def product(self, v: Value, name: str, part: slice | int | None = None) -> Value:
         """Record a matrix product."""
+        if isinstance(part, int):
+            return self._new("product", v, width=self.shapes[name][-1], name=name, part=part)
         count, letter = self._columns(name)
-        taken = range(count)[gates]
-        part = None if gates == slice(None) else (taken.start, taken.stop)
-        return self._new("product", v, width=(len(taken), letter), name=name, part=part)
+        taken = range(count)[part or slice(None)]
+        return self._new("product", v, width=(len(taken), letter), name=name, part=part and (taken.start, taken.stop))
 
     def _columns(self, name: str) -> tuple[int, str]:
         """Return the number of an array's columns; those of a matrix for each head together."""

@@ -67,13 +67,15 @@ class TorchOps:
         """Return `v`."""
         return v
 
-    def product(self, v: Tensor, name: str, gates: slice | None = None) -> Tensor:
-        """Return the matrix product; without `gates`, of all of them."""
+    def product(self, v: Tensor, name: str, part: slice | int | None = None) -> Tensor:
+        """Return the matrix product."""
         matrix = self.arrays[name]
+        if isinstance(part, int):
+            return v @ matrix[part]
         if matrix.ndim == 3:
-            return self._by_heads(v, matrix, gates)
-        if gates is not None:
-            matrix = matrix[:, gates.start * self.spec.units : gates.stop * self.spec.units]
+            return self._by_heads(v, matrix, part)
+        if part is not None:
+            matrix = matrix[:, part.start * self.spec.units : part.stop * self.spec.units]
         return v @ matrix
 
     def _by_heads(self, v: Tensor, matrix: Tensor, gates: slice | None) -> Tensor:

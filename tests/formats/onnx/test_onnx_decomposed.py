@@ -186,6 +186,8 @@ def test_its_unrolled_steps(toys, name):
         {"kind": "cfc", "timespans": True, "mode": "no_gate", "use_bias": False},
         {"kind": "cfc", "timespans": True, "clip": 0.75, "zoneout": 0.25},
         {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "scaled_tanh(1.75, 0.625)"},
+        {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "silu", "backbone_layers": 2},
+        {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "gelu", "use_bias": False},
         {
             "kind": "cfc",
             "timespans": True,
@@ -228,6 +230,7 @@ def test_spellings(flags):
         {"kind": "minlstm"},
         {"kind": "cfc", "timespans": True},
         {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "tanh"},
+        {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "gelu", "backbone_layers": 3},
     ],
     ids=str,
 )
@@ -248,7 +251,7 @@ def test_of_a_cfc_s_equal_steps_only_the_sum_of_slope_and_time_gate_is_known():
 
 def test_every_combination_of_flags_is_a_form():
     count = {name: len(forms(kind)) for name, kind in cells.KINDS.items()}
-    expected = {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3, "slstm": 2, "cfc": 16, "sru": 1}
+    expected = {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3, "slstm": 2, "cfc": 28, "sru": 1}
     assert count == expected
 
 

@@ -47,6 +47,7 @@ LAYERS = {
     "light gru with gains": lambda: layers.LiGRU(4, layer_norm=True, use_bias=False, **EVERY),
     "minimal lstm": lambda: layers.MinLSTM(5, **EVERY),
     "backbone": lambda: layers.CfC(4, backbone_units=8, **EVERY),
+    "backbone of three layers": lambda: layers.CfC(4, backbone_units=8, backbone_layers=3, **EVERY),
     "backbone, no bias": lambda: layers.CfC(5, backbone_units=7, use_bias=False, learn_initial_state=True, **EVERY),
     "minimal lstm with gains": lambda: layers.MinLSTM(4, layer_norm=True, learn_initial_state=True, **EVERY),
     "both, minimal": lambda: layers.Bidirectional(layers.MinGRU(4, return_sequences=True)),

@@ -103,10 +103,12 @@ def by_gate(matrices: Array, spec: CellSpec, gates: tuple[int, int] | None) -> A
 def shape_text(spec: CellSpec, matrix: Matrix) -> str:
     """Return the shape of one of a cell's arrays in terms of its widths, such as `[I, 4H]`."""
     *rows, (count, letter) = spec.axes[matrix.array]
-    if len(rows) == 2:
-        first, end = matrix.gates or (0, len(spec.gates))
+    if isinstance(matrix.part, int):
+        rows = rows[1:]
+    elif len(rows) == 2:
+        first, end = matrix.part or (0, len(spec.gates))
         return f"[{end - first}, {spec.heads}, D, D]"
-    if matrix.gates is not None:
-        count = matrix.gates[1] - matrix.gates[0]
+    elif matrix.part is not None:
+        count = matrix.part[1] - matrix.part[0]
     axes = (times(*axis).replace(" * ", "") if axis[1] else str(axis[0]) for axis in (*rows, (count, letter)))
     return f"[{', '.join(axes)}]"

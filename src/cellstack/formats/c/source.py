@@ -115,10 +115,12 @@ class Writer(Files):
         pointers = []
         for name, matrix in form.arrays.items():
             array = arrays[matrix.array]
-            if array.ndim == 3:
-                array = by_gate(array, cell.spec, matrix.gates)
-            elif matrix.gates is not None:
-                start, stop = matrix.gates
+            if isinstance(matrix.part, int):
+                array = array[matrix.part]
+            elif array.ndim == 3:
+                array = by_gate(array, cell.spec, matrix.part)
+            elif matrix.part is not None:
+                start, stop = matrix.part
                 array = array[:, start * units : stop * units]
             shape = shape_text(cell.spec, matrix)
             if self.narrow and matrix.array in MATRICES:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from itertools import count as numbers
 from typing import NamedTuple
 
 from cellstack.cells.activations import PARAMETERS, Activation
@@ -24,15 +26,16 @@ ARRAYS = ("z", "a", "q", "u", "v", "s", "t", "n")  # names of scratch arrays, wi
 
 
 class Matrix(NamedTuple):
-    """The matrix of a product: a cell's array, or the columns of some of its gates."""
+    """The matrix of a product: a cell's array, the columns of some of its gates, or one of its matrices."""
 
     array: str
-    gates: tuple[int, int] | None
+    part: tuple[int, int] | int | None
 
     @property
     def name(self) -> str:
         """Return its name in the struct of weights."""
-        return self.array if self.gates is None else "_".join(map(str, (self.array, *self.gates)))
+        parts = self.part if isinstance(self.part, tuple) else () if self.part is None else (self.part,)
+        return "_".join(map(str, (self.array, *parts)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +148,7 @@ class Step:
         products = [term for term in terms if term.operation == "product"]
         weights = [term for term in terms if term.operation == "weight"]
         of = tuple(self._node(product.of[0]) for product in products)
-        matrices = tuple(Matrix(product.name, product.part) for product in products)  # type: ignore[arg-type]
+        matrices = tuple(Matrix(product.name, product.part) for product in products)
         level = max(node.level + node.is_element for node in of)
         node = Node("sum", of, value, level, self._node(weights[0]) if weights else None, matrices)
         for term in terms:
@@ -203,7 +206,7 @@ class Step:
     def _array(self, count: int, letter: str) -> str:
         """Return the name of a new scratch array of `count` blocks of a width; P is at most H."""
         taken = {*self.scratch, *self.spec.gates, *self.spec.state_sizes}
-        name = next(name for name in ARRAYS if name not in taken)
+        name = next(name for name in chain(ARRAYS, map("b_{}".format, numbers())) if name not in taken)
         self.scratch[name] = count, "H" if letter == "P" else letter
         return name
 
@@ -254,8 +257,8 @@ class Step:
                 yield f"${{name}}_accumulate({place}, {wide}, {vector}, {length}, w->{matrix.name});"
 
     def _row(self, weight: Node) -> str:
-        part = weight.value.part
-        return f" + {times(part * weight.value.width[0], 'H')}" if isinstance(part, int) and part else ""
+        part, (count, letter) = weight.value.part, weight.value.width
+        return f" + {times(part * count, letter)}" if isinstance(part, int) and part else ""
 
     def _state_of(self, call: Node) -> str | None:
         """Return the state that a sum can be computed into, because it is the new one and nothing reads the old one."""

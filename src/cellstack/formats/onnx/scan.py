@@ -33,11 +33,12 @@ class OnnxOps(Pieces):
         super().__init__(onnx_package(), cell.dtype, set(), f"{where}/")  # names of a Network have no slash
         self.spec: Any = cell.spec
         self.opset = opset
-        self.w = {
-            name: self.tensor(f"{where}/{name}", array)
-            for name, array in cell.arrays.items()
-            if not name.startswith("initial_")
-        }
+        self.w: dict[str, str] = {}
+        for name, array in cell.arrays.items():
+            if not name.startswith("initial_"):
+                apart = name.startswith("backbone_")  # a tensor for each layer
+                several = {f"{name}_{n}": one for n, one in enumerate(array)} if apart else {name: array}
+                self.w |= {key: self.tensor(f"{where}/{key}", one) for key, one in several.items()}
 
     def add(self, a: str, b: str) -> str:
         """Return `a + b`."""
@@ -68,15 +69,16 @@ class OnnxOps(Pieces):
         units = self.spec.units
         return self.of("Slice", v, self.integers(start * units), self.integers(stop * units), self.integers(-1))
 
-    def product(self, v: str, name: str, gates: slice = slice(None)) -> str:
+    def product(self, v: str, name: str, part: slice | int | None = None) -> str:
         """Return the matrix product."""
-        matrix = self.w[name] if gates == slice(None) else self.columns(self.w[name], gates.start, gates.stop)
-        return self.of("MatMul", v, matrix)
+        if isinstance(part, slice):
+            return self.of("MatMul", v, self.columns(self.w[name], part.start, part.stop))
+        return self.of("MatMul", v, self.w[name if part is None else f"{name}_{part}"])
 
     def weight(self, name: str, row: int | None = None) -> str:
         """Return a vector of weights."""
-        if row is None:
-            return self.w[name]
+        if row is None or f"{name}_{row}" in self.w:
+            return self.w[name if row is None else f"{name}_{row}"]
         key = ("at", row)
         if key not in self.constants:
             self.constants[key] = self.tensor(f"{self.prefix}at_{row}", np.array(row, np.int64))

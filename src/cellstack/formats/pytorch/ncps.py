@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.cells.cfc import ncps_settings
+from cellstack.cells.cfc import backbone_layers, ncps_settings
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import CellSpec
 from cellstack.nodes import Cell, Dense, Node, Recurrent
@@ -40,6 +40,8 @@ def _cell(part: Any, prefix: str, weights: Mapping[str, Array]) -> Cell:
     after = {}
     if spec.backbone_units:
         after = {"gate_kernel": np.ascontiguousarray(matrix), "gate_bias": bias}
-        matrix, bias = (weights[f"{prefix}backbone.0.{name}"].T for name in ("weight", "bias"))
+        names = [f"{prefix}backbone.{n}" for n in backbone_layers(part)]
+        (matrix, *matrices), (bias, *biases) = ([weights[f"{n}.{of}"].T for n in names] for of in ("weight", "bias"))
+        after |= {"backbone_kernel": np.stack(matrices), "backbone_bias": np.stack(biases)} if matrices else {}
     kernel, recurrent = (np.ascontiguousarray(each) for each in np.split(matrix, [spec.input_size]))
     return Cell(spec, kernel=kernel, recurrent_kernel=recurrent, bias=bias, **after)

@@ -60,6 +60,10 @@ class Layer(ModuleTensors):
         return [name for arrays in self.cells.values() for name in arrays.values()] + self.held
 
 
+AXES = {"recurrent_kernel": (2, 3), "backbone_kernel": (3,)}
+"""The possible numbers of axes of matrices: 3 if there is one for each head, or several layers. The others have 2."""
+
+
 def layers_of(tensors: Mapping[str, Any]) -> list[Layer]:
     """Return our layers to which these tensors belong, in their order."""
     found: dict[str, Layer] = {}
@@ -120,9 +124,10 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
         return f"{where}: tensor {short(names[what], 200)}"
 
     for what in MATRICES:
-        able = (2, 3) if what == "recurrent_kernel" else (2,)  # three: a matrix for each head
+        able = AXES.get(what, (2,))
         if what in shapes and (len(shapes[what]) not in able or 0 in shapes[what]):
-            raise FormatError(f"{tensor(what)}: expected two axes, found {short(list(shapes[what]))}")
+            count = "two" if 2 in able else "three"
+            raise FormatError(f"{tensor(what)}: expected {count} axes, found {short(list(shapes[what]))}")
     widest = "recurrent_kernel" if "recurrent_kernel" in shapes else "kernel"
     spec = _spec(tensor(widest), shapes, heads_of(shapes) * shapes[widest][-1])
     for what, shape in spec.shapes.items():
@@ -174,7 +179,8 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     flags = {name: what in shapes for name, what in SHOWN.items()}
     some = {"peepholes": "peepholes" in shapes, "proj_size": size, "heads": heads}
     backbone = "gate_kernel" in shapes
-    some |= {"backbone_units": columns} if backbone else {}
+    layers = 1 + shapes.get("backbone_kernel", (0,))[0]
+    some |= {"backbone_units": columns, "backbone_layers": layers} if backbone else {}
     found = []
     with errors_of(here):  # a projection as wide as the units
         for kind in KINDS.values():

@@ -147,7 +147,7 @@ export class CellStep {
   sum(n, unit, lines) {
     const terms = this.terms(n, unit, lines);
     if (terms.length === 1) return;
-    const biases = terms.filter(([one]) => ["bias", "gate_bias"].includes(this.values[one].name)).length;
+    const biases = terms.filter(([one]) => ["bias", "gate_bias", "backbone_bias"].includes(this.values[one].name)).length;
     const with_ = ["", " with the bias", " with both biases"][biases];
     lines.push({ text: `sum${with_}: ${terms.map(([one, own], k) => this.written(one, own, k === 0)).join(" + ")} = ${this.written(n, unit, true)}` });
   }

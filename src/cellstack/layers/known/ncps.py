@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellstack.cells.cfc import ncps_settings
+from cellstack.cells.cfc import backbone_layers, ncps_settings
 from cellstack.cells.spec import CellSpec
 from cellstack.layers import forward, op
 from cellstack.layers.forward import CellRun
@@ -35,9 +35,18 @@ def _arrays(cell: Any) -> list[Tensor]:
     weights = torch.cat([one.weight if mask is None else one.weight * mask for one, mask in pairs])
     bias, after = torch.cat([one.bias for one in products]), []
     if cell.backbone_layers:
-        weights, bias, after = cell.backbone[0].weight, cell.backbone[0].bias, [weights.t(), bias]
+        first, *more = (cell.backbone[n] for n in backbone_layers(cell))
+        after = [weights.t(), bias]
+        if more:
+            after += [torch.stack([one.weight.t() for one in more]), torch.stack([one.bias for one in more])]
+        weights, bias = first.weight, first.bias
     kernel, recurrent = weights.t().split([cell.input_size, cell.hidden_size])
     return [kernel, recurrent, bias, *after]
+
+
+def _drops(cell: Any) -> bool:
+    """Whether there is dropout between the layers of a cell's backbone, now."""
+    return any(isinstance(one, torch.nn.Dropout) and one.p > 0.0 and one.training for one in cell.backbone or ())
 
 
 class ClosedForm(HandWritten):
@@ -50,7 +59,12 @@ class ClosedForm(HandWritten):
         arrays = [_arrays(cell) for cell, _ in cells]
         given = [one for one in (input, hx, timespans) if one is not None]
         ready = self.runs(given, module.input_size, [array for each in arrays for array in each])
-        if not ready or input.ndim != 3 or (hx is not None and hx.shape != (self._rows(input), module.state_size)):
+        if (
+            not ready
+            or any(_drops(cell) for cell, _ in cells)
+            or input.ndim != 3
+            or (hx is not None and hx.shape != (self._rows(input), module.state_size))
+        ):
             return super().forward(input, hx, timespans)
         x = input if module.batch_first else input.transpose(0, 1)
         # The module multiplies the times of several rows by units, not by rows, or refuses them.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.cells.activations import ACTIVATIONS, PARAMETERS
+from cellstack.cells.activations import OF_BACKBONES, PARAMETERS
 from cellstack.formats.onnx.cells import NAMES, activation_text
 from cellstack.formats.onnx.decomposed.linear import inputs_of, scalar
 from cellstack.formats.onnx.file import DOMAINS, Scope, onnx_package
@@ -30,7 +30,7 @@ class Template(NamedTuple):
 def templates() -> dict[str, list[Template]]:
     """Return the activations that the writer builds from several operators, by the operator that comes last."""
     found: dict[str, list[Template]] = {}
-    for name in ACTIVATIONS:
+    for name in OF_BACKBONES:
         given = UNKNOWN[: len(PARAMETERS.get(name, ()))]
         made = Pieces(onnx_package(), np.dtype(np.float64), {"x", "y"})
         made.activate("y", "x", f"{name}({', '.join(map(repr, given))})" if given else name, "y", plain=True)
@@ -46,7 +46,10 @@ def activated(scope: Scope, name: str) -> tuple[str, str] | None:
     node = scope.producers.get(name)
     if node is None or not node.input or node.domain not in DOMAINS:
         return None
-    text = activation_text(node, scope.model.attributes(node)) if node.op_type in NAMES else None
+    attributes = scope.model.attributes(node)
+    text = activation_text(node, attributes) if node.op_type in NAMES else None
+    if node.op_type == "Gelu" and attributes.get("approximate", "none") == "none":  # see `products`
+        text = "gelu"
     if text is not None:
         return text, node.input[0]
     for template in templates().get(node.op_type, ()):
@@ -63,7 +66,9 @@ def _matches(scope: Scope, template: Template, ours: str, theirs: str, bound: Bo
     """Yield how a value of a template can be a value of the graph."""
     if ours in template.constants:
         number, value = template.constants[ours], scalar(scope, theirs)
-        if value is not None and value == (bound.get(number, value) if number in UNKNOWN else number):
+        if value is None:
+            return
+        if value == bound.get(number, value) if number in UNKNOWN else np.float32(value) == np.float32(number):
             yield {**bound, number: value}
         return
     if ours in bound or ours == "x":

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.cells import KINDS, Kind
+from cellstack.cells.activations import names_for
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.onnx.decomposed.linear import Linear, Term, array_of, unit
@@ -43,11 +44,14 @@ VISITS = 4000, 100  # maximum number of values that are compared in a graph: at 
 
 # ── the steps of the kinds of cell ────────────────────────────────────────────────────────────────────────────────────
 
-CHOICES = {"bool": (False, True), "int": (0, 1)}
-"""The values of flags in the forms of a kind, by type; those of other flags are their `Limit.options`."""
+CHOICES = {"bool": (False, True), "int": (0, 1), "backbone_layers": (1, 2, 3, 4)}
+"""The values of flags in the forms of a kind, by name or type; those of other flags are their `Limit.options`."""
 
 BACKBONE = "elu(9.5)"
 """The activation of a backbone in the forms: another one than that of any slot."""
+
+BIASES = ("bias", "gate_bias", "backbone_bias")
+"""The arrays of biases of products."""
 
 Key = tuple[str, int | None, int]  # a block of an array: its name, the row where there are several, and its number
 
@@ -112,7 +116,8 @@ def forms(kind: Kind) -> tuple[Form, ...]:
 
 def _choices(kind: Kind, entry: Field[Any]) -> tuple[Any, ...]:
     limit = kind.settings[entry.name].limit
-    return limit.options if limit is not None and limit.options else CHOICES.get(str(entry.type), ())
+    usual = CHOICES.get(entry.name, CHOICES.get(str(entry.type), ()))
+    return limit.options if limit is not None and limit.options else usual
 
 
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
@@ -128,11 +133,13 @@ def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
         slots["backbone"] = spec.backbone_activation
     arrays, keys = dict[str, Array](), dict[float, Key]()
     for name, shape in spec.shapes.items():
-        rows = [None] if name in MATRICES or len(shape) == 1 else [*range(shape[0])]
+        several = len(shape) == (3 if name in MATRICES else 2)
+        rows = [*range(shape[0])] if several else [None]
         blocks = max(1, shape[-1] // spec.units)
         codes = {len(keys) + 2.0 + n: (name, *block) for n, block in enumerate(product(rows, range(blocks)))}
         each = np.array([*codes], np.float32).reshape(len(rows), blocks).repeat(shape[-1] // blocks, axis=1)
-        arrays[name] = np.broadcast_to(each if len(shape) == 2 else each[0], shape)
+        each = each if several else each[0]
+        arrays[name] = np.broadcast_to(each[:, None] if len(shape) == 3 else each, shape)
         keys |= codes
     graph = Graph.of(body_of("step", Cell(spec, **arrays)))
     model = Model("", graph, 17, (), "", None, Tensors(""), Budget(0))
@@ -285,6 +292,9 @@ class Matcher:
             (ours_name, ours_inner), slot = active, self.form.slots.get(active[0])
             other_active = self.values.activated(theirs) or (("linear", theirs) if self.loop else None)
             if slot is not None and other_active is not None:
+                argument = self.form.kind.activation(slot)
+                if other_active[0].partition("(")[0] not in names_for(argument):
+                    return
                 yield from self._with(slot, other_active[0], ours_inner, other_active[1], bound)
             elif other_active is not None and other_active[0] == ours_name:  # such as the exponential of an sLSTM
                 yield from self.match(ours_inner, other_active[1], bound)
@@ -420,12 +430,14 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     kind, of_slots = step.form.kind, dict(step.settings)
     backbone = of_slots.pop("backbone", None)
     gated = "gate_kernel" if backbone else "kernel"  # the product that has a block of columns for each gate
-    rows_of_gates, rows_of_kernel = (len(array_of(scope, step.terms[name, None, 0][0])) for name in (gated, "kernel"))
+    rows_of_gates, columns_of_kernel = (
+        len(array_of(scope, step.terms[name, None, 0][0])) for name in (gated, "kernel")
+    )
     blocks_of_gates = [key for key in step.form.keys.values() if key[0] == gated]
     units = rows_of_gates // (len(blocks_of_gates) // sum(key in step.terms for key in blocks_of_gates))
     rows: dict[str, dict[int | None, list[Array]]] = {}
     for (name, row, _), terms in step.terms.items():
-        width = rows_of_kernel if backbone and name == "bias" else units
+        width = columns_of_kernel if backbone and name in ("bias", "backbone_bias") else units
         rows.setdefault(name, {}).setdefault(row, []).append(total(scope, terms, width))
     if any(len({len(block) for block in blocks}) != 1 for each in rows.values() for blocks in each.values()):
         raise ValueError("the gates of an array don't have the same width")
@@ -434,10 +446,9 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     for name, each in rows.items():
         joined = [np.concatenate(blocks).T for blocks in each.values()]
         arrays[name] = joined[0] if None in each else np.stack(joined)
-    biases = {name for (name, *_), terms in step.terms.items() if terms and name in ("bias", "gate_bias")}
-    biased = bool(biases)
+    biased = any(terms and name in BIASES for (name, *_), terms in step.terms.items())
     if not biased:
-        arrays = {name: array for name, array in arrays.items() if name not in ("bias", "gate_bias")}
+        arrays = {name: array for name, array in arrays.items() if name not in BIASES}
     texts = {slot: text for slot, text in of_slots.items() if slot in kind.slots}
     settings = {**step.form.flags, **flags, "use_bias": biased, "gate_activations": texts}
     settings |= {name: n for name, n in of_slots.items() if name not in texts and n is not None}
@@ -445,7 +456,7 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
         if gate in texts:
             settings["activation" if role == "candidate" else "recurrent_activation"] = texts[gate]
     if backbone:
-        settings |= {"backbone_units": rows_of_kernel, "backbone_activation": backbone}
+        settings |= {"backbone_units": columns_of_kernel, "backbone_activation": backbone}
     if "projection" in arrays:
         settings["proj_size"] = arrays["projection"].shape[1]
     dtype = np.dtype(np.float64 if arrays["kernel"].dtype == np.float64 else np.float32)

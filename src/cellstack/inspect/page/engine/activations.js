@@ -39,12 +39,12 @@ const ACTIVATION_TABLE = {
   thresholded_relu: [(z, a) => (z <= a ? 0 : z), (z, y, a) => (z > a ? 1 : 0)],
   positive: [(z) => (z < 0 ? sigmoidOf(z) : z + 0.5), (z, y) => (z < 0 ? y * (1 - y) : 1)],
   scaled_tanh: [(z, a, b) => a * Math.tanh(b * z), (z, y, a, b) => a * b * (1 - (y / a) ** 2)],
+  silu: [(z) => z * sigmoidOf(z), (z) => sigmoidOf(z) * (1 + z * (1 - sigmoidOf(z)))],
+  gelu: [(z) => z * geluShare(z), (z) => geluShare(z) + z * Math.exp(-0.5 * z * z) / Math.sqrt(2 * Math.PI)],
 };
 
 // Further activations of nodes; softmax and log_softmax, which act on whole rows, are in `activateRows`.
 const NODE_ACTIVATION_TABLE = {
-  silu: [(z) => z * sigmoidOf(z), (z) => sigmoidOf(z) * (1 + z * (1 - sigmoidOf(z)))],
-  gelu: [(z) => z * geluShare(z), (z) => geluShare(z) + z * Math.exp(-0.5 * z * z) / Math.sqrt(2 * Math.PI)],
   gelu_tanh: [
     (z) => 0.5 * z * (1 + geluTanh(z)),
     (z) => 0.5 * (1 + geluTanh(z)) + 0.5 * z * (1 - geluTanh(z) ** 2) * GELU_ROOT * (1 + 3 * 0.044715 * z * z),

@@ -2,8 +2,9 @@
 
 // The parts of a product of a row with a matrix, or with the columns of its gates [first, end): `rows` numbers of the row from
 // `row` on are multiplied by weights from `from` on, to `columns` numbers from `column` on. A matrix of heads
-// [heads, rows, columns] has a part for each head and gate.
+// [heads, rows, columns] has a part for each head and gate. Of several matrices, `gates` is the number of one.
 export function productParts(shape, units, gates) {
+  if (Number.isInteger(gates)) return [{ row: 0, rows: shape[1], from: gates * shape[1] * shape[2], column: 0, columns: shape[2] }];
   const [heads, rows, wide] = shape.length === 3 ? shape : [1, ...shape];
   if (heads === 1) return [{ row: 0, rows, from: (gates?.[0] ?? 0) * units, column: 0, columns: gates ? (gates[1] - gates[0]) * units : wide }];
   const width = units / heads;
