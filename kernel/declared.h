@@ -12,7 +12,8 @@
     KIND(LiGru, "ligru", 2, "s-", {0, 1}, 1, true, true, false, 0, 0) \
     KIND(Slstm, "slstm", 4, "--ts", {0, 1, 2, 3}, 4, true, false, false, 0, 1) \
     KIND(CfC, "cfc", 4, "tt-s", {0, 1, 2, 3}, 1, true, false, false, 0, 0) \
-    KIND(Sru, "sru", 4, "-ss--", {0, 1, 2, 3}, 2, false, false, false, 0, 0)
+    KIND(Sru, "sru", 4, "-ss--", {0, 1, 2, 3}, 2, false, false, false, 0, 0) \
+    KIND(CfS, "cfs", 1, "-", {0}, 1, true, false, false, 0, 0)
 
 // name, form, numbers, sums: see description.h
 #define CELLSTACK_ARRAYS(ARRAY) \
@@ -29,7 +30,9 @@
     ARRAY(gate_bias, kBias, d.gates() * d.units, 0) \
     ARRAY(backbone_kernel, kMatrix, d.more_layers() * d.backbone_units * d.backbone_units, 0) \
     ARRAY(backbone_bias, kBias, d.more_layers() * d.backbone_units, 0) \
-    ARRAY(cell_vectors, kVectors, 2 * d.units, 2)
+    ARRAY(cell_vectors, kVectors, 2 * d.units, 2) \
+    ARRAY(decay, kVectors, d.units, 1) \
+    ARRAY(limit, kVectors, d.units, 1)
 
 // type, name, default: settings of CellSpec; None is an infinity, a text its place in its options
 #define CELLSTACK_FLAGS(FLAG) \

@@ -1,6 +1,7 @@
 // Written by kernel/declared.py from the declarations in src/cellstack/cells: change those instead.
 #pragma once
 #include "cfc.h"
+#include "cfs.h"
 #include "gru.h"
 #include "ligru.h"
 #include "lstm.h"

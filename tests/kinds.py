@@ -151,6 +151,13 @@ def cfc_row(spec, w, x, h_in, state):
     return (h,), (g, k, s, t)
 
 
+def cfs_row(spec, w, x, h_in, state):
+    *x, elapsed = x if spec.timespans else (*x, 1.0)
+    g = [activated(spec, "g", v) for v in gate_sums_row(spec, w, sums_row(spec, w, x, h_in))]
+    rates = [abs(decay) + abs(v) for decay, v in zip(w["decay"], g, strict=True)]
+    return ([w["limit"][u] * (1.0 - g[u] * math.exp(-elapsed * rates[u])) for u in range(spec.units)],), (g,)
+
+
 def sru_row(spec, w, x, h_in, state):
     H, c_prev, (v_f, v_r) = spec.units, state[1], w["cell_vectors"]
     a_g, a_f, a_r, a_s = row_of_x(spec, w, x)
@@ -174,6 +181,17 @@ def lstm_drawn(rng, often, units, largest):
 
 def cfc_drawn(rng, often, units, largest):
     drawn = {"timespans": often(0.5), "mode": "no_gate" if often(0.3) else "default"}
+    return drawn | backbone_drawn(rng, often, largest)
+
+
+def cfs_drawn(rng, often, units, largest):
+    drawn = backbone_drawn(rng, often, largest)
+    # at negative times h grows exponentially with g
+    return drawn | ({"timespans": True, "clip": round(rng.uniform(0.3, 1.5), 2)} if often(0.5) else {})
+
+
+def backbone_drawn(rng, often, largest):
+    drawn = {}
     if often(0.5):
         drawn |= {"backbone_units": int(rng.integers(1, 3 * largest)), "layer_norm": False}
         drawn["backbone_layers"] = int(rng.integers(1, 4)) if often(0.5) else 1
@@ -422,6 +440,38 @@ TESTED = {
             },
         },
         drawn=cfc_drawn,
+    ),
+    "cfs": Tested(
+        row=cfs_row,
+        flags={
+            "": {},
+            "no bias": {"use_bias": False},
+            "timespans": {"timespans": True, "activation": "tanh"},
+            "layer norm": {"layer_norm": True},
+            "joint layer norm": {"layer_norm": "joint"},
+            "backbone": {"backbone_units": 5, "backbone_activation": "silu"},
+            "layers": {"backbone_units": 5, "backbone_layers": 2, "activation": "tanh", "timespans": True},
+            "clip": {"clip": 0.3},
+            "zoneout": {"zoneout": 0.3},
+            "activations": {"gate_activations": {"g": "softsign"}},
+            "learned start": {"learn_initial_state": True},
+        },
+        faults={
+            "": {"activation": "tanh"},
+            "layer norm": {"norm_epsilon": 0.0011},
+            "backbone": {"backbone_activation": "gelu"},
+            "clip": {"clip": 0.301},
+            "zoneout": {"zoneout": 0.301},
+            "activations": {"gate_activations": {"g": "tanh"}},
+        },
+        several={
+            "": {},
+            "flags": {"timespans": True, "activation": "tanh", "layer_norm": True, "clip": 0.7, "zoneout": 0.4},
+            "layers": {"backbone_units": 37, "backbone_layers": 2, "backbone_activation": "tanh", "zoneout": 0.4},
+        },
+        drawn=cfs_drawn,
+        bounded=True,
+        finite=False,
     ),
     "sru": Tested(
         row=sru_row,

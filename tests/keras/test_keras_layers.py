@@ -32,6 +32,7 @@ FLAGS = {
     "MinGRU": ("MinGRU", {"layer_norm": True, "learn_initial_state": True}),
     "MinLSTM": ("MinLSTM", {"clip": 2.0}),
     "CfC": ("CfC", {"timespans": True, "clip": 2.0}),
+    "CfS": ("CfS", {"timespans": True, "activation": "tanh", "backbone_units": 6, "backbone_layers": 2}),
     "CfC, backbone": ("CfC", {"timespans": True, "backbone_units": 6, "backbone_activation": "tanh"}),
     "LiGRU": ("LiGRU", {"zoneout": 0.2}),
     "SLSTM": ("SLSTM", {"heads": 5}),

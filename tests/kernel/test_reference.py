@@ -273,6 +273,15 @@ def test_a_cfc_s_step_by_hand(flags, x, t, h):
     np.testing.assert_allclose(out.state.h.item(), h, rtol=1e-14)
 
 
+@pytest.mark.parametrize(("time", "h"), [(1, 1.5), (2, 1.75), (0, 1), (-1, 0)])
+def test_a_cfs_s_step_by_hand(time, h):
+    # g = 1/4·1 + 1/8·2 = 1/2, at a rate of ln 2: h = 2·(1 - 1/2·2^-τ)
+    arrays = {"kernel": [[0.25]], "recurrent_kernel": [[0.125]], "bias": [0], "decay": [0.5 - ln(2)], "limit": [2]}
+    out = one_step(CellSpec(2, 1, kind="cfs", timespans=True), arrays, [1, time], [2])
+    np.testing.assert_allclose(out.gates.item(), 0.5)
+    np.testing.assert_allclose(out.state.h.item(), h, rtol=1e-14, atol=1e-15)
+
+
 def test_a_light_gru_s_step_by_hand():
     # z = σ(ln 3) = 3/4, g = relu(2·3 - 1·2) = 4, dropped to 2·4; h = 3/4·2 + 1/4·8
     arrays = {"kernel": [[ln(3) / 3, 2]], "recurrent_kernel": [[0, -1]], "bias": [0, 0]}

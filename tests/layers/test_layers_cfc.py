@@ -112,6 +112,8 @@ MODULES = {
     "two layers of gelu": lambda ncps, wirings: ncps.CfC(
         I, H, 2, activation="gelu", backbone_units=37, backbone_layers=2
     ),
+    "pure": lambda ncps, wirings: ncps.CfC(I, H, 2, mode="pure", backbone_units=U, backbone_layers=2),
+    "pure, wiring": lambda ncps, wirings: ncps.CfC(I, wirings.AutoNCP(9, 2), mode="pure"),
     "one cell": lambda ncps, wirings: ncps.CfC(I, H, backbone_layers=0),
     "wiring": lambda ncps, wirings: ncps.CfC(I, wirings.AutoNCP(12, 2)),
     "wiring, linear layer": lambda ncps, wirings: ncps.CfC(I, wirings.AutoNCP(9, 2), 4, mode="no_gate"),
@@ -152,7 +154,7 @@ def drawn(rng):
 
     pick = lambda *values: values[int(rng.integers(len(values)))]  # noqa: E731
     units, layers = int(rng.integers(5, 20)), int(rng.integers(0, 4))
-    given = {"mode": pick("default", "no_gate"), "batch_first": pick(True, False), "proj_size": pick(None, 3)}
+    given = {"mode": pick("default", "no_gate", "pure"), "batch_first": pick(True, False), "proj_size": pick(None, 3)}
     given["return_sequences"] = pick(True, True, False)
     if pick(True, True, False):
         given |= {"backbone_layers": layers, "backbone_units": int(rng.integers(1, 40))}
@@ -239,14 +241,19 @@ def test_a_module_of_ncps_becomes_a_network(module, tmp_path):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"backbone_layers": 0, "mode": "pure"}, "'pure'"),
-        ({"backbone_layers": 0, "mixed_memory": True}, "mixed_memory isn't supported"),
+        ({"mixed_memory": True}, "mixed_memory isn't supported: cs.compile"),
+        ({"backbone_layers": 0, "mode": "pure", "mixed_memory": True}, "mixed_memory isn't supported: cs.compile"),
     ],
 )
 def test_what_of_ncps_is_refused(given, why):
     module = pytest.importorskip("ncps.torch").CfC(I, H, **given)
     with pytest.raises(TypeError, match=why):
         cs.load(module)
-    if not module.use_mixed:  # of which the kernel runs the memory, an LSTM
-        with pytest.raises(ValueError, match=why):
-            cs.accelerate(module, cells=True)
+
+
+def test_mixed_memory_stays_correct():
+    module = pytest.importorskip("ncps.torch").CfC(I, H, mixed_memory=True, backbone_layers=2, backbone_units=U)
+    before = copy.deepcopy(module)
+    cs.accelerate(module, cells=True)  # the kernel runs the memory, an LSTM, within packed_weights
+    x = torch.randn(2, T, I)
+    torch.testing.assert_close(module(x), before(x), rtol=0, atol=1e-6)

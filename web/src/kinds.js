@@ -86,6 +86,15 @@ export const KINDS = {
     scalar: "",
     settings: {"activation": "linear", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "use_kernel": true, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
+  cfs: {
+    gates: ["g"],
+    states: ["h"],
+    trace: ["g", "h"],
+    slots: {"g": "activation"},
+    arrays: [["kernel", "I S", "use_kernel"], ["recurrent_kernel", "heads P/heads S/heads", ""], ["bias", "biases S", "use_bias"], ["kernel_gain", "S", "layer_norm"], ["recurrent_gain", "S", "layer_norm and not joint"], ["gate_kernel", "U GH", "backbone_units"], ["gate_bias", "GH", "backbone_units and use_bias"], ["backbone_kernel", "L-1 U U", "deep"], ["backbone_bias", "L-1 U", "deep and use_bias"], ["decay", "H", ""], ["limit", "H", ""], ["initial_h", "P", "learn_initial_state"]],
+    scalar: "timespans",
+    settings: {"activation": "linear", "use_bias": true, "timespans": false, "backbone_units": 0, "backbone_activation": "scaled_tanh(1.7159, 0.666)", "backbone_layers": 1, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+  },
 };
 
 // The settings that the kernel takes as numbers, with their defaults, and the options of texts.
@@ -93,5 +102,5 @@ export const FLAGS = [["use_bias", true, []], ["peepholes", false, []], ["couple
 
 // The kernel's codes of activations, its order of a cell's arrays, and those that are matrices.
 export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive", "silu", "gelu"];
-export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "gate_kernel", "gate_bias", "backbone_kernel", "backbone_bias", "cell_vectors", "initial_h", "initial_c"];
+export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "gate_kernel", "gate_bias", "backbone_kernel", "backbone_bias", "cell_vectors", "decay", "limit", "initial_h", "initial_c"];
 export const MATRICES = ["kernel", "recurrent_kernel", "projection", "gate_kernel", "backbone_kernel"];

@@ -5,6 +5,7 @@ To add a kind, add a module and its `Kind` to `KINDS`; `CellSpec` and the views 
 
 from cellstack.cells.base import Kind
 from cellstack.cells.cfc import CFC
+from cellstack.cells.cfs import CFS
 from cellstack.cells.gru import GRU
 from cellstack.cells.ligru import LI_GRU
 from cellstack.cells.lstm import LSTM
@@ -15,7 +16,7 @@ from cellstack.cells.slstm import SLSTM
 from cellstack.cells.sru import SRU
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN, MIN_GRU, MIN_LSTM, LI_GRU, SLSTM, CFC, SRU)
+    kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN, MIN_GRU, MIN_LSTM, LI_GRU, SLSTM, CFC, SRU, CFS)
 }
 """Every kind of cell by its name in a `CellSpec`, which is also its name in the kernel."""
 

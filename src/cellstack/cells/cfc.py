@@ -37,6 +37,46 @@ def update(spec: CellSpec, gates: Mapping[str, Any]) -> None:
     """Return None: every step computes h anew, and the gates keep none of it."""
 
 
+BACKBONE_ARRAYS = (
+    Array("gate_kernel", "U GH", "kernel", "backbone_units", pack="matrix"),
+    Array("gate_bias", "GH", "zeros", "backbone_units and use_bias", pack="bias"),
+    Array("backbone_kernel", "L-1 U U", "kernel", "deep", pack="matrix"),
+    Array("backbone_bias", "L-1 U", "zeros", "deep and use_bias", pack="bias"),
+)
+TIMESPANS = Argument(
+    "timespans",
+    "bool",
+    False,
+    "the last column of x is the time since the previous step, of each row and step, in any unit. It isn't "
+    "multiplied by the kernel. False: the time between steps is 1.",
+)
+BACKBONE = (
+    Argument(
+        "backbone_units",
+        "int",
+        0,
+        "width U of a backbone, a dense layer over x and h from which the gates are computed: "
+        "`b = φ_b(x·kernel + h_prev·recurrent_kernel + bias)` and `z = b·gate_kernel + gate_bias`, with matrices "
+        "`[I, U]`, `[H, U]` and `[U, 4H]`. 0: none.",
+        Limit(lambda value: value >= 0, "to be at least 0"),
+    ),
+    Argument(
+        "backbone_activation",
+        "Any",
+        "scaled_tanh(1.7159, 0.666)",
+        'φ_b, in the forms of `activation`, or "silu" or "gelu"; the default is ncps\'s `lecun_tanh`.',
+    ),
+    Argument(
+        "backbone_layers",
+        "int",
+        1,
+        "number of layers of the backbone: each after the first is `b = φ_b(b·backbone_kernel[n] + "
+        "backbone_bias[n])` of the one before it.",
+        Limit(lambda value: value >= 1, "to be at least 1"),
+    ),
+)
+"""Arrays and arguments that the CfS has too."""
+
 CFC = Kind(
     name="cfc",
     title="CfC",
@@ -50,20 +90,11 @@ CFC = Kind(
         BIAS,
         KERNEL_GAIN,
         RECURRENT_GAIN,
-        Array("gate_kernel", "U GH", "kernel", "backbone_units", pack="matrix"),
-        Array("gate_bias", "GH", "zeros", "backbone_units and use_bias", pack="bias"),
-        Array("backbone_kernel", "L-1 U U", "kernel", "deep", pack="matrix"),
-        Array("backbone_bias", "L-1 U", "zeros", "deep and use_bias", pack="bias"),
+        *BACKBONE_ARRAYS,
     ),
     scalar="timespans",
     flags=(
-        Argument(
-            "timespans",
-            "bool",
-            False,
-            "the last column of x is the time since the previous step, of each row and step, in any unit. It isn't "
-            "multiplied by the kernel. False: the time between steps is 1.",
-        ),
+        TIMESPANS,
         Argument(
             "mode",
             "str",
@@ -72,32 +103,10 @@ CFC = Kind(
             among(
                 "default",
                 "no_gate",
-                hint=": ncps's 'pure' isn't supported, as it has neither these gates nor their weights",
+                hint=": ncps's 'pure' is another kind, 'cfs'",
             ),
         ),
-        Argument(
-            "backbone_units",
-            "int",
-            0,
-            "width U of a backbone, a dense layer over x and h from which the gates are computed: "
-            "`b = φ_b(x·kernel + h_prev·recurrent_kernel + bias)` and `z = b·gate_kernel + gate_bias`, with matrices "
-            "`[I, U]`, `[H, U]` and `[U, 4H]`. 0: none.",
-            Limit(lambda value: value >= 0, "to be at least 0"),
-        ),
-        Argument(
-            "backbone_activation",
-            "Any",
-            "scaled_tanh(1.7159, 0.666)",
-            'φ_b, in the forms of `activation`, or "silu" or "gelu"; the default is ncps\'s `lecun_tanh`.',
-        ),
-        Argument(
-            "backbone_layers",
-            "int",
-            1,
-            "number of layers of the backbone: each after the first is `b = φ_b(b·backbone_kernel[n] + "
-            "backbone_bias[n])` of the one before it.",
-            Limit(lambda value: value >= 1, "to be at least 1"),
-        ),
+        *BACKBONE,
     ),
     fixed=("s",),
     update=update,
@@ -131,10 +140,13 @@ NCPS_ACTIVATIONS = {
 }
 """The activations of a backbone, by the classes of the package ncps."""
 
+MIXED = "mixed_memory isn't supported: cs.compile(module, x) runs it, with its loop over time"
+
 
 def ncps_settings(cell: Any) -> dict[str, Any]:
     """Return the settings of a `CellSpec` for a `CfCCell` of the package ncps."""
-    settings = {"input_size": cell.input_size, "units": cell.hidden_size, "mode": cell.mode}
+    kind = {"kind": "cfs"} if cell.mode == "pure" else {"kind": "cfc", "mode": cell.mode}
+    settings = kind | {"input_size": cell.input_size, "units": cell.hidden_size}
     if not cell.backbone_layers:
         return settings
     activation = cell.backbone[1]

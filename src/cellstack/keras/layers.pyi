@@ -10,6 +10,7 @@ __all__ = [
     "SLSTM",
     "SRU",
     "CfC",
+    "CfS",
     "LiGRU",
     "MinGRU",
     "MinLSTM",
@@ -132,5 +133,19 @@ class SRU(Recurrent):
         bias_constraint: Any = None, dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
         gate_activations: Any = (), clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        return_gates: bool = False, **kwargs: Any
+    ) -> None: ...
+
+class CfS(Recurrent):
+    def __init__(
+        self, units: int, activation: Any = 'linear', use_bias: bool = True, kernel_initializer: Any = 'glorot_uniform',
+        recurrent_initializer: Any = 'orthogonal', bias_initializer: Any = 'zeros', kernel_regularizer: Any = None,
+        recurrent_regularizer: Any = None, bias_regularizer: Any = None, activity_regularizer: Any = None,
+        kernel_constraint: Any = None, recurrent_constraint: Any = None, bias_constraint: Any = None,
+        dropout: float = 0.0, recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
+        timespans: bool = False, backbone_units: int = 0, backbone_activation: Any = 'scaled_tanh(1.7159, 0.666)',
+        backbone_layers: int = 1, gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         return_gates: bool = False, **kwargs: Any
     ) -> None: ...

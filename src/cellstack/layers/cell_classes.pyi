@@ -8,6 +8,7 @@ from cellstack.layers.cell_base import Cell
 
 __all__ = [
     "CfCCell",
+    "CfSCell",
     "GRUCell",
     "LSTMCell",
     "LiGRUCell",
@@ -139,4 +140,19 @@ class SRUCell(Cell):
         seed: int | None = None, *, gate_activations: Any = (), clip: float | None = None, zoneout: float = 0.0,
         learn_initial_state: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None,
         device: Any = None, name: str | None = None
+    ) -> None: ...
+
+class CfSCell(Cell):
+    def __init__(
+        self, units: int, activation: Any = 'linear', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', recurrent_initializer: weights.Given = 'orthogonal',
+        bias_initializer: weights.Given = 'zeros', kernel_regularizer: weights.Given = None,
+        recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
+        bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
+        seed: int | None = None, *, timespans: bool = False, backbone_units: int = 0,
+        backbone_activation: Any = 'scaled_tanh(1.7159, 0.666)', backbone_layers: int = 1, gate_activations: Any = (),
+        layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
+        zoneout: float = 0.0, learn_initial_state: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from cellstack.layers import weights
 from cellstack.layers.cell_classes import CfCCell
+from cellstack.layers.cell_classes import CfSCell
 from cellstack.layers.cell_classes import GRUCell
 from cellstack.layers.cell_classes import LSTMCell
 from cellstack.layers.cell_classes import LiGRUCell
@@ -21,6 +22,7 @@ __all__ = [
     "SLSTM",
     "SRU",
     "CfC",
+    "CfS",
     "LiGRU",
     "MinGRU",
     "MinLSTM",
@@ -177,4 +179,22 @@ class SRU(SingleCellRNN):
         clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
+    ) -> None: ...
+
+class CfS(SingleCellRNN):
+    cell: CfSCell
+    def __init__(
+        self, units: int, activation: Any = 'linear', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', recurrent_initializer: weights.Given = 'orthogonal',
+        bias_initializer: weights.Given = 'zeros', kernel_regularizer: weights.Given = None,
+        recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        activity_regularizer: weights.Given = None, kernel_constraint: weights.Given = None,
+        recurrent_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
+        recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, stateful: bool = False, unroll: bool = False,
+        zero_output_for_mask: bool = False, *, timespans: bool = False, backbone_units: int = 0,
+        backbone_activation: Any = 'scaled_tanh(1.7159, 0.666)', backbone_layers: int = 1, gate_activations: Any = (),
+        layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
+        zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...

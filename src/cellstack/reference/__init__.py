@@ -61,6 +61,9 @@ CfC, gates g k s t:
     h_new = (1 - t)⊙g + t⊙k
     h_new = g + t⊙k                                                                        mode="no_gate"
 
+CfS, gate g:
+    h_new = limit⊙(1 - g⊙e^(-τ⊙(|decay| + |g|)))  with g = φ(z), and z and τ as for the CfC
+
 sLSTM, gates i f g o, states h c n m:
     z = a + b + bias                           with a and b as for the LSTM
     l = log σ(z_f)

@@ -346,6 +346,26 @@ class _CfC(_Cell):
         return dx, dh_in, (0.0,)
 
 
+class _CfS(_Cell):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        g = self.activate(s, "g", self.sums(s, x, h_in))
+        s.time = s.scalar if self.spec.timespans else 1.0
+        s.rate = np.abs(self.w["decay"]) + np.abs(g)
+        s.kept = np.exp(-s.time * s.rate)
+        s.state, s.gates = (self.w["limit"] * (1.0 - g * s.kept),), (g,)
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        (dh,), (g,) = dstate, s.gates
+        d["limit"] += (dh * (1.0 - g * s.kept)).sum(axis=0)
+        dleft = -dh * self.w["limit"]  # of g·e^(-τ·rate)
+        drate = -dleft * g * s.kept * s.time
+        d["decay"] += np.sign(self.w["decay"]) * drate.sum(axis=0)
+        s.dscalar = -(dleft * g * s.kept * s.rate).sum(axis=1, keepdims=True)
+        dg = dgates[0] + dleft * s.kept + drate * np.sign(g)
+        dx, dh_in = self.sums_back(s, d, dg * s.slopes["g"])
+        return dx, dh_in, (0.0,)
+
+
 class _Min(_Cell):
     """What minGRU and minLSTM share: gates that depend on x alone."""
 
@@ -453,4 +473,5 @@ CELLS = {
     "cfc": _CfC,
     "slstm": _SLSTM,
     "sru": _SRU,
+    "cfs": _CfS,
 }

@@ -48,6 +48,8 @@ LAYERS = {
     "minimal lstm": lambda: layers.MinLSTM(5, **EVERY),
     "backbone": lambda: layers.CfC(4, backbone_units=8, **EVERY),
     "backbone of three layers": lambda: layers.CfC(4, backbone_units=8, backbone_layers=3, **EVERY),
+    "pure": lambda: layers.CfS(4, **EVERY),
+    "pure, backbone": lambda: layers.CfS(4, backbone_units=8, backbone_layers=2, **EVERY),
     "backbone, no bias": lambda: layers.CfC(5, backbone_units=7, use_bias=False, learn_initial_state=True, **EVERY),
     "minimal lstm with gains": lambda: layers.MinLSTM(4, layer_norm=True, learn_initial_state=True, **EVERY),
     "both, minimal": lambda: layers.Bidirectional(layers.MinGRU(4, return_sequences=True)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.cells.cfc import backbone_layers, ncps_settings
+from cellstack.cells.cfc import MIXED, backbone_layers, ncps_settings
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import CellSpec
 from cellstack.nodes import Cell, Dense, Node, Recurrent
@@ -22,7 +22,7 @@ def nodes_of(module: Any, weights: Mapping[str, Array]) -> list[Node]:
         ValueError: settings that a `CellSpec` doesn't have.
     """
     if module.use_mixed:
-        raise ValueError("mixed_memory isn't supported")
+        raise ValueError(MIXED)
     wired = hasattr(module.rnn_cell, "_layers")
     parts = {f"rnn_cell.layer_{n}.": part for n, part in enumerate(module.rnn_cell._layers)} if wired else {}
     cells = tuple(_cell(part, prefix, weights) for prefix, part in (parts or {"rnn_cell.": module.rnn_cell}).items())
@@ -32,14 +32,16 @@ def nodes_of(module: Any, weights: Mapping[str, Array]) -> list[Node]:
 
 def _cell(part: Any, prefix: str, weights: Mapping[str, Array]) -> Cell:
     """Return a `CfCCell`; a wiring multiplies the weights of two of its four products by a mask."""
-    spec = CellSpec(kind="cfc", **ncps_settings(part))
+    spec = CellSpec(**ncps_settings(part))
     mask = weights.get(f"{prefix}sparsity_mask", np.float32(1.0))
-    matrices = [weights[f"{prefix}{name}.weight"] for name in PRODUCTS]
-    matrix = np.concatenate([matrices[0] * mask, matrices[1] * mask, *matrices[2:]]).T
-    bias = np.concatenate([weights[f"{prefix}{name}.bias"] for name in PRODUCTS])
-    after = {}
+    products = PRODUCTS[: len(spec.gates)]
+    matrices = [weights[f"{prefix}{name}.weight"] for name in products]
+    matrix = np.concatenate([*(one * mask for one in matrices[:2]), *matrices[2:]]).T
+    bias = np.concatenate([weights[f"{prefix}{name}.bias"] for name in products])
+    names = {"decay": "w_tau", "limit": "A"}
+    after = {ours: weights[f"{prefix}{theirs}"][0] for ours, theirs in names.items() if ours in spec.shapes}
     if spec.backbone_units:
-        after = {"gate_kernel": np.ascontiguousarray(matrix), "gate_bias": bias}
+        after |= {"gate_kernel": np.ascontiguousarray(matrix), "gate_bias": bias}
         names = [f"{prefix}backbone.{n}" for n in backbone_layers(part)]
         (matrix, *matrices), (bias, *biases) = ([weights[f"{n}.{of}"].T for n in names] for of in ("weight", "bias"))
         after |= {"backbone_kernel": np.stack(matrices), "backbone_bias": np.stack(biases)} if matrices else {}

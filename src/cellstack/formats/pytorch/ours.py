@@ -184,9 +184,14 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     found = []
     with errors_of(here):  # a projection as wide as the units
         for kind in KINDS.values():
-            first = _alike(len(kind.gates), recurrent)[:1] if not backbone else [kind]
+            first = _alike(len(kind.gates), kind)[:1] if not backbone else [kind]
             needed = {one.name for one in kind.arrays if not one.needs and one.name != "recurrent_kernel"}
-            if kind not in first or (backbone and "backbone_units" not in kind.settings) or not needed <= shapes.keys():
+            if (
+                kind.has_recurrent_kernel is not recurrent
+                or kind not in first
+                or (backbone and "backbone_units" not in kind.settings)
+                or not needed <= shapes.keys()
+            ):
                 continue
             wide = units or max(1, columns // len(kind.gates))
             own: dict[str, Any] = flags | {name: value for name, value in some.items() if name in kind.settings}
@@ -199,9 +204,10 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     return [spec for spec in found if shapes.keys() <= spec.shapes.keys()] or found
 
 
-def _alike(gates: int, recurrent: bool) -> list[Kind]:
-    """Return the kinds with so many gates, in the order of `KINDS`: their usual arrays have the same shapes."""
-    return [kind for kind in KINDS.values() if (len(kind.gates), kind.has_recurrent_kernel) == (gates, recurrent)]
+def _alike(gates: int, like: Kind) -> list[Kind]:
+    """Return the kinds with so many gates, in the order of `KINDS`, whose usual arrays have the shapes of another's."""
+    usual = {kind.name: {one.name for one in kind.arrays if not one.needs} for kind in KINDS.values()}
+    return [kind for kind in KINDS.values() if len(kind.gates) == gates and usual[kind.name] == usual[like.name]]
 
 
 def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
@@ -209,7 +215,7 @@ def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
     said = {}
     for spec in specs:
         flags = spec.settings.keys() - {"input_size", "kind"}
-        alike = _alike(len(spec.gates), spec.of_kind.has_recurrent_kernel)
+        alike = _alike(len(spec.gates), spec.of_kind)
         others = [kind.title for kind in alike if kind is not spec.of_kind and flags <= kind.settings.keys()]
         if others:
             said[f"{spec.of_kind.title} and not {either(others)}, "] = None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellstack.cells.cfc import backbone_layers, ncps_settings
+from cellstack.cells.cfc import MIXED, backbone_layers, ncps_settings
 from cellstack.cells.spec import CellSpec
 from cellstack.layers import forward, op
 from cellstack.layers.forward import CellRun
@@ -22,18 +22,18 @@ from cellstack.layers.known.adapter import Adapter
 def _cells(module: Any) -> list[tuple[Any, CellSpec]]:
     """Return the cells of a `CfC`, bottom first, with our descriptions of them: several if it has a wiring."""
     if module.use_mixed:
-        raise ValueError("mixed_memory isn't supported")
+        raise ValueError(MIXED)
     cells = getattr(module.rnn_cell, "_layers", [module.rnn_cell])
-    return [(cell, CellSpec(kind="cfc", **ncps_settings(cell))) for cell in cells]
+    return [(cell, CellSpec(**ncps_settings(cell))) for cell in cells]
 
 
 def _arrays(cell: Any) -> list[Tensor]:
     """Return our arrays; a wiring multiplies the weights of two of the four products by a mask."""
-    products = (cell.ff1, cell.ff2, cell.time_a, cell.time_b)
-    masks = (cell.sparsity_mask, cell.sparsity_mask, None, None)
-    pairs = zip(products, masks, strict=True)
+    pure = cell.mode == "pure"
+    products = (cell.ff1,) if pure else (cell.ff1, cell.ff2, cell.time_a, cell.time_b)
+    pairs = zip(products, (cell.sparsity_mask, cell.sparsity_mask, None, None), strict=False)
     weights = torch.cat([one.weight if mask is None else one.weight * mask for one, mask in pairs])
-    bias, after = torch.cat([one.bias for one in products]), []
+    bias, after = torch.cat([one.bias for one in products]), list[Tensor]()
     if cell.backbone_layers:
         first, *more = (cell.backbone[n] for n in backbone_layers(cell))
         after = [weights.t(), bias]
@@ -41,7 +41,7 @@ def _arrays(cell: Any) -> list[Tensor]:
             after += [torch.stack([one.weight.t() for one in more]), torch.stack([one.bias for one in more])]
         weights, bias = first.weight, first.bias
     kernel, recurrent = weights.t().split([cell.input_size, cell.hidden_size])
-    return [kernel, recurrent, bias, *after]
+    return [kernel, recurrent, bias, *after, *((cell.w_tau[0], cell.A[0]) if pure else ())]
 
 
 def _drops(cell: Any) -> bool:
