@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cellstack.cli.arguments import as_flags
 from cellstack.cli.jobs import Job
 from cellstack.cli.tables import only_one
@@ -41,11 +43,11 @@ class SequencesJob(Job):
         self.validated = parts.validated
         task = "classify" if training.labels else "regress"
         self.candidates = 1 if options.search else len(architecture.candidates(task, parts.targets))
-        usual = architecture.of(task)
+        usual = architecture.of(task, float(np.median(training.lengths)))
         inputs = parts.measure(changes=bool(usual.changes))
         steps = parts.data(inputs).steps
         outputs = len(training.labels) or (1 if parts.y.ndim == 1 else parts.y.shape[1])
-        size = size_of(architecture, inputs.width)
+        size = size_of(usual, inputs.width)
         weights = size.weights + (size.width + 1) * outputs
         sizes = {"training": len(training.x) - parts.validated, "validation": parts.validated}
         sizes["test"] = 0 if test is None else len(test.x)

@@ -53,14 +53,14 @@ class Conv1D(Node):
         dilation: steps from one k to the next.
         groups: the number of equal blocks of input and output channels that are convolved separately.
         activation: see `Activation`.
-        keeps_mask: whether the mask of its input applies to its output, which has a step for each; otherwise all steps
-            are used, as in Keras. The windows contain masked steps either way.
+        keeps_mask: whether a step of the output is used if the last step of its window is; otherwise all steps are
+            used, as in Keras. The windows contain masked steps either way.
 
     Raises:
         ShapeError: a wrong shape.
         TypeError: a wrong dtype.
         ValueError: groups that don't divide F, an unknown padding or activation, a number that isn't from 1 up;
-            `keeps_mask` without one output per step that depends on past steps only.
+            `keeps_mask` without causal windows.
 
     >>> Conv1D(np.ones((2, 1, 1)), padding="causal").apply(np.array([[[1.0], [2.0], [3.0]]])).ravel()
     array([1., 3., 5.])
@@ -89,8 +89,8 @@ class Conv1D(Node):
         for name in ("strides", "dilation", "groups"):
             object.__setattr__(self, name, check_integer(owner, name, getattr(self, name)))
         object.__setattr__(self, "padding", checked_padding(owner, self.padding, self.span, self.strides))
-        if self.keeps_mask and not self.by_steps:
-            raise ValueError(f"{owner}: expected causal windows and strides 1 with keeps_mask, got {self.padding}")
+        if self.keeps_mask and pads(self.padding, self.span, self.span, 1) != (self.span - 1, 0):
+            raise ValueError(f"{owner}: expected causal windows with keeps_mask, got {self.padding}")
         object.__setattr__(self, "activation", check_activation(owner, self.activation))
         if self.kernel.shape[2] % self.groups:
             raise ValueError(f"{owner}: expected groups to divide F={self.kernel.shape[2]}, got {self.groups}")
@@ -218,7 +218,8 @@ class Conv1D(Node):
         return not self.mixes_steps
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        return masks[0] if self.keeps_mask else None
+        mask = masks[0] if self.keeps_mask else None
+        return mask if mask is None or self.strides == 1 else on.cut(mask, slice(None, None, self.strides))
 
     def step_rule(self, *shapes: Shape) -> StepRule:
         why_not = why_not_by_steps(self.padding, self.span, self.strides)

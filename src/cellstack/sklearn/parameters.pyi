@@ -28,6 +28,8 @@ class SequenceParameters(BaseEstimator):
     changes: bool | None = None
     noise: float | None = None
     offset: float | None = None
+    filters: int | None = None
+    stride: int | None = None
     init: Any = None
     epochs: int | None = None
     batch: int = 16
@@ -52,6 +54,8 @@ class ClassifierParameters(SequenceParameters):
     changes: bool | None = None
     noise: float | None = None
     offset: float | None = None
+    filters: int | None = None
+    stride: int | None = None
     init: Any = None
     epochs: int | None = None
     batch: int = 16

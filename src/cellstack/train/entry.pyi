@@ -36,6 +36,8 @@ def fit(
     changes: bool | None = None,
     noise: float | None = None,
     offset: float | None = None,
+    filters: int | None = None,
+    stride: int | None = None,
     model: Any = None,
     init: Any = None,
     epochs: int | None = None,

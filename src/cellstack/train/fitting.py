@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECURRENT = ("Recurrent", "Bidirectional", "MLSTM")
-NODE_NAMES = {"Conv1D": "changes", "Merge": "inputs", "GlobalPool": "pool", "Dense": "head"}
+NODE_NAMES = {
+    "Changes": "changes",
+    "Merge": "inputs",
+    "Conv1D": "filters",
+    "LayerNorm": "norm",
+    "GlobalPool": "pool",
+    "Dense": "head",
+}
 
 
 @dataclass(repr=False)
@@ -206,6 +213,8 @@ def as_network(model: Any, metadata: dict[str, Any]) -> Network:
         return model.to_network(metadata)
     nodes = model.to_nodes()
     kinds = [type(node).__name__ for node in nodes]
+    if getattr(model, "changes", None) is not None:
+        kinds[kinds.index("Conv1D")] = "Changes"
     kinds = ["Projection" if after == "MLSTM" else kind for kind, after in zip(kinds, [*kinds[1:], ""], strict=True)]
     layer = (f"layer_{n}" for n in count())
     names = [next(layer) if kind in RECURRENT else NODE_NAMES.get(kind, kind.lower()) for kind in kinds]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from cellstack.train.data.targets import TASKS
 from cellstack.train.examples import Inputs, digest
 from cellstack.train.options import Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
+from cellstack.train.sizes import TAPS
 
 STEPS = 5  # of the zeros on which a user's module is tried
 
@@ -76,6 +77,35 @@ class Changes(nn.Module):
         factors = np.eye(width, len(self.factors), dtype=np.float32) * as_array(self.factors)
         taps = np.stack([-factors, factors])
         return [nodes.Conv1D(taps, padding="causal", activation="tanh", keeps_mask=True), nodes.Merge()]
+
+
+class Filters(nn.Module):
+    """A convolution over windows of `TAPS` steps, which end with every nth step; layer normalisation; relu.
+
+    Args:
+        width: channels of the input.
+        filters: features of the output.
+        stride: n.
+
+    Ref: convolutions before or beside an LSTM: Karim et al. 2018, "LSTM Fully Convolutional Networks for Time Series
+    Classification".
+    """
+
+    def __init__(self, width: int, filters: int, stride: int):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(width, filters, TAPS, stride), nn.LayerNorm(filters)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return `[B, T', filters]` for `x [B, T, W]`, and its mask: that of the last step of each window."""
+        y = self.conv(nn.functional.pad(x.transpose(1, 2), (TAPS - 1, 0))).transpose(1, 2)
+        return self.norm(y).relu(), None if mask is None else mask[:, :: self.conv.stride[0]]
+
+    def to_nodes(self) -> list[Node]:
+        """Return it as nodes."""
+        conv, norm = self.conv, self.norm
+        kernel, bias = as_array(conv.weight.permute(2, 1, 0)), as_array(cast(Tensor, conv.bias))
+        windows = nodes.Conv1D(kernel, bias, conv.stride[0], "causal", keeps_mask=True)
+        return [windows, nodes.LayerNorm(as_array(norm.weight), as_array(norm.bias), norm.eps), Activation("relu")]
 
 
 class Random(nn.Module):
@@ -189,7 +219,11 @@ class Model(nn.Module):
         noisy = (noisy < raw) | (noisy >= raw + indicators)
         # Answers at every step, of few steps each, measured better with noise to the end.
         self.noise = Noise(architecture.noise or 0.0, architecture.offset or 0.0, noisy, falls=not every_step)
-        self.recurrent = nn.ModuleList() if self.whole else recurrent_layers(architecture, inputs.width)
+        filters, stride = (0 if self.whole else architecture.filters or 0), architecture.stride or 1
+        if stride > 1 and (every_step or pooling == "none"):
+            raise UsageError("Model: an output at every step needs stride 1")
+        self.filters = Filters(inputs.width, filters, stride) if filters else None
+        self.recurrent = nn.ModuleList() if self.whole else recurrent_layers(architecture, filters or inputs.width)
         width = inputs.width if self.whole else architecture.units[-1] * (1 + self.bidirectional)
         self.dropout = Dropout(architecture.dropout)
         self.head = nn.Linear(width, outputs) if head is None else head
@@ -240,6 +274,8 @@ class Model(nn.Module):
         """
         x = self.standardise(x)
         x = self.noise(x if self.changes is None else self.changes(x))
+        if self.filters is not None:
+            x, mask = self.filters(x, mask)
         for layer in self.recurrent:
             x = self.dropout(layer(x, mask=mask))
         if self.whole and mask is not None and not mask.all():
@@ -332,7 +368,8 @@ class Model(nn.Module):
         if self.ends_both_ways:
             stack = [*stack[:-1], final(stack[-1])]
         changes = [] if self.changes is None else self.changes.to_nodes(len(self.standardise.mean))
-        before: list[Node] = [self.first, *changes, *stack]
+        filters = [] if self.filters is None else self.filters.to_nodes()
+        before: list[Node] = [self.first, *changes, *filters, *stack]
         head = nodes_of(self.head)
         head = [*head[:-1], *_folded(head[-1], self.last)]
         pool = [] if self.pooling == "none" or self.ends_both_ways else [GlobalPool(self.pooling)]

@@ -35,10 +35,23 @@ from cellstack.train.forecasting.recipe import SCALES
 POOLINGS = ("mean", "max", "last", "none")
 SEQUENCE_CLASSIFIER = "{} for one class per sequence, else {}"
 NOISE, OFFSET_SHARE = 0.6, 0.5  # for classifiers; targets often depend on the level of the input, which noise hides
+FILTERS, STRIDES, SEEN = 96, 8, 100
 FEWEST = 20  # validation targets from which on they select the epoch: fewer choose badly
 EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
 # Options of a model that `model` replaces
-LAYERS = ("units", "cell", "heads", "bidirectional", "dropout", "every_step", "head", "changes", "init")
+LAYERS = (
+    "units",
+    "cell",
+    "heads",
+    "bidirectional",
+    "dropout",
+    "every_step",
+    "head",
+    "changes",
+    "filters",
+    "stride",
+    "init",
+)
 NAMES, TABLES = "str | Sequence[str]", ("sequences", "forecasts")
 
 
@@ -169,6 +182,11 @@ class ForecastOptions(Record):
         super().__post_init__()
 
 
+def strided(steps: float) -> int:
+    """Return the default stride for sequences of so many steps."""
+    return int(min(max(steps // SEEN, 1), STRIDES))
+
+
 @dataclass(frozen=True)
 class Architecture(Record):
     """How a model is built."""
@@ -249,6 +267,21 @@ class Architecture(Record):
         unset=SEQUENCE_CLASSIFIER.format(f"{NOISE * OFFSET_SHARE} or 0", 0),
         rare=True,
     )
+    filters: int | None = option(
+        None,
+        "features of a convolution over 8 steps before the layers; 0: none",
+        at_least(0),
+        of="sequences",
+        unset=SEQUENCE_CLASSIFIER.format(FILTERS, 0),
+    )
+    stride: int | None = option(
+        None,
+        "steps from one output of this convolution to the next, so that the layers have fewer",
+        at_least(1),
+        of="sequences",
+        unset=SEQUENCE_CLASSIFIER.format(f"1 to {STRIDES}, for about {SEEN} steps,", 1),
+        rare=True,
+    )
     model: Any = option(
         None,
         "a `torch.nn.Module` from standardised sequences `[B, T, I]` to logits or numbers `[B, O]`, in place of the "
@@ -279,15 +312,18 @@ class Architecture(Record):
                     [*given, "pooling"][0], "not to be given with `model`, in whose place it has no effect"
                 )
 
-    def of(self, task: str) -> Architecture:
+    def of(self, task: str, steps: float = 1) -> Architecture:
         """Return the architecture for a task, `"classify"` or `"regress"`, with the values of what is None by default.
 
-        They are those that measured best: docs/training.md has the measurements.
+        They are those that measured best: docs/training.md has the measurements. `steps` is the usual length of a
+        sequence.
         """
         classes = task == "classify" and self.pooling != "none" and self.model is None
         usual: dict[str, Any] = {
             "pooling": None if self.model is not None else "max" if classes and not self.every_step else "mean",
             "changes": classes and not self.every_step,
+            "filters": FILTERS * (classes and not self.every_step),
+            "stride": strided(steps) if classes and not self.every_step else 1,
             "noise": NOISE * classes,
             "offset": NOISE * OFFSET_SHARE * classes,
         }

@@ -9,6 +9,7 @@ from cellstack.train.cell_names import title_of, weights_of
 from cellstack.train.checks import UsageError
 from cellstack.train.options import Architecture
 
+TAPS = 8  # steps in a window of the convolution
 COPIES = 4  # values per weight in training, at least: the weight, its gradient, and Adam's two moments
 
 
@@ -21,15 +22,17 @@ class Size(NamedTuple):
 
 
 def size_of(architecture: Architecture, width: int) -> Size:
-    """Return the size of the recurrent layers on an input of `width`."""
-    ways = 1 + architecture.bidirectional
+    """Return the size of the layers on an input of `width`."""
+    ways, filters, weights, before = 1 + architecture.bidirectional, architecture.filters, 0, ""
+    if filters:
+        weights, before = (TAPS * width + 3) * filters, f"convolution {width} -> {filters}, "
+        width = filters
     said = " -> ".join(map(str, (width, *architecture.units)))
-    weights = 0
     for units in architecture.units:
         weights += ways * weights_of(architecture.cell, architecture.heads, width, units)
         width = ways * units
     title = title_of(architecture.cell, architecture.heads)
-    return Size(f"{'bidirectional ' * (ways > 1)}{title} {said}", weights, width)
+    return Size(f"{before}{'bidirectional ' * (ways > 1)}{title} {said}", weights, width)
 
 
 def check_memory(architecture: Architecture, width: int, outputs: int) -> None:

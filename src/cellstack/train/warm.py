@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -50,12 +50,33 @@ class Start:
             if wanted != found:
                 raise UsageError(f"{self.name}: expected an initial network with {what} {wanted}, found {found}")
 
+    @property
+    def filters(self) -> dict[str, int]:
+        """The options `filters` and `stride` of its convolution before the layers."""
+        if "filters" not in self.network.names:
+            return {"filters": 0, "stride": 1}
+        node: Any = self.network.nodes[self.network.names.index("filters")]
+        return {"filters": node.kernel.shape[2], "stride": node.strides}
+
     def into(self, model: Model, own_head: bool) -> None:
-        """Copy the weights into a model: those of the cells, and of the dense head unless the head is the user's.
+        """Copy the weights into a model: of the convolution, the cells, and the dense head unless it is the user's.
 
         Raises:
-            UsageError: the cells differ from the model's, or the head has another shape.
+            UsageError: the convolution, the cells or the head differ from the model's.
         """
+        build = model.architecture
+        wanted = {"filters": build.filters, "stride": build.stride}
+        if self.filters != wanted:
+            raise UsageError(
+                f"{self.name}: expected a convolution with {wanted}, as in this model, found {self.filters}"
+            )
+        if model.filters is not None:
+            at = self.network.names.index("filters")
+            windows, norm = cast(tuple[Any, Any], self.network.nodes[at : at + 2])
+            _copy(model.filters.conv.weight, windows.kernel.transpose(2, 1, 0))
+            _copy(cast(Tensor, model.filters.conv.bias), windows.bias)
+            _copy(model.filters.norm.weight, norm.gain)
+            _copy(model.filters.norm.bias, norm.bias)
         cells, wanted = _cells(self.network), _cells_of(model)
         if len(cells) != len(wanted):
             raise UsageError(f"{self.name}: expected {len(wanted)} cells, as in this model, found {len(cells)}")

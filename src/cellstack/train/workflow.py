@@ -79,7 +79,13 @@ def train_sequences(
         start.check(task, training.labels, training.channels)
     # The weights of a trained network depend on its scales.
     known = None if start is None or start.trained is None else start.trained.inputs
-    usual = architecture.of(task) if start is None else architecture
+    usual = architecture.of(task, float(np.median(training.lengths)))
+    if start is not None:
+        usual = replace(
+            architecture, **{name: n for name, n in start.filters.items() if getattr(architecture, name) is None}
+        )
+    if architecture.model is None:
+        architecture = replace(architecture, filters=usual.filters, stride=usual.stride)
     inputs = parts.measure(changes=bool(usual.changes)) if known is None else known
     targets = None if classify else target_scaling(parts.y, parts.weight)
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1

@@ -20,6 +20,13 @@ function windowsOf({ padding, strides }, steps, span) {
   return { count: Math.max(0, Math.floor((steps + before + after - span) / strides) + 1), first: -before };
 }
 
+// The mask of every nth step of B rows.
+function everyNth(mask, B, n) {
+  if (mask === null || n === 1) return mask;
+  const T = mask.length / B;
+  return mask.filter((_, at) => (at % T) % n === 0);
+}
+
 // Each product of a convolution: visit(row, t of y, t of x, tap).
 function eachTap(node, B, T, visit) {
   const { taps, strides, dilation } = node.settings;
@@ -59,7 +66,7 @@ const convolutionNode = {
   run(node, [flow]) {
     const { z, B, F, count } = convolutionSums(node, flow.x);
     const data = activateRows(node.settings.activation, z, F);
-    return { x: { data, shape: [B, count, F] }, mask: null, reset: flow.reset };
+    return { x: { data, shape: [B, count, F] }, mask: node.settings.keeps_mask ? everyNth(flow.mask, B, node.settings.strides) : null, reset: flow.reset };
   },
   back(node, [flow], { x: y }, dy, darrays) {
     const { z, B, T, C, F, groups, channels, filters, count } = convolutionSums(node, flow.x);
