@@ -21,6 +21,7 @@ from cellstack.train import checkpoint as checkpoints
 from cellstack.train.cell_names import CELLS
 from cellstack.train.checks import UsageError
 from cellstack.train.custom import Architecture, FitOptions, Indexed, Inputs, Labelled, Model, learn
+from cellstack.train.examples import padded
 from cellstack.train.fitting import as_network
 
 CLASSES = ("a", "b", "c")
@@ -456,7 +457,7 @@ def test_constraints_and_penalties_are_applied(sequences):
     from cellstack import layers
 
     model, *rest = prepare(sequences)
-    layer = layers.LSTM(5, return_sequences=True, input_size=4, kernel_constraint="non_neg", kernel_regularizer="l2")
+    layer = layers.LSTM(5, return_sequences=True, input_size=96, kernel_constraint="non_neg", kernel_regularizer="l2")
     model.recurrent[0] = layer
     fit(model, *rest, FitOptions(epochs=1, batch=4))
     assert (torch.from_numpy(layer.get_weights()[0]) >= 0).all()
@@ -464,7 +465,7 @@ def test_constraints_and_penalties_are_applied(sequences):
     for factor in (None, "l2"):
         model, *rest = prepare(sequences)
         torch.manual_seed(0)
-        layer = layers.LSTM(5, return_sequences=True, input_size=4, kernel_regularizer=factor)
+        layer = layers.LSTM(5, return_sequences=True, input_size=96, kernel_regularizer=factor)
         model.recurrent[0] = layer
         fit(model, *rest, FitOptions(epochs=1, batch=4))
         strong.append(layer.get_weights()[0])
@@ -859,7 +860,7 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
     x = [rng.normal(size=(8, 2)).astype(np.float32).cumsum(0) for _ in range(24)]
     x[0][3], x[1][2:4, 0] = np.nan, np.nan
     y = np.arange(24) % 2
-    result = train.fit(x, y, units=3, epochs=1, threads=1, baseline=False)
+    result = train.fit(x, y, units=3, epochs=1, threads=1, baseline=False, filters=0)
     net = result.network
     assert [*net.names] == ["standardise", "changes", "inputs", "layer_0", "pool", "head"]
     known = train.predict.trained(net, "net").inputs
@@ -878,8 +879,51 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
     np.testing.assert_allclose(result.predict([x[0]]).outputs, result.predict([x[0][used]]).outputs, rtol=1e-5)
     net.save(tmp_path / "net.safetensors")
     np.testing.assert_array_equal(load(tmp_path / "net.safetensors").predict(x).outputs, result.predict(x).outputs)
-    assert train.fit(x, y, units=3, epochs=1, changes=False, baseline=False).network.names[1] == "layer_0"
+    without = train.fit(x, y, units=3, epochs=1, changes=False, filters=0, baseline=False)
+    assert without.network.names[1] == "layer_0"
     assert train.fit(x, y + 0.5, units=3, epochs=1, baseline=False).network.names[1] == "layer_0"
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_a_convolution_before_the_layers(rng, tmp_path, stride):
+    """Predictions don't depend on the other sequences of a batch, and a network continues from its weights."""
+    x = [rng.normal(size=(n, 2)).astype(np.float32).cumsum(0) for n in rng.integers(9, 20, 24)]
+    x[0][3], x[1][2:4, 0] = np.nan, np.nan
+    y = np.arange(24) % 2
+    how = {"units": 3, "filters": 5, "stride": stride, "threads": 1, "baseline": False}
+    result = train.fit(x, y, epochs=2, **how)
+    net = result.network
+    assert [*net.names] == [
+        "standardise",
+        "changes",
+        "inputs",
+        "filters",
+        "norm",
+        "activation",
+        "layer_0",
+        "pool",
+        "head",
+    ]
+    whole = result.predict(x).outputs
+    np.testing.assert_allclose(np.concatenate([result.predict([one]).outputs for one in x]), whole, atol=1e-6)
+    given, mask = train.predict.trained(net, "net").inputs(padded(x, np.nan))
+    with torch.no_grad():
+        out = result.model.eval()(torch.from_numpy(given), torch.from_numpy(mask))
+    np.testing.assert_allclose(result.model.answer(out).numpy(), whole, atol=1e-6)
+    net.save(tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(load(tmp_path / "net.safetensors").predict(x).outputs, whole)
+    still = train.fit(x, y, epochs=1, lr=1e-12, init=net, **how | {"filters": None, "stride": None})
+    np.testing.assert_allclose(still.predict(x).outputs, whole, atol=1e-5)
+    with pytest.raises(UsageError, match="expected a convolution with"):
+        train.fit(x, y, epochs=1, init=net, **how | {"filters": 4})
+
+
+def test_a_stride_follows_from_the_length_and_refuses_outputs_per_step(rng):
+    x, y = rng.normal(size=(8, 250, 1)), np.arange(8) % 2
+    net = train.fit(x, y, units=2, epochs=1, baseline=False).network
+    assert net.nodes[net.names.index("filters")].strides == 2
+    with pytest.raises(UsageError, match="an output at every step needs stride 1"):
+        train.fit(x, y, units=2, epochs=1, baseline=False, every_step=True, stride=2)
 
 
 def test_few_validation_examples_do_not_select_the_epoch(rng):

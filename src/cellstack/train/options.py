@@ -323,7 +323,7 @@ class Architecture(Record):
             "pooling": None if self.model is not None else "max" if classes and not self.every_step else "mean",
             "changes": classes and not self.every_step,
             "filters": FILTERS * (classes and not self.every_step),
-            "stride": strided(steps) if classes and not self.every_step else 1,
+            "stride": None if self.model is not None else strided(steps) if classes and not self.every_step else 1,
             "noise": NOISE * classes,
             "offset": NOISE * OFFSET_SHARE * classes,
         }

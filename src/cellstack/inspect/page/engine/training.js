@@ -197,7 +197,7 @@ function taskLoss(task, head, target, weight) {
     }
   }
   const counted = task.kind === "bits" || task.whole === true;
-  return { loss: loss / asked, accuracy: counted ? right / asked : null, dhead };
+  return { loss: asked ? loss / asked : 0, accuracy: counted ? right / asked : null, dhead };
 }
 
 // createTrainer({ task, kind, units, rate, batch, steps, delay, clip, seed }): a small network that learns one of TASKS
