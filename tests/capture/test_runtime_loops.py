@@ -68,6 +68,16 @@ def both_ways(m, x):
     return torch.cat([torch.stack(ahead), torch.stack(back[::-1])], -1)
 
 
+def with_rows_of_a_weight(m, x):
+    """Use views of one tensor in each step."""
+    (h, c), outputs = m.start(x), []
+    for t in range(x.shape[1]):
+        c = c * m.u.weight[0].cos() + m.w(x[:, t]).sin()
+        h = torch.tanh(c * m.v.weight[0] + torch.cos(h * m.v.weight[1]))
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
 def of_two_layers(m, x):
     h, c = m.start(x)
     inner, outer = list[torch.Tensor](), list[torch.Tensor]()
@@ -147,6 +157,7 @@ LOOPS = (
     with_lengths_elsewhere,
     written_into_a_tensor,
     with_pairs_of_steps,
+    with_rows_of_a_weight,
     of_two_steps_before,
     in_another_module,
     of_its_own_outputs,

@@ -407,6 +407,12 @@ class Branch(nn.Module):
         return y * 2 if bool(x.abs().max() > self.limit) else y
 
 
+def test_the_logarithm_of_a_sigmoid_is_exact_for_all_numbers():
+    module = Model(lambda m, x: nn.functional.logsigmoid(m.rnn(x)[0] * 100).cumsum(1)).eval()
+    net, (x,) = ran_in_part(module, x_of(2, 9)), x_of(3, 7)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach(), rtol=1e-5)
+
+
 REFUSED = {
     "random numbers": (Model(lambda m, x: m.rnn(x)[0] + torch.rand(6)), "it draws random numbers"),
     "nothing for the kernel": (Model(lambda m, x: m.head(x.repeat(1, 1, 2)[..., :6]).cumsum(1)), "no recurrent layer"),
@@ -419,6 +425,16 @@ def test_what_the_graph_does_not_contain_is_refused(name):
     module, why = REFUSED[name]
     with pytest.raises(cs.FormatError, match=rf"can't be a Network: .*; with ONNX Runtime: .*{why}"):
         cs.compile(module, torch.zeros(2, 9, 4))
+
+
+def test_what_a_module_does_for_shorter_rows_is_compared_although_the_example_has_none():
+    def of_lengths(m, x, lengths):
+        y = m.rnn(x)[0].cumsum(1)
+        used = torch.arange(x.shape[1]) < lengths[:, None]
+        return y * used[..., None] if bool((lengths < x.shape[1]).any()) else y
+
+    with pytest.raises(cs.FormatError, match="with shorter rows output 0 differs"):
+        cs.compile(Model(of_lengths), (torch.randn(2, 9, 4), torch.full((2,), 9)))
 
 
 def test_a_refusal_names_the_operator_that_onnx_lacks():

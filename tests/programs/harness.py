@@ -306,7 +306,7 @@ def train(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, torch.Tensor]
 
 def _off(ours: Any, theirs: Any) -> float:
     """Return the greatest difference, relative to the largest value of `theirs`; infinite for another shape."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    ours, theirs = (np.asarray(one) * 1 for one in (ours, theirs))  # of a mask, numbers
     if ours.shape != theirs.shape:
         return float("inf")
     apart = np.abs(ours - theirs).max(initial=0.0) / max(np.abs(theirs).max(initial=0.0), 1e-30)

@@ -64,7 +64,7 @@ def test_a_saved_network_runs_streams_and_starts_another_training(toy, tmp_path,
 
 def test_an_mlstm_is_described_with_its_nodes_named(toy):
     result = train.fit(*toy, cell="mlstm", **SMALL)
-    assert result.network.names[6:10] == ("projection_6", "layer_0", "projection_8", "layer_1")
+    assert result.network.names[3:7] == ("projection_3", "layer_0", "projection_5", "layer_1")
     assert "MLSTM of 4 heads" in result.described
 
 
@@ -171,7 +171,7 @@ def test_the_command_line(toy, tmp_path, capsys):
         "--quiet",
     ]
     assert cli.main([*words, "--threads", "1", "--cell", "mlstm", "--heads", "2"]) == 0
-    assert "1 network: convolution 6 -> 96, MLSTM of 2 heads 96 -> 4, " in capsys.readouterr().out
+    assert "1 network: MLSTM of 2 heads 6 -> 4, " in capsys.readouterr().out
     assert cli.main(["run", str(tmp_path / "net"), str(tmp_path / "toy.npz")]) == 0
     assert len(list(csv.reader(io.StringIO(capsys.readouterr().out)))) == 41
     for more, message in (

@@ -457,7 +457,7 @@ def test_constraints_and_penalties_are_applied(sequences):
     from cellstack import layers
 
     model, *rest = prepare(sequences)
-    layer = layers.LSTM(5, return_sequences=True, input_size=96, kernel_constraint="non_neg", kernel_regularizer="l2")
+    layer = layers.LSTM(5, return_sequences=True, input_size=4, kernel_constraint="non_neg", kernel_regularizer="l2")
     model.recurrent[0] = layer
     fit(model, *rest, FitOptions(epochs=1, batch=4))
     assert (torch.from_numpy(layer.get_weights()[0]) >= 0).all()
@@ -465,7 +465,7 @@ def test_constraints_and_penalties_are_applied(sequences):
     for factor in (None, "l2"):
         model, *rest = prepare(sequences)
         torch.manual_seed(0)
-        layer = layers.LSTM(5, return_sequences=True, input_size=96, kernel_regularizer=factor)
+        layer = layers.LSTM(5, return_sequences=True, input_size=4, kernel_regularizer=factor)
         model.recurrent[0] = layer
         fit(model, *rest, FitOptions(epochs=1, batch=4))
         strong.append(layer.get_weights()[0])
@@ -860,7 +860,7 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
     x = [rng.normal(size=(8, 2)).astype(np.float32).cumsum(0) for _ in range(24)]
     x[0][3], x[1][2:4, 0] = np.nan, np.nan
     y = np.arange(24) % 2
-    result = train.fit(x, y, units=3, epochs=1, threads=1, baseline=False, filters=0)
+    result = train.fit(x, y, units=3, epochs=1, threads=1, baseline=False)
     net = result.network
     assert [*net.names] == ["standardise", "changes", "inputs", "layer_0", "pool", "head"]
     known = train.predict.trained(net, "net").inputs
@@ -879,8 +879,7 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
     np.testing.assert_allclose(result.predict([x[0]]).outputs, result.predict([x[0][used]]).outputs, rtol=1e-5)
     net.save(tmp_path / "net.safetensors")
     np.testing.assert_array_equal(load(tmp_path / "net.safetensors").predict(x).outputs, result.predict(x).outputs)
-    without = train.fit(x, y, units=3, epochs=1, changes=False, filters=0, baseline=False)
-    assert without.network.names[1] == "layer_0"
+    assert train.fit(x, y, units=3, epochs=1, changes=False, baseline=False).network.names[1] == "layer_0"
     assert train.fit(x, y + 0.5, units=3, epochs=1, baseline=False).network.names[1] == "layer_0"
 
 

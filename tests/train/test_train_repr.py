@@ -20,7 +20,7 @@ def test_a_result_is_described_in_six_lines(data):
     result = train.fit(*data, test=0.2, **QUICK)
     lines = repr(result).splitlines()
     assert len(lines) == 6
-    assert lines[0] == "Result: LSTM 96 -> 4, 6,522 weights, 2 classes"
+    assert lines[0] == "Result: LSTM 6 -> 4, 186 weights, 2 classes"
     assert lines[1] == "  trained for all 2 epochs"
     assert lines[3].startswith("  on the test part: accuracy ")
     assert lines[4].startswith("  for comparison, ")

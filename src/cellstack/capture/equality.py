@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cellstack.capture.axes import Axes, resized
+from cellstack.capture.axes import Axes, is_count, resized
 from cellstack.capture.copied import duplicate
 from cellstack.capture.nested import array_of, fresh, in_order, wider
 from cellstack.formats.onnx.runtime import RuntimeModel
@@ -298,7 +298,16 @@ class GraphEnds:
         self.rejected: list[str] = []  # sizes that the graph doesn't have
 
     def longer(self, given: list[Any]) -> Iterator[Size]:
-        """Yield inputs of other sizes."""
+        """Yield inputs of other sizes, of which the first has rows of several lengths."""
+        sizes = {size for value in given for size in value.shape}
+        uneven = [
+            torch.linspace(int(one[0]), 1 + int(one[0]) // 4, len(one)).to(one.dtype)
+            if one.ndim == 1 and len(one) > 1 and is_count(one) and int(one[0]) in sizes and (one == one[0]).all()
+            else one
+            for one in given
+        ]
+        if any(one is not other for one, other in zip(uneven, given, strict=True)):
+            yield Size("with shorter rows ", uneven)
         for group in self.axes:
             n, axis, _ = min(group)
             size = min(given[m].shape[at] // unit for m, at, unit in group)

@@ -197,6 +197,7 @@ def _corrected(graph: Any) -> None:
 def write(program: Any, path: str, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
     """Write what `recorded` returns as an ONNX file."""
     script = importlib.import_module("onnxscript")
+    onnx = script.opset18
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         made: Any = torch.onnx.export(
@@ -204,7 +205,9 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
             dynamo=True,
             custom_translation_table={
                 op.recurrent: _translated,
-                torch.ops.cellstack.with_new_size.default: lambda x, axis: script.opset18.Identity(x),
+                torch.ops.cellstack.with_new_size.default: lambda x, axis: onnx.Identity(x),
+                # The exporter's Log(Sigmoid(x)) is never below -18 in ONNX Runtime.
+                torch.ops.aten.log_sigmoid.default: lambda x: onnx.Neg(onnx.Softplus(onnx.Neg(x))),
             },
             input_names=input_names,
             output_names=output_names,

@@ -76,6 +76,9 @@ def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Ax
     for other in others:
         _roll(other)
     _open([made, *others], places, [given[n].shape[axis] // unit for n, axis, unit in places])
+    for node in made.graph.find_nodes(op="call_function", target=SCAN):  # whose tensors mustn't share their memory
+        with made.graph.inserting_before(node):
+            node.args = node.args[0], *([_copy(made.graph, one) for one in group] for group in node.args[1:])
     made.recompile()
     return made, given
 
@@ -393,8 +396,7 @@ class _Loop:
         ]
         with graph.inserting_before(first):
             step = graph.get_attr(name)
-            starts = [graph.call_function(ATEN.clone.default, (one.start,)) for one in states]  # two may be the same
-            node = graph.call_function(SCAN, (step, starts, sequences, tuple(others)))
+            node = graph.call_function(SCAN, (step, [one.start for one in states], sequences, tuple(others)))
         made = (old[place].meta["val"] for place in every)
         node.meta["val"] = [one.start.meta["val"] for one in states]
         node.meta["val"] += [one.unsqueeze(0).expand(last + 1, *one.shape) for one in made]
@@ -409,6 +411,11 @@ class _Loop:
                 node.replace_all_uses_with(outer[self.steps[0][place]])
         for node in reversed(list(self.at)):
             graph.erase_node(node)
+
+
+def _copy(graph: Graph, one: Node) -> Node:
+    """Return a copy of a tensor; of a number, the number."""
+    return graph.call_function(ATEN.clone.default, (one,)) if isinstance(one.meta.get("val"), torch.Tensor) else one
 
 
 def _add(graph: Graph, target: Any, *args: Any) -> Node:

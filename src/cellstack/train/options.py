@@ -35,7 +35,7 @@ from cellstack.train.forecasting.recipe import SCALES
 POOLINGS = ("mean", "max", "last", "none")
 SEQUENCE_CLASSIFIER = "{} for one class per sequence, else {}"
 NOISE, OFFSET_SHARE = 0.6, 0.5  # for classifiers; targets often depend on the level of the input, which noise hides
-FILTERS, STRIDES, SEEN = 96, 8, 100
+FILTERS, LONG, STRIDES, SEEN = 96, 32, 8, 100  # of the convolution before the layers
 FEWEST = 20  # validation targets from which on they select the epoch: fewer choose badly
 EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
 # Options of a model that `model` replaces
@@ -272,7 +272,7 @@ class Architecture(Record):
         "features of a convolution over 8 steps before the layers; 0: none",
         at_least(0),
         of="sequences",
-        unset=SEQUENCE_CLASSIFIER.format(FILTERS, 0),
+        unset=f"{FILTERS} for one class per sequence of usually {LONG} steps or more, else 0",
     )
     stride: int | None = option(
         None,
@@ -322,7 +322,7 @@ class Architecture(Record):
         usual: dict[str, Any] = {
             "pooling": None if self.model is not None else "max" if classes and not self.every_step else "mean",
             "changes": classes and not self.every_step,
-            "filters": FILTERS * (classes and not self.every_step),
+            "filters": FILTERS * (classes and not self.every_step and steps >= LONG),
             "stride": None if self.model is not None else strided(steps) if classes and not self.every_step else 1,
             "noise": NOISE * classes,
             "offset": NOISE * OFFSET_SHARE * classes,
