@@ -923,6 +923,9 @@ def test_a_stride_follows_from_the_length_and_refuses_outputs_per_step(rng):
     assert net.nodes[net.names.index("filters")].strides == 2
     with pytest.raises(UsageError, match="an output at every step needs stride 1"):
         train.fit(x, y, units=2, epochs=1, baseline=False, every_step=True, stride=2)
+    with pytest.raises(UsageError, match="stride has no effect without a convolution"):
+        train.fit(x[:, :20], y, units=2, epochs=1, baseline=False, stride=2)
+    assert "filters" not in train.fit(x, y, units=2, epochs=1, baseline=False, filters=0).network.names
 
 
 def test_few_validation_examples_do_not_select_the_epoch(rng):

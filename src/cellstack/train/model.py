@@ -222,6 +222,8 @@ class Model(nn.Module):
         filters, stride = (0 if self.whole else architecture.filters or 0), architecture.stride or 1
         if stride > 1 and (every_step or pooling == "none"):
             raise UsageError("Model: an output at every step needs stride 1")
+        if stride > 1 and not filters:
+            raise UsageError("Model: stride has no effect without a convolution before the layers: give filters too")
         self.filters = Filters(inputs.width, filters, stride) if filters else None
         self.recurrent = nn.ModuleList() if self.whole else recurrent_layers(architecture, filters or inputs.width)
         width = inputs.width if self.whole else architecture.units[-1] * (1 + self.bidirectional)

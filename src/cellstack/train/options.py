@@ -319,11 +319,15 @@ class Architecture(Record):
         sequence.
         """
         classes = task == "classify" and self.pooling != "none" and self.model is None
+        filters = (
+            FILTERS * (classes and not self.every_step and steps >= LONG) if self.filters is None else self.filters
+        )
+        strides = classes and not self.every_step and filters > 0
         usual: dict[str, Any] = {
             "pooling": None if self.model is not None else "max" if classes and not self.every_step else "mean",
             "changes": classes and not self.every_step,
-            "filters": FILTERS * (classes and not self.every_step and steps >= LONG),
-            "stride": None if self.model is not None else strided(steps) if classes and not self.every_step else 1,
+            "filters": filters,
+            "stride": None if self.model is not None else strided(steps) if strides else 1,
             "noise": NOISE * classes,
             "offset": NOISE * OFFSET_SHARE * classes,
         }
