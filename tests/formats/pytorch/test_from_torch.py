@@ -57,8 +57,8 @@ def test_gates_are_reordered(kind, order):
 
 def test_our_gate_orders():
     recurrent = {"lstm": "ifgo", "gru": "zrg", "rnn": "g", "ligru": "zg", "slstm": "ifgo", "cfc": "gkst"}
-    assert recurrent | {"mingru": "zg", "minlstm": "ifg", "sru": "gfrs"} == OURS
-    assert len(ORDERS) == 24 + 6 + 1 + 2 + 24 + 24 + 2 + 6 + 24
+    assert recurrent | {"mingru": "zg", "minlstm": "ifg", "sru": "gfrs", "cfs": "g"} == OURS
+    assert len(ORDERS) == 24 + 6 + 1 + 2 + 24 + 24 + 2 + 6 + 24 + 1
 
 
 def test_invalid_gate_orders_are_refused():
