@@ -239,11 +239,11 @@ def table(folder: Path) -> str:
         took, alone = (
             np.median([run[key] for run in results["cellstack"].values()]) for key in ("processor", "smoothing")
         )
-        beside = f"{results['pretrained']['pretrained']['mase']:.3f}" if "pretrained" in results else "not measured"
+        pretrained = f"{results['pretrained']['pretrained']['mase']:.3f}" if "pretrained" in results else "not measured"
         lines.append(
             f"| {name}{', held out' if entry.held_out else ''} | {entry.spacing} | {results['series']} × "
-            f"{results['rows']:,} | {rule} | {shown[0]} | {shown[1]} | {beside} | {alone:.3f} | {shown[2]}{spread} | "
-            f"{took:.0f} |"
+            f"{results['rows']:,} | {rule} | {shown[0]} | {shown[1]} | {pretrained} | {alone:.3f} | "
+            f"{shown[2]}{spread} | {took:.0f} |"
         )
         won[entry.held_out].append(best == 2)
     every = won[False] + won[True]

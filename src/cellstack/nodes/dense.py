@@ -205,14 +205,12 @@ class Dense(Products):
         return layer
 
     def _pack(self, weights: str) -> list[Any]:
-        assert self.dtype is not None
         activation = in_kernel(self.activation) or native.LINEAR
         return [native.dense(self.kernel, self.bias, activation, weights)]
 
     @cached_property
     def numpy_activation(self) -> Callable[[Array], Array] | None:
         """The activation as a NumPy function if the kernel doesn't implement it, else None."""
-        assert self.dtype is not None
         return None if in_kernel(self.activation) else activation_function(self.activation)
 
     @property

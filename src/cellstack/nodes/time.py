@@ -120,13 +120,11 @@ class Conv1D(Node):
     @cached_property
     def _numpy_activation(self) -> Callable[[Array], Array] | None:
         """The activation as a NumPy function if the kernel doesn't implement it, else None."""
-        assert self.dtype is not None
         return None if in_kernel(self.activation) else activation_function(self.activation)
 
     @cached_property
     def _packed(self) -> Any:
         """The convolution as a dense layer `[K·C, F]` in the layout of `native`, packed at the first use."""
-        assert self.dtype is not None
         within = in_kernel(self.activation) or native.LINEAR
         return native.dense(self.kernel.reshape(-1, self.kernel.shape[2]), self.bias, within)
 
@@ -136,7 +134,6 @@ class Conv1D(Node):
         taps, channels, filters = self.kernel.shape
         if channels > 1 or filters > self.groups or self.strides > 1:
             return None
-        assert self.dtype is not None
         within = in_kernel(self.activation) or native.LINEAR
         return native.Convolution(taps, filters, self.dilation, self.kernel, self.bias, *within)
 

@@ -24,9 +24,8 @@ from cellstack.nodes.recurrent import final
 from cellstack.train.checks import UsageError
 from cellstack.train.data.targets import TASKS
 from cellstack.train.examples import Inputs, digest
-from cellstack.train.options import Architecture
+from cellstack.train.options import TAPS, Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
-from cellstack.train.sizes import TAPS
 
 STEPS = 5  # of the zeros on which a user's module is tried
 

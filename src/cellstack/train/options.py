@@ -35,7 +35,7 @@ from cellstack.train.forecasting.recipe import SCALES
 POOLINGS = ("mean", "max", "last", "none")
 SEQUENCE_CLASSIFIER = "{} for one class per sequence, else {}"
 NOISE, OFFSET_SHARE = 0.6, 0.5  # for classifiers; targets often depend on the level of the input, which noise hides
-FILTERS, LONG, STRIDES, SEEN = 96, 32, 8, 100  # of the convolution before the layers
+FILTERS, TAPS, LONG, STRIDES, SEEN = 96, 8, 32, 8, 100  # of the convolution before the layers
 FEWEST = 20  # validation targets from which on they select the epoch: fewer choose badly
 EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
 # Options of a model that `model` replaces
@@ -269,7 +269,7 @@ class Architecture(Record):
     )
     filters: int | None = option(
         None,
-        "features of a convolution over 8 steps before the layers; 0: none",
+        f"features of a convolution over {TAPS} steps before the layers; 0: none",
         at_least(0),
         of="sequences",
         unset=f"{FILTERS} for one class per sequence of usually {LONG} steps or more, else 0",

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from cellstack.train.cell_names import title_of, weights_of
 from cellstack.train.checks import UsageError
-from cellstack.train.options import Architecture
+from cellstack.train.options import TAPS, Architecture
 
-TAPS = 8  # steps in a window of the convolution
 COPIES = 4  # values per weight in training, at least: the weight, its gradient, and Adam's two moments
 
 

@@ -138,7 +138,7 @@ def train_forecast(
         recipe = recipe or plan(table, request, options.validation + test)
         ready = prepared(table, recipe, request, options.validation, test)
     windows, cut = ready
-    beside = {} if options.pretrained is None or not is_first() else _pretrained(options, windows, cut)
+    pretrained = {} if options.pretrained is None or not is_first() else _pretrained(options, windows, cut)
     fits = _Fits(build, options, windows, cut)
     checkpoint, first = options.checkpoint, is_first()
     if checkpoint is not None and first:
@@ -161,7 +161,7 @@ def train_forecast(
     tested = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        tested = measured(network, windows, fits.inputs, cut, beside)
+        tested = measured(network, windows, fits.inputs, cut, pretrained)
         scores = tested.scores
     said = understood(table, recipe, request, cut)
     result = Result(
@@ -178,14 +178,14 @@ def train_forecast(
 
 
 def measured(
-    network: Network, windows: Windows, inputs: Inputs, cut: OriginParts, beside: dict[str, Floats]
+    network: Network, windows: Windows, inputs: Inputs, cut: OriginParts, pretrained: dict[str, Floats]
 ) -> backtest.Backtest:
-    """Return the forecasts of a network and of its baselines, the rules and those `beside`, on the test part."""
+    """Return the forecasts of a network and of its baselines on the test part: the rules, and `pretrained`."""
     table, recipe, typical = windows.table, windows.recipe, windows.typical
     assert typical is not None
     windows = Windows(recipe, table, backtest.origins(cut))
     forecasts = forecasts_of(network, inputs, windows)
-    others = backtest.by_rules(table, windows) | beside
+    others = backtest.by_rules(table, windows) | pretrained
     actual = windows.actual(np.arange(len(windows.origins)))
     return backtest.Backtest(forecasts, actual, others, typical, windows.series)
 
