@@ -537,7 +537,7 @@ def test_memories_are_run_as_the_reference_runs_them(page):
     ):
         x = case["inputs"]["x"]
         h, after = reference_mlstm.steps(inputs, before, node.epsilon, mask, reset)
-        gates = reference_mlstm.gates_of(inputs, before.m, mask, reset)
+        gates = reference_mlstm.fields_of(inputs, before, mask, reset)
         used = np.ones(x.shape[:2], bool) if mask is None else mask
         o = 1 / (1 + np.exp(-x[..., node.core_size :])) if node.output_gate else 1.0
         near(found["values"]["memory"], h.reshape(*x.shape[:2], -1) * o)
@@ -703,6 +703,49 @@ def test_patches_act_where_specified(page):
         fields = patched_fields(spec, net.nodes[0].cells[0].arrays, case, patches)
         for name in found["cells"]["cell"][0].keys() - {"pre"}:
             near(found["cells"]["cell"][0][name], fields[name])
+
+
+def patched_memories(seeds):
+    """Networks with patches of an mLSTM, and a case each."""
+    for node, _, _, (mask, reset), case in memories(seeds):
+        batch, steps, width = case["inputs"]["x"].shape
+        rng, patches = np.random.default_rng(width), []
+        for name in rng.choice(node.memory.of_kind.trace._fields, 3):
+            width = int(np.prod(node.memory.trace_shapes[name]))
+            how, unit, first = (
+                str(rng.choice(["set", "add", "scale", "freeze"])),
+                rng.integers(width),
+                rng.integers(steps),
+            )
+            value = None if how == "freeze" else rng.normal()
+            patches.append(Patch("memory", str(name), unit, rng.integers(batch), slice(first, None), value, how))
+        net = case["network"].edit(patches)
+        yield net, (mask, reset), {**case, "network": net}
+
+
+def test_patches_of_memories_are_those_of_a_run(page):
+    made = list(patched_memories(range(300, 360)))
+    answers = evaluated(page, RUN, [case for *_, case in made])
+    for (net, (mask, reset), case), found in zip(made, answers, strict=True):
+        state = None
+        if "state" in case["options"]:
+            shapes = net.stateful[0].state_shapes
+            of = case["options"]["state"][0]
+            state = (MatrixState(*(of[name].reshape(-1, *shape) for name, shape in shapes.items())),)
+        t = net.trace(case["inputs"]["x"], state, mask, reset=reset)
+        for name in t["memory"].fields._fields:
+            near(found["cells"]["memory"][0][name], t["memory"].flat(name))
+        near(found["values"]["memory"], t.y)
+
+
+def test_gradients_through_patches_of_memories_are_their_differences(page):
+    agree(
+        page,
+        [
+            with_seeds(np.random.default_rng(0), case, {"memory": case["of"]["seeds"]["memory"].shape})
+            for *_, case in patched_memories(range(400, 430))
+        ],
+    )
 
 
 def test_patches_of_a_network_act_before_those_of_a_run(page):

@@ -1,6 +1,7 @@
 """Patches: their effect on gates and states, compared with the reference; run, traced, streamed, pooled and saved."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pairs
@@ -11,8 +12,10 @@ from networks import fill, make_cell, make_stack, make_states
 
 import cellstack as cs
 from cellstack import CellSpec, FormatError, Network, Patch, ShapeError, reference
+from cellstack.cells.base import MatrixState
 from cellstack.cells.spec import GATES, TRACES
-from cellstack.nodes import Bidirectional, Dense, Recurrent
+from cellstack.nodes import MLSTM, Bidirectional, Dense, Recurrent
+from cellstack.reference import memory
 
 HOWS = ("set", "add", "scale", "freeze")
 
@@ -240,6 +243,120 @@ def test_streams_with_bfloat16_and_int8_weights_support_patches(weights):
     assert (y[:, 2:, 3] == 0.75).all()
 
 
+def patched_memory(seed, dtype):
+    """Return a network with an mLSTM and patches of it, its node, and the sizes of a run."""
+    rng = rng_of(seed)
+    heads, keys, values, batch, steps = (int(rng.integers(1, most)) for most in (4, 5, 5, 4, 9))
+    node = MLSTM(heads, keys, values, output_gate=bool(seed % 2))
+    net = Network(
+        [Dense(rng.normal(size=(3, node.input_size)).astype(dtype)), node, Dense(np.ones((node.units, 2), dtype))]
+    )
+    patches = []
+    while len(patches) < rng.integers(1, 4):
+        spec = net.stateful[0].spec
+        gate = str(rng.choice(spec.of_kind.trace._fields))
+        width = int(np.prod(spec.trace_shapes[gate]))
+        as_a_cell = CellSpec(1, width, kind="rnn")  # whose h is as wide as the field
+        patches.append(replace(random_patch(rng, as_a_cell, batch, steps, "layer_1"), gate=gate))
+    return rng, net.edit(patches), node, rng.normal(size=(batch, steps, 3)).astype(dtype)
+
+
+def by_hand(net, node, x, before, mask=None):
+    """Run an mLSTM's patches element by element, see `Patched`; return h, the state and every field."""
+    projected = x.astype("f8") @ net.nodes[0].kernel
+    apply, seen = Patched(net.patches, len(x), np.ones(x.shape[:2], bool) if mask is None else mask), {}
+
+    def patched(name, t, value, before):
+        flat = lambda array: None if array is None else array.reshape(len(x), -1)  # noqa: E731
+        seen[name, t] = apply(name, t, flat(value), flat(before)).reshape(value.shape)
+        return seen[name, t]
+
+    o = (
+        1 / (1 + np.exp(-projected[..., node.core_size :])).reshape(*x.shape[:2], node.heads, -1)
+        if node.output_gate
+        else None
+    )
+    inputs = memory.split(projected[..., : node.core_size], node.heads, node.key_size, node.value_size)
+    return *memory.steps(inputs, before, node.epsilon, mask, None, patched, o), seen
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_patched_memory_matches_the_reference(seed):
+    dtype = ("float64", "float32")[seed % 2]
+    rng, net, node, x = patched_memory(seed, dtype)
+    mask = rng.random(x.shape[:2]) < 0.7 if seed % 4 == 0 else None
+    state = MatrixState(*(rng.normal(size=(len(x), *shape)) for shape in node.memory.state_shapes.values()))
+    h, after, seen = by_hand(net, node, x, state, mask)
+    t = net.trace(x, (state,), mask)
+    bound = {"rtol": tolerances.KERNEL[dtype], "atol": tolerances.KERNEL[dtype]}
+    np.testing.assert_allclose(t["layer_1"].y, h.reshape(t["layer_1"].y.shape), **bound)
+    for one, other in zip(t.state[0], after, strict=True):
+        np.testing.assert_allclose(one, other, **bound)
+    for (name, step), value in seen.items():
+        used = slice(None) if mask is None else mask[:, step]
+        np.testing.assert_allclose(getattr(t["layer_1"], name)[used, step], value[used], **bound)
+    assert np.array_equal(net.run(x, (state,), mask)[0], t.y)
+    np.testing.assert_allclose(t["layer_1"].memory(), after.C, **bound)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_streams_of_patched_memories_are_the_run(seed):
+    _, net, _, x = patched_memory(seed, "float64")
+    y = net(x)
+    stream = net.stream(batch=len(x))
+    first = np.concatenate([stream.step(x[:, t])[:, None] for t in range(min(2, x.shape[1]))], axis=1)
+    other = stream.fork()
+    bound = {"rtol": 1e-12, "atol": 1e-12}
+    np.testing.assert_allclose(np.concatenate([first, stream.run(x[:, 2:])], axis=1), y, **bound)
+    np.testing.assert_allclose(other.run(x[:, 2:]), y[:, 2:], **bound)
+    stream.reset()
+    np.testing.assert_allclose(stream.run(x), y, **bound)
+    pool = net.unedited.edit([replace(patch, rows=None, value=1.0) for patch in net.patches if patch.how == "set"])
+    sessions, alone = pool.pool(2), pool.stream()
+    a, b = sessions.open(), sessions.open()
+    sessions.step([a], x[:1, 0])
+    for t in range(x.shape[1]):
+        np.testing.assert_allclose(sessions.step([b], x[:1, t]), alone.step(x[:1, t]), **bound)
+
+
+def test_what_patches_of_a_memory_do():
+    rng = rng_of(0)
+    node = MLSTM(2, 3, 2)
+    net, x = Network([Dense(rng.normal(size=(4, node.input_size))), node]), rng.normal(size=(2, 9, 4))
+    memory_of = lambda net, **given: net.trace(x, **given)["layer_1"]  # noqa: E731
+    off = [Patch("layer_1", "i", rows=0, steps=[3, 4], value=0.0)]  # the memory keeps what it has
+    held = memory_of(net.edit([*off, Patch("layer_1", "f", rows=0, steps=[3, 4], value=1.0)]))
+    assert np.array_equal(held.memory(4)[0], held.memory(2)[0])
+    assert np.array_equal(memory_of(net.edit(off)).memory(4)[1], memory_of(net).memory(4)[1])
+    forgets = memory_of(net.edit(Patch("layer_1", "f", units=[1], steps=[5], value=0.0)))  # of head 1
+    assert (forgets.shares(8)[:, 1, :5] == 0).all()
+    np.testing.assert_allclose(forgets.shares(8)[:, 0], memory_of(net).shares(8)[:, 0])
+    scaled = memory_of(
+        net.edit(Patch("layer_1", "m", value=1.0, how="add"))
+    )  # only a common factor, apart from epsilon
+    np.testing.assert_allclose(scaled.h, memory_of(net).h, rtol=1e-3)
+    clean, other = net.trace(x)["layer_1"], rng.normal(size=x.shape)
+    values = clean.v.reshape(2, 9, -1)
+    restored = net.edit([Patch("layer_1", name, steps=slice(9), value=clean.flat(name)) for name in "qkvifmn"])
+    np.testing.assert_allclose(restored(other), clean.y)  # activation patching with all fields gives the other run
+    assert np.array_equal(restored.trace(other)["layer_1"].v.reshape(2, 9, -1), values)
+    assert "NumPy (float64), step by step, 1 patch" in repr(net.edit(off).plan())
+    found = cs.ablate(net, x, "layer_1", "zero", lambda y: y.sum(), gate="v")
+    assert found.effects["layer_1", 0].shape == (4,)
+    one = net.edit(Patch("layer_1", "v", units=[2], value=0.0))
+    np.testing.assert_allclose(found.effects["layer_1", 0][2], one(x).sum() - net(x).sum())
+    with pytest.raises(ValueError, match="to be one of q, k, v, i, f, m, n, h"):
+        net.edit(Patch("layer_1", "o", value=0.0))
+    with pytest.raises(IndexError, match="units of 'layer_1' from 0 to 1"):
+        net.edit(Patch("layer_1", "f", units=[2], value=0.0))
+
+
+def test_files_keep_patches_of_a_memory(tmp_path):
+    _, net, _, x = patched_memory(3, "float32")
+    net.save(tmp_path / "net.safetensors")
+    assert np.array_equal(cs.load(tmp_path / "net.safetensors")(x), net(x))
+
+
 def test_patches_with_empty_batches_and_sequences():
     net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", rows=1, steps=3, value=1.0))
     assert net(np.zeros((0, 5, 2))).shape == (0, 5, 3)
@@ -251,7 +368,7 @@ def test_what_is_refused():
         [Recurrent((make_cell(rng_of(2), 2, 3), make_cell(rng_of(2), 3, 3, kind="gru"))), Dense(np.ones((3, 1), "f"))]
     )
     for match, error, arguments in (
-        ("gate to be one of|gate", ValueError, ("layer_0", "q")),
+        ("gate to be one of", ValueError, ("layer_0", "y")),
         ("how", ValueError, ("layer_0", "f", None, None, None, 1.0, "hold")),
         ("how='freeze' takes no value", ValueError, ("layer_0", "f", None, None, None, 1.0, "freeze")),
         ("value as a number", ShapeError, ("layer_0", "f")),

@@ -117,12 +117,12 @@ def step(ops: Ops[V], spec: MemorySpec, a: Sequence[V], C: V, n: V, m: V) -> tup
     """Return the gates, and h, C, n and m after the step; see `cellstack.reference.memory` for the equations."""
     q, k, v, z_i, z_f, *z_o = a
     kept = ops.add(ops.log_sigmoid(z_f), m)
-    m = ops.maximum(kept, z_i)
+    m = ops.record("m", ops.maximum(kept, z_i))
     i = ops.record("i", ops.exp(ops.sub(z_i, m)))
     f = ops.record("f", ops.exp(ops.sub(kept, m)))
     key = ops.scaled(k, ops.affine(i, spec.key_size**-0.5))
     C = ops.add(ops.scaled(C, f, 2), ops.outer(key, v))
-    n = ops.add(ops.scaled(n, f), key)
+    n = ops.record("n", ops.add(ops.scaled(n, f), key))
     size = ops.maximum(ops.absolute(ops.dot(n, q)), ops.exp(ops.affine(m, -1.0)))
     h = ops.divided(ops.retrieved(C, q), ops.affine(size, offset=spec.epsilon))
     gates = [i, f, *(ops.gate("o", z) for z in z_o)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -165,6 +166,7 @@ def ablate(
 def _replacements(seen: CellTrace, gate: str, how: str, rng: np.random.Generator) -> Array:
     """Return the replacement of each unit's value, `[1 or B, 1 or T, H]`."""
     array = np.asarray(seen[gate], np.float64)
+    array = array.reshape(*array.shape[:2], -1)  # without the axis of the heads of an mLSTM
     if how == "zero":
         return np.zeros((1, 1, array.shape[2]))
     used = np.ones(array.shape[:2], bool) if seen.mask is None else seen.mask
@@ -201,7 +203,8 @@ class _Batch:
             patches: functions that return the patch for given rows.
             metric: the metric of the output.
         """
-        widest = max(cell.spec.planes * cell.spec.units for cell in self.network.cells)
+        shapes = (cell.spec.trace_shapes.values() for cell in self.network.stateful)
+        widest = max(sum(map(math.prod, of_cell)) for of_cell in shapes)
         each = max(1, AT_ONCE // (widest * self.steps * self.rows))
         metrics: list[float] = []
         for first in range(0, len(patches), each):
@@ -233,18 +236,19 @@ class _Batch:
 def _cells(network: Network, nodes: str | Iterable[str] | None, gate: str) -> list[tuple[str, int]]:
     """Return the cells of some nodes, by name and number, after checking that they have the gate."""
     every = dict(zip(network.names, network.nodes, strict=True))
-    able = [name for name, node in every.items() if node.cells]
+    own = {name: node.cells_in(network.dtype) for name, node in every.items()}
+    able = [name for name, cells in own.items() if cells]
     names = able if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
     for name in names:
         if name not in able:
             expected = f"nodes with cells, {', '.join(able)}" if able else "a network with cells, and this one has none"
             raise ValueError(f"ablate: expected {expected}, got {name!r:.80}")
-    cells = [(name, number) for name in names for number in range(len(every[name].cells))]
+    cells = [(name, number) for name in names for number in range(len(own[name]))]
     if not cells:
         what = "none of the nodes has cells" if able else "the network has no cells"
         raise ValueError(f"ablate: {what}")
     for name, number in cells:
-        fields = every[name].cells[number].spec.of_kind.trace._fields
+        fields = own[name][number].spec.of_kind.trace._fields
         if gate not in fields:
             raise ValueError(f"ablate: expected a gate of {name} out of {', '.join(fields)}, got {gate!r:.80}")
     return cells

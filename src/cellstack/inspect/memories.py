@@ -107,7 +107,8 @@ class MemoryTrace(CellTrace):
         part, record = slice(0, step + 1), self._whole
         mask, reset = (None if flags is None else flags[:, part] for flags in (record.mask, record.reset))
         inputs = MatrixInputs(*(array[:, part] for array in _inputs(self.cell, record)))
-        return reference.steps(inputs, _before(self.cell, record), self.cell.spec.epsilon, mask, reset)[1].C
+        state, changed = _before(self.cell, record), _patched(record)
+        return reference.steps(inputs, state, self.cell.spec.epsilon, mask, reset, changed)[1].C
 
     def retrieve(self, query: Any, step: int = -1) -> Array:
         """Return what a query retrieves from the memory after a step: `Cᵀq / max(|nᵀq|, exp(-m))`.
@@ -142,19 +143,25 @@ class MemoryTrace(CellTrace):
 
 def _fields(cell: MemoryCell, record: MemoryRecord, y: Array) -> Any:
     """Return the fields of a trace at every step: gates, queries, keys and values are zeros at masked ones."""
-    inputs, before, reset = _inputs(cell, record), _before(cell, record), record.reset
-    gates = reference.gates_of(inputs, before.m, record.mask, reset)
-    n, ns = before.n, np.empty_like(inputs.k)
-    for t in range(ns.shape[1]):
-        left = n if reset is None else np.where(reset[:, t, None, None], 0, n)
-        n = gates.f[:, t, :, None] * left + gates.i[:, t, :, None] * inputs.k[:, t] * _scale(cell)
-        ns[:, t] = n
-    fields = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "i": gates.i, "f": gates.f}
+    changed = _patched(record)
+    found = reference.fields_of(_inputs(cell, record), _before(cell, record), record.mask, record.reset, changed)
+    fields = found._asdict() | {"h": y.reshape(*y.shape[:2], *cell.spec.trace_shapes["h"])}
     if cell.spec.output_gate:
-        fields["o"] = ACTIVATIONS["sigmoid"][0](np.ascontiguousarray(_parts(cell, record.x)["z_o"]))
-    fields = {name: _used(record.mask, array) for name, array in fields.items()}
-    h = y.reshape(*y.shape[:2], *cell.spec.trace_shapes["h"])
-    return cell.spec.of_kind.trace(**fields, m=gates.m, n=ns, h=h)
+        o = fields["o"] = ACTIVATIONS["sigmoid"][0](np.ascontiguousarray(_parts(cell, record.x)["z_o"]))
+        if changed is not None:
+            o[:] = np.stack([changed("o", t, o[:, t], None) for t in range(o.shape[1])], axis=1) if o.size else o
+    held = cell.spec.state_shapes
+    return cell.spec.of_kind.trace(
+        **{name: array if name in held else _used(record.mask, array) for name, array in fields.items()}
+    )
+
+
+def _patched(record: MemoryRecord) -> reference.Patched | None:
+    """Return the function that applies the patches of a run once more."""
+    if record.patches is None:
+        return None
+    batch, steps, _ = record.x.shape
+    return record.patches.changing(record.patches.of_run(batch, steps, record.mask, False, record.x.dtype), record.mask)
 
 
 def _parts(cell: MemoryCell, x: Array) -> dict[str, Array]:

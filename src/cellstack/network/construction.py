@@ -7,12 +7,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cellstack.cells.errors import ShapeError
 from cellstack.network.graph import Graph, check_name
 from cellstack.nodes.base import Node
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recurrent import ends_both_ways, final
 from cellstack.nodes.time import FINAL, GlobalPool
+from cellstack.nodes.values import Celled
 
 
 def checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:
@@ -57,15 +60,16 @@ def with_final(nodes: tuple[Node, ...], names: tuple[str, ...]) -> tuple[tuple[N
 
 
 def patched(
-    nodes: tuple[Node, ...], names: tuple[str, ...], patches: tuple[Patch, ...]
-) -> tuple[CellPatches | None, ...]:
-    """Return the patches of each cell, in the order of the cells; empty without patches."""
+    nodes: tuple[Node, ...], names: tuple[str, ...], patches: tuple[Patch, ...], dtype: np.dtype[Any]
+) -> dict[str, tuple[CellPatches | None, ...]]:
+    """Return the patches of each node's cells by the name of the node; empty without patches."""
+    cells = {name: node.cells_in(dtype) for name, node in zip(names, nodes, strict=True)}
     for patch in patches:
         if not isinstance(patch, Patch):
             raise TypeError(f"Network: expected a Patch, got {type(patch).__name__}")
         if patch.node not in names:
             raise ValueError(f"Network: expected patches of {', '.join(names)}, got one of {patch.node!r:.80}")
-        count = len(nodes[names.index(patch.node)].cells)
+        count = len(cells[patch.node])
         if not count:
             raise ValueError(f"Network: node {patch.node!r} has no cells to patch")
         if patch.cell is None and count > 1:
@@ -75,14 +79,15 @@ def patched(
             )
         if patch.cell is not None and patch.cell >= count:
             raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
-    found = []
-    for name, node in zip(names, nodes, strict=True):
-        for place, cell in enumerate(node.cells):
-            own = [patch for patch in patches if patch.node == name and (patch.cell or 0) == place]
-            for patch in own:
-                patch.check(cell.spec)
-            found.append(CellPatches(cell.spec, own) if own else None)
-    return tuple(found) if patches else ()
+
+    def of_cell(name: str, place: int, cell: Celled) -> CellPatches | None:
+        own = [patch for patch in patches if patch.node == name and (patch.cell or 0) == place]
+        for patch in own:
+            patch.check(cell.spec)
+        return CellPatches(cell.spec, own) if own else None
+
+    every = cells.items() if patches else ()
+    return {name: tuple(of_cell(name, place, cell) for place, cell in enumerate(own)) for name, own in every}
 
 
 def initial_state_sources(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[str, ...]:

@@ -241,6 +241,8 @@ def plan_lines(network: Network) -> Plan:
     for number, (name, origin, node) in enumerate(zip(network.names, _origins(network), network.nodes, strict=True)):
         engine = f"in the call of {begun[number]}" if number in begun else node.engine(network.dtype)
         patches = sum(patch.node == name for patch in network.patches)
+        if patches and node.memory is not None:
+            engine = f"NumPy ({network.dtype}), step by step"
         engine += f", {patches} patch{'es' * (patches > 1)}" if patches else ""
         rows.append((name, origin, node.summary, _cost(node.multiplications, node.bytes_read), engine))
     costs = [(node.multiplications, node.bytes_read) for node in network.nodes]

@@ -124,7 +124,7 @@ class Network(Delegated):
     initial_state_sources: tuple[str, ...]
     has_state_values: bool
     calls: PlannedCalls
-    patches_by_cell: tuple[CellPatches | None, ...]
+    patches_by_node: dict[str, tuple[CellPatches | None, ...]]
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class Network(Delegated):
             "dtype": dtype,
             "graph": graph,
             "patches": patches,
-            "patches_by_cell": patched(nodes, names, patches),  # one per cell, in order; empty without patches
+            "patches_by_node": patched(nodes, names, patches, dtype),  # one per cell; empty without patches
             # For each cell, which values it starts from, or "".
             "initial_state_sources": initial_state_sources(nodes, names, graph),
             "has_state_values": any(graph.states),
@@ -197,18 +197,17 @@ class Network(Delegated):
         metadata = {key: value for key, value in self.metadata.items() if key != "lengths"}
         return Network(**{**self._arguments(), "metadata": metadata}, _warn=False)
 
-    def patches_of(self, name: str) -> tuple[CellPatches | None, ...]:
-        """Return the patches of each cell of a node; empty if the network has no patches.
+    def patches_of(self, numbers: Iterable[int]) -> tuple[CellPatches | None, ...]:
+        """Return the patches of each cell of some nodes; empty if the network has no patches.
 
         Args:
-            name: the node's name.
+            numbers: the indices of the nodes.
 
         Returns:
             An entry per cell, None for a cell without patches.
         """
-        place = self.names.index(name)
-        first = sum(len(node.cells) for node in self.nodes[:place])
-        return self.patches_by_cell[first : first + len(self.nodes[place].cells)]
+        of_nodes = self.patches_by_node
+        return tuple(one for number in numbers for one in of_nodes[self.names[number]]) if of_nodes else ()
 
     def _arguments(self) -> dict[str, Any]:
         """Return the arguments that make this network."""

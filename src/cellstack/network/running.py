@@ -17,6 +17,7 @@ from cellstack.nodes.base import Array, CellState, Flow
 from cellstack.nodes.cell_arrays import WEIGHTS
 from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.nodes.dense import Products
+from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.recording import MemoryRecord, Recording
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 
@@ -72,16 +73,17 @@ def run_network(
                     f"Network: reset of {sources[0]} isn't supported: {name} starts from "
                     f"{', '.join(sources[1:])}, which a new piece doesn't have"
                 )
-            own = states[len(after) : len(after) + len(node.cells)]
+            own, patches = states[len(after) : len(after) + len(node.cells)], network.patches_of(numbers)
             if isinstance(node, (Recurrent, Bidirectional)):
-                patches = network.patches_by_cell[len(after) : len(after) + len(node.cells)]
                 x, used, begun, ends = node.run(flows, own, threads, record, patches, weights)
-            elif node.memory is not None:
-                before = cast("MatrixState | None", next(memories))
-                x, used, begun, of_memory = node.run(flows, (before,), threads)
+            elif isinstance(node, MLSTM):
+                before, change = cast("MatrixState | None", next(memories)), next(iter(patches), None)
+                x, used, begun, of_memory = node.run(flows, (before,), threads, change)
                 of_memories, ends = of_memories + of_memory, ()
                 if record is not None:
-                    record.memories[name] = MemoryRecord(flows[0].x, before, flows[0].mask, flows[0].reset)
+                    record.memories[name] = MemoryRecord(
+                        flows[0].x, before, flows[0].mask, flows[0].reset, patches=change
+                    )
             elif isinstance(node, Products):
                 x, used, begun, ends = node.run(flows, own, threads, weights)
             else:

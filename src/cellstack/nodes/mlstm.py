@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ from cellstack.nodes.base import (
 from cellstack.nodes.checks import check_flag, check_integer, check_number
 from cellstack.nodes.values import MemoryCell
 from cellstack.reference import ACTIVATIONS
+from cellstack.reference import memory as reference
+
+if TYPE_CHECKING:
+    from cellstack.nodes.patches import CellPatches
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,11 +151,48 @@ class MLSTM(Node):
     def kernel_layers(self) -> KernelLayers:
         return KernelLayers((((self,), False),), 1)
 
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+    def patched_call(
+        self, flow: Flow, before: MatrixState, changed: reference.Patched | None
+    ) -> tuple[Array, MatrixState]:
+        """Run the memory in NumPy, step by step, with a function that applies patches.
+
+        Args:
+            flow: the input, with its mask and resets.
+            before: the state before the first step.
+            changed: see `CellPatches.changing`.
+
+        Returns:
+            The output, and the state after the last step.
+        """
+        x, sizes, o = flow.x, (self.heads, self.key_size, self.value_size), None
+        if self.output_gate:
+            o = self.output_gate_of(x).reshape(*x.shape[:2], self.heads, self.value_size)
+        inputs = reference.split(x[..., : self.core_size], *sizes)
+        h, after = reference.steps(inputs, before, self.epsilon, flow.mask, flow.reset, changed, o)
+        return h.reshape(*x.shape[:2], self.units), after
+
+    def run(
+        self,
+        flows: Sequence[Flow],
+        states: tuple[CellState | None, ...],
+        threads: int,
+        patches: CellPatches | None = None,
+    ) -> Flow:
+        """See `Node`.
+
+        Args:
+            flows, states, threads: see there.
+            patches: those of its cell.
+        """
         (flow,), before = flows, next(iter(states), None)
         assert before is None or isinstance(before, MatrixState)
         after = self.memory_in(flow.x.dtype).zeros(len(flow.x))
-        y = self.call(flow, before, after, threads)
+        if patches is None:
+            y = self.call(flow, before, after, threads)
+        else:
+            batch, steps, _ = flow.x.shape
+            changes = patches.of_run(batch, steps, flow.mask, False, flow.x.dtype)
+            y, after = self.patched_call(flow, before or after, patches.changing(changes, flow.mask))
         return flow._replace(x=y, states=(after,))
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.cells.errors import ShapeError
-from cellstack.cells.spec import GATES, TRACES, CellSpec
+from cellstack.cells.mlstm import MemorySpec
+from cellstack.cells.spec import TRACES, CellSpec
 from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.nodes.values import Array
 
 HOWS = ("set", "add", "scale", "freeze")
 IDENTITY = ((1.0,), (0.0,), (-0.0,))  # v·1 + before·0 + (-0), which is v bit for bit, also for -0
 
-FIELDS = tuple(sorted({name for fields in TRACES.values() for name in fields._fields}))
+_TRACES = (*TRACES.values(), MemorySpec(1, 1, 1, 0.0, output_gate=True).of_kind.trace)
+FIELDS = tuple(sorted({name for trace in _TRACES for name in trace._fields}))
 
 Index = slice | tuple[int, ...] | None
 
@@ -30,12 +32,15 @@ class Patch:
     A gate is changed right after its activation, so that a patch of i affects a coupled f = 1 - i, and one of r the
     product with it. c is changed after the cell clip and zoneout, before o's peephole and h use it. h is changed last,
     after projection and zoneout, so that the change affects both the output (before a residual is added) and the next
-    step. Masked steps don't change.
+    step. Of an mLSTM, m is changed before i and f are computed from it, n before it divides, and h only in the output.
+    Masked steps don't change.
 
     Args:
         node: the name of the node in the network.
-        gate: `"i" "f" "g" "o"`, `"c"` or `"h"` of an LSTM, `"z" "r" "g" "h"` of a GRU, `"g" "h"` of a SimpleRNN.
-        units: indices or a slice; for a projected h, of its components.
+        gate: `"i" "f" "g" "o"`, `"c"` or `"h"` of an LSTM, `"z" "r" "g" "h"` of a GRU, `"g" "h"` of a SimpleRNN,
+            `"q" "k" "v" "i" "f" "m" "n" "h"` of an mLSTM, and `"o"` if it has an output gate: the fields of its trace.
+        units: indices or a slice; for a projected h, of its components. Of an mLSTM, those of head 0 come first: of i,
+            f and m one per head, of q, k and n `key_size`, of the others `value_size`.
         rows: rows of the batch, indices or a slice. In a pool each session is row 0.
         steps: steps of the run, indices or a slice, in the order of time also for a cell that runs backwards. A stream
             counts from its start, or from where its state was last set.
@@ -113,7 +118,7 @@ class Patch:
             said.append(f"cell={self.cell}")
         return f"Patch({', '.join(said)})"
 
-    def check(self, spec: CellSpec) -> None:
+    def check(self, spec: CellSpec | MemorySpec) -> None:
         """Check the patch against the cell that it changes.
 
         Args:
@@ -124,7 +129,7 @@ class Patch:
             IndexError: units out of range.
             ShapeError: a value for a different number of units.
         """
-        fields = TRACES[spec.kind]._fields
+        fields = spec.of_kind.trace._fields
         if self.gate not in fields:
             raise ValueError(
                 f"Patch: expected gate of {self.node!r} to be one of {', '.join(fields)}, got {self.gate!r}"
@@ -137,13 +142,13 @@ class Patch:
         if count not in (1, len(chosen)):
             raise ShapeError(f"Patch: expected a value of 1 or {len(chosen)} along units, got {count}")
 
-    def width(self, spec: CellSpec) -> int:
+    def width(self, spec: CellSpec | MemorySpec) -> int:
         """Return the width of the gate or state.
 
         Args:
             spec: the cell.
         """
-        return spec.state_sizes.get(self.gate, spec.units)
+        return math.prod(spec.trace_shapes[self.gate])
 
     def stored(self) -> dict[str, Any]:
         """Return the patch as JSON, without its value."""
@@ -175,10 +180,13 @@ class RunError(ShapeError, IndexError):
 class CellPatches:
     """The patches of one cell, in the order in which they are applied, and their conversion for the kernel."""
 
-    def __init__(self, spec: CellSpec, patches: Sequence[Patch]) -> None:
+    def __init__(self, spec: CellSpec | MemorySpec, patches: Sequence[Patch]) -> None:
         self.spec, self.patches = spec, tuple(patches)
-        self.targets = (*GATES[spec.kind], *spec.state_sizes)  # the order in the kernel's `patch_lines`
-        self.freezes_gates = any(patch.how == "freeze" and patch.gate in GATES[spec.kind] for patch in patches)
+        fields = spec.trace_shapes
+        self.gates = tuple(name for name in fields if name not in spec.state_shapes)
+        self.targets = (*self.gates, *(name for name in spec.state_shapes if name in fields))  # as in `patch_lines`
+        self.width = max(map(math.prod, fields.values()))
+        self.freezes_gates = any(patch.how == "freeze" and patch.gate in self.gates for patch in patches)
         self.timeless = all(
             patch.steps is None and (patch.value is None or _with_three_axes(patch.value).shape[1] == 1)
             for patch in patches
@@ -187,7 +195,11 @@ class CellPatches:
 
     def last_gates(self, rows: int, dtype: np.dtype[Any]) -> Array | None:
         """Return an array for the last gates of each row, `[rows, planes, H]`; None if no gate is frozen."""
-        return np.zeros((rows, self.spec.planes, self.spec.units), dtype) if self.freezes_gates else None
+        if not self.freezes_gates:
+            return None
+        spec = self.spec
+        planes = (spec.planes, spec.units) if isinstance(spec, CellSpec) else (len(self.gates), self.width)
+        return np.zeros((rows, *planes), dtype)
 
     def of_run(
         self, batch: int, steps: int, mask: NDArray[np.bool_] | None, reverse: bool, dtype: np.dtype[Any]
@@ -279,10 +291,30 @@ class CellPatches:
         if not arguments:
             return value
         lines = arguments["patch_lines"][:, :, self.targets.index(name)].reshape(-1)
-        once, again, added = np.moveaxis(arguments["patch_table"][lines][:, :, : value.shape[1]], 1, 0)
-        # A factor of 0 gives 0 also for NaN and infinity.
-        new = np.where(once == 0, 0, once * value) + np.where(again == 0, 0, again * before) + added
-        return np.where(lines[:, None] < 0, value, new)
+        return _changed(lines, arguments["patch_table"], value, before)
+
+    def changing(self, arguments: dict[str, Any], mask: NDArray[np.bool_] | None) -> Callable[..., Array] | None:
+        """Return a function that applies patches step by step, for `cellstack.reference.memory`; None: none apply.
+
+        Args:
+            arguments: the result of `of_run` or `of_steps`; the last gates are updated.
+            mask: `[B, T]`, the used steps.
+        """
+        if not arguments:
+            return None
+        lines, table, held = (arguments[f"patch_{name}"] for name in ("lines", "table", "held"))
+
+        def changed(name: str, t: int, value: Array, before: Array | None) -> Array:
+            place, flat = self.targets.index(name), value.reshape(len(value), -1)
+            last = None if held is None or name not in self.gates else held[:, place, : flat.shape[1]]
+            given = last if before is None else before.reshape(flat.shape)
+            new = _changed(lines[:, t, place], table, flat, flat if given is None else given)
+            if last is not None:
+                used = slice(None) if mask is None else mask[:, t]
+                last[used] = new[used]
+            return new.reshape(value.shape)
+
+        return changed
 
     def _arguments(
         self,
@@ -292,15 +324,14 @@ class CellPatches:
         frozen: Array | None,
         dtype: np.dtype[Any],
     ) -> dict[str, Any]:
-        width = max(self.spec.units, self.spec.output_size)
         lines = np.full((*numbers.shape, len(self.targets)), -1, np.int32)
-        table = _Table(width)
+        table = _Table(self.width)
         for patch in self.patches:
             self._add(patch, rows, numbers, first, lines, table)
         if not table.count and frozen is None:
             return {}
         whole = table.lines[1 : 1 + max(table.count, 1)].astype(dtype)
-        return {"patch_lines": lines, "patch_table": whole, "patch_width": width, "patch_held": frozen}
+        return {"patch_lines": lines, "patch_table": whole, "patch_width": self.width, "patch_held": frozen}
 
     def _add(
         self,
@@ -317,7 +348,7 @@ class CellPatches:
         row_places = _places(patch.rows, rows)
         here = np.flatnonzero(row_places >= 0)
         step_places = np.array(_places(patch.steps, numbers[here]))
-        if patch.how == "freeze" and patch.gate in GATES[self.spec.kind]:  # no change at the first step
+        if patch.how == "freeze" and patch.gate in self.gates:  # no change at the first step
             begins = np.flatnonzero(first[here] >= 0)
             step_places[begins, first[here][begins]] = -1
         at, steps = np.nonzero(step_places >= 0)
@@ -340,6 +371,14 @@ class CellPatches:
         else:
             copies[:, :, units] *= value[:, None]
         lines[here[at], steps, target] = table.add(copies) + inverse
+
+
+def _changed(lines: NDArray[np.int32], table: Array, value: Array, before: Array) -> Array:
+    """Return `value [rows, width]` with the patches of each row's line of the kernel's table; -1 is no patch."""
+    once, again, added = np.moveaxis(table[lines][:, :, : value.shape[1]], 1, 0)
+    # A factor of 0 gives 0 also for NaN and infinity.
+    new = np.where(once == 0, 0, once * value) + np.where(again == 0, 0, again * before) + added
+    return np.where(lines[:, None] < 0, value, new)
 
 
 class _Table:

@@ -47,7 +47,7 @@ class MemoryRecord(NamedTuple):
     mask: NDArray[np.bool_] | None
     reset: NDArray[np.bool_] | None
     reverse: bool = False
-    patches: None = None
+    patches: CellPatches | None = None
 
 
 class Recording(list[Record | None]):

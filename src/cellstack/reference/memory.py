@@ -15,6 +15,7 @@ Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19 to 27; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,19 +36,28 @@ class MatrixInputs(NamedTuple):
     f: Array
 
 
-class MatrixGates(NamedTuple):
-    """The gates and the stabiliser at every step, `[B, T, heads]` each: at masked steps i is 0 and f is 1."""
+class MatrixFields(NamedTuple):
+    """What doesn't depend on C, at every step, with the axes of `MatrixInputs`: at masked steps i is 0 and f is 1."""
 
+    q: Array
+    k: Array
+    v: Array
     i: Array
     f: Array
     m: Array
+    n: Array
+
+
+Patched = Callable[[str, int, Array, Any], Array]
+"""A function that returns the new value of a field, given its name, the step, its value and, for m and n, the value
+before the step: see `cellstack.nodes.patches.Patch`. Masked steps keep their state."""
 
 
 def split(x: Array, heads: int, dk: int, dv: int) -> MatrixInputs:
     """Return the parts of `x [..., q | k | v | ĩ | f̃]` by head."""
     ends = np.cumsum([heads * dk, heads * dk, heads * dv, heads])
     q, k, v, i, f = np.split(x, ends, axis=-1)
-    q, k, v = (part.reshape(*x.shape[:-1], heads, -1) for part in (q, k, v))
+    q, k, v = (part.reshape(*x.shape[:-1], heads, part.shape[-1] // heads) for part in (q, k, v))
     return MatrixInputs(q, k, v, i, f)
 
 
@@ -61,23 +71,37 @@ def log_sigmoid(x: Array) -> Array:
     return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
 
 
-def gates_of(inputs: MatrixInputs, m: Array, mask: Array | None = None, reset: Array | None = None) -> MatrixGates:
-    """Return the gates and the stabiliser of every step, from the stabiliser `m [B, heads]` before the first one.
+def fields_of(
+    inputs: MatrixInputs,
+    state: MatrixState,
+    mask: Array | None = None,
+    reset: Array | None = None,
+    patched: Patched | None = None,
+) -> MatrixFields:
+    """Return the fields of every step.
 
     At a reset, f is that of the kernel: the state before it is dropped all the same.
     """
-    batch, steps, heads = inputs.i.shape
-    found = MatrixGates(*(np.empty((batch, steps, heads), inputs.i.dtype) for _ in range(3)))
-    for t in range(steps):
-        m = m if reset is None else np.where(reset[:, t, None], 0, m)
+    change = patched or (lambda name, t, value, before: value)
+    found = MatrixFields(*map(np.empty_like, (*inputs, inputs.i, inputs.k)))
+    _, n, m = state
+    scale = inputs.k.shape[-1] ** -0.5
+    for t in range(inputs.i.shape[1]):
+        if reset is not None:
+            m, n = np.where(reset[:, t, None], 0, m), np.where(reset[:, t, None, None], 0, n)
+        q, k, v = (change(name, t, array[:, t], None) for name, array in zip("qkv", inputs, strict=False))
         kept = log_sigmoid(inputs.f[:, t]) + m
-        after = np.maximum(kept, inputs.i[:, t])
-        i, f = np.exp(inputs.i[:, t] - after), np.exp(kept - after)
+        m_new = change("m", t, np.maximum(kept, inputs.i[:, t]), m)
+        i = change("i", t, np.exp(inputs.i[:, t] - m_new), None)
+        f = change("f", t, np.exp(kept - m_new), None)
+        n_new = change("n", t, f[..., None] * n + i[..., None] * k * scale, n)
         if mask is not None:
             used = mask[:, t, None]
-            i, f, after = np.where(used, i, 0), np.where(used, f, 1), np.where(used, after, m)
-        m = after
-        found.i[:, t], found.f[:, t], found.m[:, t] = i, f, m
+            i, f, m_new = np.where(used, i, 0), np.where(used, f, 1), np.where(used, m_new, m)
+            n_new = np.where(used[..., None], n_new, n)
+        m, n = m_new, n_new
+        for all_steps, now in zip(found, (q, k, v, i, f, m, n), strict=True):
+            all_steps[:, t] = now
     return found
 
 
@@ -87,24 +111,26 @@ def steps(
     epsilon: float = 1e-6,
     mask: Array | None = None,
     reset: Array | None = None,
+    patched: Patched | None = None,
+    o: Array | None = None,
 ) -> tuple[Array, MatrixState]:
-    """Run step by step; return `h [B, T, heads, dv]` and the state after the last step."""
-    C, n, m = state
-    gates, scale = gates_of(inputs, m, mask, reset), inputs.q.shape[-1] ** -0.5
+    """Run step by step; return `h [B, T, heads, dv]`, times the output gate `o` if given, and the state at the end."""
+    C, *others = state
+    fields, scale = fields_of(inputs, state, mask, reset, patched), inputs.q.shape[-1] ** -0.5
     h = np.zeros_like(inputs.v)
     for t in range(h.shape[1]):
         if reset is not None:
-            dropped = reset[:, t, None, None]
-            C, n = np.where(dropped[..., None], 0, C), np.where(dropped, 0, n)
-        q, k, v = inputs.q[:, t], inputs.k[:, t] * scale, inputs.v[:, t]
-        i, f, m = (gate[:, t, :, None] for gate in gates)
-        C = f[..., None] * C + i[..., None] * k[..., :, None] * v[..., None, :]
-        n = f * n + i * k
-        size = np.maximum(np.abs((n * q).sum(-1, keepdims=True)), np.exp(-m))
-        h[:, t] = np.einsum("bhkv,bhk->bhv", C, q) / (size + epsilon)
-        if mask is not None:
-            h[:, t] = np.where(mask[:, t, None, None], h[:, t], 0)
-    return h, MatrixState(C, n, gates.m[:, -1] if h.shape[1] else m)
+            C = np.where(reset[:, t, None, None, None], 0, C)
+        q, k, v, i, f, m, n = (array[:, t] for array in fields)
+        C = f[..., None, None] * C + (i[..., None] * k * scale)[..., :, None] * v[..., None, :]
+        size = np.maximum(np.abs((n * q).sum(-1)), np.exp(-m))
+        now = np.einsum("bhkv,bhk->bhv", C, q) / (size + epsilon)[..., None]
+        if o is not None:
+            now = (o[:, t] if patched is None else patched("o", t, o[:, t], None)) * now
+        now = now if patched is None else patched("h", t, now, None)
+        h[:, t] = now if mask is None else np.where(mask[:, t, None, None], now, 0)
+        others = [n, m]
+    return h, MatrixState(C, *others)
 
 
 def chunks(
@@ -121,7 +147,7 @@ def chunks(
     chunk is a few products of matrices, and C is computed once per chunk.
     """
     C, n, m = state
-    gates, scale = gates_of(inputs, m), inputs.q.shape[-1] ** -0.5
+    gates, scale = fields_of(inputs, state)[3:6], inputs.q.shape[-1] ** -0.5
     h = np.zeros_like(inputs.v)
     for first in range(0, h.shape[1], length):
         part = slice(first, first + length)
@@ -140,7 +166,7 @@ def chunks(
         weights = D[..., -1, :, None]
         C = e[..., -1:, :] * C + np.swapaxes(weights * k, -1, -2) @ v
         n = e[..., -1, :] * n + (weights * k).sum(-2)
-    return h, MatrixState(C, n, gates.m[:, -1] if h.shape[1] else m)
+    return h, MatrixState(C, n, gates[2][:, -1] if h.shape[1] else state.m)
 
 
 def backward(
@@ -160,7 +186,7 @@ def backward(
         dstate: that of the state after the last step.
     """
     count, scale = inputs.q.shape[1], inputs.q.shape[-1] ** -0.5
-    gates = gates_of(inputs, state.m, mask, reset)
+    gates = fields_of(inputs, state, mask, reset)[3:6]
     before = [state]
     for t in range(count):
         now = slice(t, t + 1)

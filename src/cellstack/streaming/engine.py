@@ -13,7 +13,7 @@ from cellstack.cells.errors import ShapeError, check_sequence, check_step
 from cellstack.network.arguments import as_floats, as_own, as_states
 from cellstack.nodes.cell_arrays import WEIGHTS, Cell
 from cellstack.nodes.checks import check_choice, check_integer
-from cellstack.nodes.dense import Products
+from cellstack.nodes.dense import Dense, Products
 from cellstack.streaming.eligibility import (
     check_streamable,
     check_widths,
@@ -26,7 +26,7 @@ from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.network.plan import PlannedCall
-    from cellstack.nodes import MLSTM, Dense
+    from cellstack.nodes import MLSTM
     from cellstack.nodes.base import Array, CellState
     from cellstack.nodes.patches import CellPatches
     from cellstack.streaming.parts import Rows, Run, Stateful
@@ -106,11 +106,11 @@ class Engine:
     def _kernel_call(self, call: PlannedCall, on: tuple[int, ...]) -> int:
         """Add the parts of a call of the kernel and return the index of the output."""
         assert call.layers is not None
-        names = (self.network.names[number] for number in call.nodes)
-        of_cells = iter([patches for name in names for patches in self.network.patches_of(name)])
+        of_cells = iter(self.network.patches_of(call.nodes))
+        part_of = self._memories if call.layers.has_memories else self._cells
         for layers, added in call.layers.groups:
-            patches = [next(of_cells, None) if isinstance(layer, Cell) else None for layer in layers]
-            part = self._memories(layers) if call.layers.has_memories else self._cells(layers, patches)
+            patches = [None if isinstance(layer, Dense) else next(of_cells, None) for layer in layers]
+            part = part_of(layers, patches)
             place = self._add_stateful(part, on)
             on = (self._add(lambda rows, x, y: np.add(x, y, out=y), (*on, place)) if added else place,)
         finish = call.layers.finish
@@ -122,8 +122,8 @@ class Engine:
             return SharedCells(layers, self.weights, self.rows, self.threads, dtype, patches, self.shared)
         return OwnCells(layers, self.weights, self.rows, self.threads)
 
-    def _memories(self, layers: Sequence[Dense | MLSTM]) -> Stateful:
-        return Memories(layers, self.weights, self.rows, self.threads, self.network.dtype)
+    def _memories(self, layers: Sequence[Dense | MLSTM], patches: Sequence[CellPatches | None]) -> Stateful:
+        return Memories(layers, self.weights, self.rows, self.threads, self.network.dtype, patches, self.shared)
 
     def single_step(self, lock: native.CallLock) -> Callable[[Array], Array | None] | None:
         """Return the kernel's step function if the network is a single call of the kernel, else None.
@@ -134,7 +134,7 @@ class Engine:
             lock: the lock of the stream's other calls.
         """
         part = self._single_part()
-        if isinstance(part, Memories):
+        if isinstance(part, Memories) and not part.patches:
             return part.single_step(lock)
         return part.kernel.step if isinstance(part, OwnCells) else None
 
@@ -167,8 +167,8 @@ class Engine:
     def copy_counts(self, other: Engine) -> None:
         """Continue the step counts, which patches use, from another engine of the same network."""
         for part, its in zip(self._stateful, other._stateful, strict=True):
-            if isinstance(part, SharedCells) and isinstance(its, SharedCells):
-                part.set_counts(ALL, its.counts(ALL))
+            if isinstance(part, (SharedCells, Memories)) and isinstance(its, (SharedCells, Memories)):
+                part.patches.set_counts(ALL, its.patches.counts(ALL))
 
     # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +11,11 @@ from cellstack import native
 from cellstack.cells.base import MatrixState
 from cellstack.nodes.base import Array, Flow
 from cellstack.nodes.mlstm import MLSTM
-from cellstack.streaming.parts import ALL, InPlace
+from cellstack.streaming.parts import ALL, InPlace, PatchedSteps
 
 if TYPE_CHECKING:
     from cellstack.nodes import Dense
+    from cellstack.nodes.patches import CellPatches
     from cellstack.streaming.parts import Rows
 
 
@@ -30,11 +31,21 @@ class Memories(InPlace):
         rows: the number of rows.
         threads: the number of threads that the kernel may use.
         dtype: the dtype of the states.
+        patches: the patches of each layer; empty: none. With patches, memories run in NumPy.
+        sessions: whether each row is a session, row 0 for patches.
     """
 
     def __init__(
-        self, layers: Sequence[Dense | MLSTM], weights: str | None, rows: int, threads: int, dtype: np.dtype[Any]
+        self,
+        layers: Sequence[Dense | MLSTM],
+        weights: str | None,
+        rows: int,
+        threads: int,
+        dtype: np.dtype[Any],
+        patches: Sequence[CellPatches | None] = (),
+        sessions: bool = True,
     ) -> None:
+        self.patches = PatchedSteps(patches, rows, dtype, sessions)
         self.layers, self.weights, self.rows, self.threads = layers, weights, rows, threads
         self.cells = [layer.memory_in(dtype) for layer in layers if isinstance(layer, MLSTM)]
         self.kinds = [cell.state_type for cell in self.cells]
@@ -70,18 +81,29 @@ class Memories(InPlace):
             after = 1 - self._now
             if after not in self._sets:
                 self._create(after)
-        if x.ndim == 2:
+        if self.patches:
+            chunk = x if x.ndim == 3 else x[:, None]
+            with self.patches.of(rows, len(chunk), chunk.shape[1], x.dtype) as changes:
+                y = self._sequence(chunk, places, after, changes)
+            y = y if x.ndim == 3 else y[:, 0]
+        elif x.ndim == 2:
             y = self.kernel.step(np.ascontiguousarray(x), places, self._now, after)
             assert y is not None, "values between nodes always have the form that the kernel needs"
         else:
-            y = self._sequence(x, places, after)
+            y = self._sequence(x, places, after, {})
         self._now, self._keeps = after, False
         return y
 
-    def _sequence(self, x: Array, places: Any, after: int) -> Array:
+    def _sequence(self, x: Array, places: Any, after: int, changes: Mapping[int, dict[str, Any]]) -> Array:
         states = zip(self.states, self._sets[after], strict=True)
-        for layer in self.layers:
-            if isinstance(layer, MLSTM):
+        for place, layer in enumerate(self.layers):
+            if isinstance(layer, MLSTM) and place in changes:
+                rows, (before, ends) = ALL if places is None else places, next(states)
+                changed = self.patches.patches[place].changing(changes[place], None)
+                x, new = layer.patched_call(Flow(x), type(before)(*(array[rows] for array in before)), changed)
+                for end, array in zip(ends, new, strict=True):
+                    end[rows] = array
+            elif isinstance(layer, MLSTM):
                 x = self._one_by_one(layer, x, *next(states), places)
             else:  # without the activations in NumPy, which the engine applies
                 x = native.on_rows(layer.layers_in(self.weights)[1].run, x, self.threads)
@@ -96,6 +118,11 @@ class Memories(InPlace):
             before = after
         return np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
+    def write(self, rows: Rows, entries: Sequence[Any]) -> None:
+        """See `Stateful`."""
+        super().write(rows, entries)
+        self.patches.begin(rows)
+
     @property
     def states(self) -> list[MatrixState]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The current set."""
@@ -107,15 +134,18 @@ class Memories(InPlace):
 
     def snapshot(self, rows: Rows) -> Any:
         """See `Stateful`."""
+        counts = self.patches.counts(rows)
         if rows is ALL:
             self._keeps = True
-            return self._now
-        return self.read(rows)
+            return self._now, counts
+        return self.read(rows), counts
 
     def restore(self, rows: Rows, entries: Any) -> None:
         """See `Stateful`."""
+        before, counts = entries
         if rows is not ALL:
-            self.write(rows, entries)
+            self.write(rows, before)
         else:
-            self._now = entries
+            self._now = before
+        self.patches.set_counts(rows, counts)
         self._keeps = False

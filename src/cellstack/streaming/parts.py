@@ -6,7 +6,8 @@ A call selects the rows that it steps by index: `ALL` of them, or some, each onc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -124,6 +125,104 @@ class Memory:
             self.memory[rows] = entries
 
 
+class PatchedSteps:
+    """The patches of a part's layers, and how many steps each row has taken since its state was set.
+
+    Args:
+        patches: those of each layer; empty: none.
+        rows: the number of rows.
+        dtype: the dtype of the states.
+        sessions: whether each row is a session: row 0 for patches.
+    """
+
+    def __init__(self, patches: Sequence[CellPatches | None], rows: int, dtype: np.dtype[Any], sessions: bool) -> None:
+        self.sessions = sessions
+        self.patches = {place: of_cell for place, of_cell in enumerate(patches) if of_cell is not None}
+        for of_cell in self.patches.values():
+            of_cell.check("rows", 1 if sessions else rows)
+        self.taken = np.zeros(rows if self.patches else 0, np.int64)
+        self.block: tuple[int, dict[int, dict[str, Any]]] = (0, {})
+        arrays = ((place, of_cell.last_gates(rows, dtype)) for place, of_cell in self.patches.items())
+        self.last_gates = {place: array for place, array in arrays if array is not None}
+
+    def __bool__(self) -> bool:
+        return bool(self.patches)
+
+    @contextmanager
+    def of(self, rows: Rows, count: int, steps: int, dtype: np.dtype[Any]) -> Iterator[dict[int, dict[str, Any]]]:
+        """Yield the kernel's arguments for the next steps of some rows by layer; they count as taken afterwards.
+
+        Args:
+            rows: the rows.
+            count: how many they are.
+            steps: the number of steps.
+            dtype: the dtype of the values.
+        """
+        last_gates = {place: np.ascontiguousarray(array[rows]) for place, array in self.last_gates.items()}
+        yield self._changes(rows, count, steps, last_gates, dtype)
+        for place, array in last_gates.items():
+            self.last_gates[place][rows] = array
+        self.taken[rows] += steps
+
+    def _changes(
+        self, rows: Rows, count: int, steps: int, last_gates: dict[int, Array], dtype: np.dtype[Any]
+    ) -> dict[int, dict[str, Any]]:
+        """Return the kernel's arguments for the patches in the next steps of some rows, by layer."""
+        taken = self.taken[rows]
+        places = np.zeros(count, np.int64) if self.sessions else np.arange(len(self.taken))[rows]
+        if rows is ALL and steps == 1 and (taken == taken[0]).all():
+            return self._of_block(int(taken[0]), places, last_gates, dtype)
+        first = np.where(taken == 0, 0, -1) if steps else np.full(count, -1)
+        numbers = taken[:, None] + np.arange(steps)
+        return {
+            place: patches.of_steps(places, numbers, first, last_gates.get(place), dtype)
+            for place, patches in self.patches.items()
+        }
+
+    def _of_block(
+        self, step: int, places: NDArray[np.int64], last_gates: dict[int, Array], dtype: np.dtype[Any]
+    ) -> dict[int, dict[str, Any]]:
+        """Return the kernel's arguments for the patches in a step of all rows, prepared for a block of steps."""
+        begun, block = self.block
+        if not begun <= step < begun + BLOCK or not block:
+            first = np.full(len(places), 0 if step == 0 else -1)
+            numbers = np.broadcast_to(step + np.arange(BLOCK), (len(places), BLOCK))
+            block = {
+                place: patches.of_steps(places, numbers, first, last_gates.get(place), dtype)
+                for place, patches in self.patches.items()
+            }
+            begun, self.block = step, (step, block)
+        at = step - begun
+        return {
+            place: arguments
+            and arguments
+            | {
+                "patch_lines": np.ascontiguousarray(arguments["patch_lines"][:, at : at + 1]),
+                "patch_held": last_gates.get(place),
+            }
+            for place, arguments in block.items()
+        }
+
+    def begin(self, rows: Rows) -> None:
+        """Count the steps of some rows from 0."""
+        if self.patches:
+            self.taken[rows] = 0
+
+    def counts(self, rows: Rows) -> Any:
+        """Return, for `set_counts`, the number of steps taken by some rows and their gates to be frozen."""
+        if not self.patches:
+            return None
+        return _own(self.taken, rows), {place: _own(array, rows) for place, array in self.last_gates.items()}
+
+    def set_counts(self, rows: Rows, counts: Any) -> None:
+        """Set the counts of some rows to a result of `counts`."""
+        if counts is None:
+            return
+        self.taken[rows], last_gates = counts
+        for place, array in last_gates.items():
+            self.last_gates[place][rows] = array
+
+
 class Cells:
     """Cells, with the dense layers between them, as one call of the kernel: base class of both ways to store states.
 
@@ -223,15 +322,7 @@ class SharedCells(InPlace, Cells):
         sessions: bool = True,
     ) -> None:
         super().__init__(layers, weights)
-        self.threads, self.sessions = threads, sessions
-        self.patches = {place: of_cell for place, of_cell in enumerate(patches) if of_cell is not None}
-        for of_cell in self.patches.values():
-            of_cell.check("rows", 1 if sessions else rows)
-        if self.patches:
-            self.taken = np.zeros(rows, np.int64)  # steps since the state was set
-            self.block: tuple[int, dict[int, dict[str, Any]]] = (0, {})
-            arrays = ((place, of_cell.last_gates(rows, dtype)) for place, of_cell in self.patches.items())
-            self.last_gates = {place: array for place, array in arrays if array is not None}
+        self.threads, self.patches = threads, PatchedSteps(patches, rows, dtype, sessions)
         self.states = [
             kind(*(_rows_of(start, rows, sessions) for start in cell.initial.values()))
             for kind, cell in zip(self.kinds, self.places.values(), strict=True)
@@ -251,14 +342,10 @@ class SharedCells(InPlace, Cells):
         if not self.patches:
             native.forward(sequences, [*self.below, self._layer(-1, y=y)], self.threads)
             return y
-        last_gates = {place: np.ascontiguousarray(array[rows]) for place, array in self.last_gates.items()}
-        changes = self._changes(rows, len(x), steps, last_gates, x.dtype)
-        top = len(self.packed) - 1
-        layers = [self._layer(place, **changes.get(place, {})) for place in range(top)]
-        native.forward(sequences, [*layers, self._layer(top, y=y, **changes.get(top, {}))], self.threads)
-        for place, array in last_gates.items():
-            self.last_gates[place][rows] = array
-        self.taken[rows] += steps
+        with self.patches.of(rows, len(x), steps, x.dtype) as changes:
+            top = len(self.packed) - 1
+            layers = [self._layer(place, **changes.get(place, {})) for place in range(top)]
+            native.forward(sequences, [*layers, self._layer(top, y=y, **changes.get(top, {}))], self.threads)
         return y
 
     def session_step(self, table: native.SessionTable) -> Callable[[Any, Any], Array | None]:
@@ -268,74 +355,20 @@ class SharedCells(InPlace, Cells):
     def _layer(self, place: int, **more: Any) -> Any:
         return native.Layer(self.packed[place], self.ends[place], self.ends[place], **more)
 
-    def _changes(
-        self, rows: Rows, count: int, steps: int, last_gates: dict[int, Array], dtype: np.dtype[Any]
-    ) -> dict[int, dict[str, Any]]:
-        """Return the kernel's arguments for the patches in the next steps of some rows, by layer."""
-        taken = self.taken[rows]
-        places = np.zeros(count, np.int64) if self.sessions else np.arange(len(self.taken))[rows]
-        if rows is ALL and steps == 1 and (taken == taken[0]).all():
-            return self._of_block(int(taken[0]), places, last_gates, dtype)
-        first = np.where(taken == 0, 0, -1) if steps else np.full(count, -1)
-        numbers = taken[:, None] + np.arange(steps)
-        return {
-            place: patches.of_steps(places, numbers, first, last_gates.get(place), dtype)
-            for place, patches in self.patches.items()
-        }
-
-    def _of_block(
-        self, step: int, places: NDArray[np.int64], last_gates: dict[int, Array], dtype: np.dtype[Any]
-    ) -> dict[int, dict[str, Any]]:
-        """Return the kernel's arguments for the patches in a step of all rows, prepared for a block of steps."""
-        begun, block = self.block
-        if not begun <= step < begun + BLOCK or not block:
-            first = np.full(len(places), 0 if step == 0 else -1)
-            numbers = np.broadcast_to(step + np.arange(BLOCK), (len(places), BLOCK))
-            block = {
-                place: patches.of_steps(places, numbers, first, last_gates.get(place), dtype)
-                for place, patches in self.patches.items()
-            }
-            begun, self.block = step, (step, block)
-        at = step - begun
-        return {
-            place: arguments
-            and arguments
-            | {
-                "patch_lines": np.ascontiguousarray(arguments["patch_lines"][:, at : at + 1]),
-                "patch_held": last_gates.get(place),
-            }
-            for place, arguments in block.items()
-        }
-
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
         """See `Stateful`."""
         super().write(rows, entries)
-        if self.patches:
-            self.taken[rows] = 0
+        self.patches.begin(rows)
 
     def snapshot(self, rows: Rows) -> Any:
         """See `Stateful`."""
-        return self.read(rows), self.counts(rows)
+        return self.read(rows), self.patches.counts(rows)
 
     def restore(self, rows: Rows, entries: Any) -> None:
         """See `Stateful`."""
         states, counts = entries
         self.write(rows, states)
-        self.set_counts(rows, counts)
-
-    def counts(self, rows: Rows) -> Any:
-        """Return, for `set_counts`, the number of steps taken by some rows and their gates to be frozen."""
-        if not self.patches:
-            return None
-        return _own(self.taken, rows), {place: _own(array, rows) for place, array in self.last_gates.items()}
-
-    def set_counts(self, rows: Rows, counts: Any) -> None:
-        """Set the counts of some rows to a result of `counts`."""
-        if counts is None:
-            return
-        self.taken[rows], last_gates = counts
-        for place, array in last_gates.items():
-            self.last_gates[place][rows] = array
+        self.patches.set_counts(rows, counts)
 
 
 def _rows_of(start: Array, rows: int, sessions: bool) -> Array:

@@ -207,22 +207,30 @@ export class WhatIf {
 
   // ── patching a gate or a state ─────────────────────────────────────────────────────────────────────────────────────
 
-  // The selected cell, or the first one. The memory of an mLSTM can't be patched, and has no weights.
+  // The selected cell, or the first one.
   get cellPlace() {
     const { view } = this;
-    const cells = view.places.filter((place) => place.kind === "cell" && !place.cell.form.heads);
+    const cells = view.places.filter((place) => place.kind === "cell");
     return cells.find((place) => place === view.place) ?? cells.find((place) => place.name === view.place.name) ?? cells[0] ?? null;
+  }
+
+  // The unit of the gate to patch: the selected one, or in another field of an mLSTM one of the same head.
+  unitOf(place) {
+    const { view } = this;
+    const gate = this.gate.box.value;
+    return place === view.place && place.cell.form.heads ? view.nearestIn(gate) : Math.min(view.unit, view.unitsOf(place, gate) - 1);
   }
 
   fillPatchForm() {
     const { view } = this;
     const place = this.cellPlace;
-    this.patchGroup.hidden = this.weightGroup.hidden = place === null;
-    this.warning.textContent = view.place.cell?.form.heads ? "The memory of an mLSTM can't be patched, and it has no weights: change the input, or reset the state." : "";
+    this.patchGroup.hidden = place === null;
+    this.weightGroup.hidden = place === null || Boolean(place.cell.form.heads);
+    this.warning.textContent = place?.cell.form.heads ? "The memory of an mLSTM has no weights." : "";
     if (place === null) return;
     const fields = Object.keys(place.cell.fields);
     setChoices(this.gate.box, fields.map((field) => [field, `${field}, ${meaningOf(place.cell.form, field).split(":")[0]}`]), fields.includes(this.gate.box.value) ? this.gate.box.value : keepsOf(place.cell.form) ?? fields[0]);
-    setChoices(this.units.box, [["unit", `unit ${view.unitNumber(place, this.gate.box.value, view.unit)} of ${place.title}`], ["all", "all units"]], this.units.box.value || "unit");
+    setChoices(this.units.box, [["unit", `${view.unitTitle(place, this.gate.box.value, this.unitOf(place))} of ${place.title}`], ["all", "all units"]], this.units.box.value || "unit");
     const { steps } = view.description;
     const choices = [["all", "all steps"], ["cursor", `step ${steps[view.step]}`], ["on", `from step ${steps[view.step]} on`]];
     if (view.range !== null) choices.unshift(["range", `steps ${steps[view.range[0]]} to ${steps[view.range[1] - 1]}, marked`]);
@@ -242,7 +250,7 @@ export class WhatIf {
       this.value.focus();
       return;
     }
-    const unit = Math.min(view.unit, view.unitsOf(place, gate) - 1);
+    const unit = this.unitOf(place);
     changes.patches.push({ node: place.name, cell: place.number, gate, units: this.units.box.value === "all" ? null : [unit], rows: null, steps, how, value: how === "freeze" ? null : value });
     this.fillPatches();
     this.after();
@@ -286,7 +294,7 @@ export class WhatIf {
   async fillWeights(rebuild) {
     const { view, changes } = this;
     const place = this.cellPlace;
-    if (place === null) return;
+    if (place === null || place.cell.form.heads) return;
     if (place.cell.weights === null) {
       replaceChildren(this.weights, make("p", { class: "note" }, "This page has no weights of a cell for this layer."));
       this.weightGate.element.hidden = true;
