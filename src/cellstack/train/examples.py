@@ -15,6 +15,7 @@ from cellstack.train.data.sequences import Sequences
 
 VALIDATED = 256  # batch size without gradients
 MIXED = 1.2  # greatest random factor of a length when sequences are sorted, so that batches differ between epochs
+FINER, MOST_FINER = 8, 4  # factor between units of an input; how many there are below the standard deviation at most
 GAP = 2.0  # sequences on either side of a gap in the lengths by more than this factor never share a batch
 
 
@@ -171,6 +172,16 @@ def split(y: NDArray, share: float, rng: np.random.Generator) -> tuple[NDArray[n
     return np.setdiff1d(np.arange(len(y)), validation), validation
 
 
+class ChangeWeights(NamedTuple):
+    """Input channels that are computed from two steps: `tanh(x[t - 1] @ kernel[0] + x[t] @ kernel[1] + bias)`.
+
+    x are the standardised raw channels `[I]`; `kernel` is `[2, I, F]`, `bias` `[F]`.
+    """
+
+    kernel: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Turns raw inputs with gaps into the network's inputs, with statistics of the training part only.
@@ -183,13 +194,15 @@ class Inputs:
     Args:
         mean, scale: of each raw channel, `[I]`; scale is 1 where a channel is constant.
         observed: indices of the channels with an indicator.
-        changes: scale of the change of each raw channel since its last observed value, `[I]`; None: not an input.
+        changes: the change of each raw channel since its last observed value, in units of its standard deviation. If
+            most sequences are far below a channel's standard deviation, as with powers, prices or rain, its values and
+            changes in finer units, too. None: no such inputs.
     """
 
     mean: NDArray[np.float32]
     scale: NDArray[np.float32]
     observed: tuple[int, ...] = ()
-    changes: NDArray[np.float32] | None = None
+    changes: ChangeWeights | None = None
 
     @classmethod
     def measure(
@@ -221,13 +234,27 @@ class Inputs:
         known = cls(mean.astype(np.float32), standard_scale(mean, scale), observed)
         if not changes:
             return known
-        moves = np.concatenate([np.zeros((1, len(mean))), *(_moves(row).reshape(-1, len(mean)) for row in rows)])
-        return replace(known, changes=standard_scale(known.scale, np.nanstd(moves, axis=0)))
+        middle = np.nanmedian(x, axis=0)
+        moves = [_moves(row) for row in rows]
+        deviation = np.nanstd(np.concatenate([np.zeros((1, len(mean))), *(m.reshape(-1, len(mean)) for m in moves)]), 0)
+        unit = standard_scale(known.scale, deviation)
+        # Of each input: its channel, its unit, the weight of the step before, and the value that is 0
+        columns = [(channel, unit[channel], -1.0, mean[channel]) for channel in range(len(mean))]
+        columns += [(channel, finer, -1.0, mean[channel]) for channel, finer in _finer(deviation, moves)]
+        columns += [
+            (channel, finer, 0.0, middle[channel]) for channel, finer in _finer(scale, [r - middle for r in rows])
+        ]
+        kernel, bias = np.zeros((2, len(mean), len(columns)), np.float32), np.zeros(len(columns), np.float32)
+        for n, (channel, unit, before, zero) in enumerate(columns):
+            factor = known.scale[channel] / unit
+            kernel[:, channel, n] = before * factor, factor
+            bias[n] = (mean[channel] - zero) / unit
+        return replace(known, changes=ChangeWeights(kernel, bias))
 
     @property
     def width(self) -> int:
         """The number of the recurrent layers' input channels."""
-        return len(self.mean) + len(self.observed) + (0 if self.changes is None else len(self.changes))
+        return len(self.mean) + len(self.observed) + (0 if self.changes is None else len(self.changes.bias))
 
     @property
     def standardise(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -253,8 +280,7 @@ class Inputs:
     @property
     def digest(self) -> str:
         """A digest of all fields."""
-        changes = [] if self.changes is None else [self.changes]
-        return digest([self.mean, self.scale, np.array(self.observed, np.int64), *changes])
+        return digest([self.mean, self.scale, np.array(self.observed, np.int64), *(self.changes or ())])
 
 
 def held(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -276,6 +302,19 @@ def _moves(x: NDArray[np.float32]) -> NDArray[np.float64]:
     Ref: Furui 1986, "Speaker-independent isolated word recognition using dynamic features of speech spectrum".
     """
     return x[:, 1:].astype(np.float64) - held(x)[:, :-1]
+
+
+def _finer(deviation: NDArray, rows: Sequence[NDArray]) -> list[tuple[int, float]]:
+    """Return the units of channels `[I]` below their deviation, for three of four sequences of `rows [B, T, I]`."""
+    squares = [np.ma.masked_invalid(row.astype(np.float64)) ** 2 for row in rows]
+    sizes = np.ma.concatenate([square.mean(axis=1) for square in squares]) ** 0.5  # [N, I]
+    found = []
+    for channel, all_sizes in enumerate(sizes.T):
+        size = all_sizes.compressed()
+        lowest = np.quantile(size[size > 0], 0.25) if (size > 0).any() else np.inf
+        units = (deviation[channel] / FINER**power for power in range(1, MOST_FINER + 1))
+        found += [(channel, unit) for unit in units if unit >= lowest]
+    return found
 
 
 def standard_scale(mean: NDArray, scale: NDArray) -> NDArray[np.float32]:

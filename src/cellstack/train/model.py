@@ -23,7 +23,7 @@ from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
 from cellstack.nodes.recurrent import final
 from cellstack.train.checks import UsageError
 from cellstack.train.data.targets import TASKS
-from cellstack.train.examples import Inputs, digest
+from cellstack.train.examples import ChangeWeights, Inputs, digest
 from cellstack.train.options import TAPS, Architecture
 from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
 
@@ -51,31 +51,31 @@ class Standardise(nn.Module):
 
 
 class Changes(nn.Module):
-    """Append the change of each raw channel since the step before to the standardised channels.
+    """Append the changes of the raw channels since the step before to the standardised channels.
 
-    At the first step it is the difference from the training mean, which can be many times a usual change: tanh limits
-    it.
-
-    Args:
-        factors: what scales the changes of standardised channels to a deviation of 1, `[I]`.
+    At the first step, a change is the difference from the training mean, which can be many times a usual change: tanh
+    limits it.
     """
 
-    factors: Tensor
+    kernel: Tensor
+    bias: Tensor
 
-    def __init__(self, factors: np.ndarray):
+    def __init__(self, weights: ChangeWeights):
         super().__init__()
-        self.register_buffer("factors", torch.as_tensor(factors, dtype=torch.float32).clone())
+        for name, values in weights._asdict().items():
+            self.register_buffer(name, torch.as_tensor(values).clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `[B, T, W + I]` for `x [B, T, W]`, whose first I channels are the raw ones."""
-        raw = x[..., : len(self.factors)]
-        return torch.cat([x, ((raw - nn.functional.pad(raw[:, :-1], (0, 0, 1, 0))) * self.factors).tanh()], -1)
+        """Return `[B, T, W + F]` for `x [B, T, W]`, whose first I channels are the raw ones."""
+        raw = x[..., : self.kernel.shape[1]]
+        before = nn.functional.pad(raw[:, :-1], (0, 0, 1, 0))
+        return torch.cat([x, (before @ self.kernel[0] + raw @ self.kernel[1] + self.bias).tanh()], -1)
 
     def to_nodes(self, width: int) -> list[Node]:
         """Return it as a convolution over two steps of `[B, T, width]`, and its concatenation with its input."""
-        factors = np.eye(width, len(self.factors), dtype=np.float32) * as_array(self.factors)
-        taps = np.stack([-factors, factors])
-        return [nodes.Conv1D(taps, padding="causal", activation="tanh", keeps_mask=True), nodes.Merge()]
+        kernel, bias = as_array(self.kernel), as_array(self.bias)
+        kernel = np.pad(kernel, ((0, 0), (0, width - kernel.shape[1]), (0, 0)))
+        return [nodes.Conv1D(kernel, bias, padding="causal", activation="tanh", keeps_mask=True), nodes.Merge()]
 
 
 class Filters(nn.Module):
@@ -212,8 +212,8 @@ class Model(nn.Module):
         self.own_loss, self.whole = architecture.loss, architecture.model is not None
         head = copy.deepcopy(architecture.model if self.whole else architecture.head)
         self.standardise = Standardise(*inputs.standardise)
-        raw, indicators, changed = len(inputs.mean), len(inputs.observed), inputs.changes
-        self.changes = None if changed is None else Changes(inputs.scale / changed)
+        raw, indicators = len(inputs.mean), len(inputs.observed)
+        self.changes = None if inputs.changes is None else Changes(inputs.changes)
         noisy = np.arange(inputs.width)
         noisy = (noisy < raw) | (noisy >= raw + indicators)
         # Answers at every step, of few steps each, measured better with noise to the end.

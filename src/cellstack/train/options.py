@@ -34,7 +34,8 @@ from cellstack.train.forecasting.recipe import SCALES
 
 POOLINGS = ("mean", "max", "last", "none")
 SEQUENCE_CLASSIFIER = "{} for one class per sequence, else {}"
-NOISE, OFFSET_SHARE = 0.6, 0.5  # for classifiers; targets often depend on the level of the input, which noise hides
+NOISE, OFFSET_SHARE = 0.6, 0.5  # for classifiers
+NOISE_OF_NUMBERS = 0.3  # without an offset: numbers often depend on the level of the input
 FILTERS, TAPS, LONG, STRIDES, SEEN = 96, 8, 32, 8, 100  # of the convolution before the layers
 FEWEST = 20  # validation targets from which on they select the epoch: fewer choose badly
 EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
@@ -245,9 +246,10 @@ class Architecture(Record):
     )
     changes: bool | None = option(
         None,
-        "also use the change of each channel since the previous step as an input channel",
+        "also use the change of each channel since the previous step as an input channel; of a channel that is far "
+        "smaller in most sequences than in some, also its values and changes in finer units",
         of="sequences",
-        unset=SEQUENCE_CLASSIFIER.format("yes", "no, also with `every_step`"),
+        unset="yes for one class or number per sequence, else no, also with `every_step`",
         rare=True,
     )
     noise: float | None = option(
@@ -256,7 +258,8 @@ class Architecture(Record):
         "with `every_step`",
         NOT_NEGATIVE,
         of="sequences",
-        unset=SEQUENCE_CLASSIFIER.format(f"{NOISE} or 0, by the validation loss,", 0),
+        unset=f"by the validation loss {NOISE} or 0 for one class per sequence, {NOISE_OF_NUMBERS} or 0 for one "
+        "number; else 0",
         rare=True,
     )
     offset: float | None = option(
@@ -318,14 +321,13 @@ class Architecture(Record):
         They are those that measured best: docs/training.md has the measurements. `steps` is the usual length of a
         sequence.
         """
-        classes = task == "classify" and self.pooling != "none" and self.model is None
-        filters = (
-            FILTERS * (classes and not self.every_step and steps >= LONG) if self.filters is None else self.filters
-        )
-        strides = classes and not self.every_step and filters > 0
+        one = self.pooling != "none" and self.model is None
+        classes, pooled = one and task == "classify", one and not self.every_step
+        filters = FILTERS * (classes and pooled and steps >= LONG) if self.filters is None else self.filters
+        strides = classes and pooled and filters > 0
         usual: dict[str, Any] = {
-            "pooling": None if self.model is not None else "max" if classes and not self.every_step else "mean",
-            "changes": classes and not self.every_step,
+            "pooling": None if self.model is not None else "max" if classes and pooled else "mean",
+            "changes": pooled,
             "filters": filters,
             "stride": None if self.model is not None else strided(steps) if strides else 1,
             "noise": NOISE * classes,
@@ -334,13 +336,15 @@ class Architecture(Record):
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def candidates(self, task: str, targets: int) -> list[Architecture]:
-        """Return this architecture, and the same without noise if the validation part with so many targets may choose.
+        """Return this architecture with and without noise, or alone if a validation part of so many targets is small.
 
         Noise hides small differences, which tell some classes apart, so it isn't always better.
         """
-        if targets < FEWEST or not self.of(task).noise or (self.noise, self.offset) != (None, None):
+        usual = self.of(task)
+        if targets < FEWEST or not (usual.noise or usual.changes) or (self.noise, self.offset) != (None, None):
             return [self]
-        return [self, replace(self, noise=0.0, offset=0.0)]
+        noisy = self if usual.noise else replace(self, noise=NOISE_OF_NUMBERS)
+        return [noisy, replace(self, noise=0.0, offset=0.0)]
 
     def described(self) -> dict[str, Any]:
         """Return what a checkpoint's model must match, as plain values; `init` may differ."""

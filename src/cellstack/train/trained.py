@@ -7,13 +7,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellstack.cells.errors import FormatError
 from cellstack.network import Network
 from cellstack.nodes import Conv1D, Standardise
 from cellstack.train.checks import UsageError
-from cellstack.train.examples import Inputs
+from cellstack.train.examples import ChangeWeights, Inputs
 from cellstack.train.forecasting.recipe import Recipe
 
 TASKS = ("classify", "regress")
@@ -58,7 +57,7 @@ def trained(net: Network, path: str) -> Task:
         raise FormatError(f"{path}: expected a network with one output per {expected}, found {found}")
     inputs = raw_inputs(first, net.metadata.get("observed"), path)
     if net.metadata.get("changes"):
-        inputs = replace(inputs, changes=inputs.scale / _factors(net, len(first.mean), len(inputs.mean), path))
+        inputs = replace(inputs, changes=_changes(net, len(first.mean), len(inputs.mean), path))
     labels = _labels(net.metadata.get("labels"), task, outputs, path)
     return Task(task, labels, inputs, per_step)
 
@@ -73,15 +72,13 @@ def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:
     return Inputs(first.mean[:raw], first.scale[:raw], tuple(observed))
 
 
-def _factors(net: Network, width: int, raw: int, path: str) -> NDArray[np.float32]:
-    """Return by what the second node multiplies the changes of the raw channels."""
+def _changes(net: Network, width: int, raw: int, path: str) -> ChangeWeights:
+    """Return the weights of the second node, which computes the changes of the raw channels."""
     node = next(iter(net.nodes[1:]), None)
-    if not isinstance(node, Conv1D) or node.kernel.shape != (2, width, raw):
+    if not isinstance(node, Conv1D) or node.kernel.shape[:2] != (2, width) or node.kernel[:, raw:].any():
         raise FormatError(f"{path}: expected the changes of {raw} channels after the first node, found {node}")
-    factors = np.diagonal(node.kernel[1])
-    if not (factors > 0).all():
-        raise FormatError(f"{path}: expected the factors of changes to be above 0, found {factors.min():g}")
-    return factors
+    bias = np.zeros(node.kernel.shape[2], np.float32) if node.bias is None else node.bias
+    return ChangeWeights(node.kernel[:, :raw], bias)
 
 
 def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[Any, ...]:
