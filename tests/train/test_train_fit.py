@@ -860,8 +860,9 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
     x = [rng.normal(size=(8, 2)).astype(np.float32).cumsum(0) for _ in range(24)]
     x[0][3], x[1][2:4, 0] = np.nan, np.nan
     y = np.arange(24) % 2
-    result = train.fit(x, y, units=3, epochs=1, threads=1, baseline=False)
+    result = train.fit(x, y, units=3, epochs=1, threads=1, baseline=False, validation=0)
     net = result.network
+    steps = np.concatenate([[0], *(np.diff(one[~np.isnan(one[:, 0]), 0]) for one in x)])
     assert [*net.names] == ["standardise", "changes", "inputs", "layer_0", "pool", "head"]
     known = train.predict.trained(net, "net").inputs
     given, mask = known(x[1][None])
@@ -873,14 +874,38 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
     observed = x[1][~np.isnan(x[1][:, 0]), 0]
     np.testing.assert_allclose(moved[[2, 3], 0], 0, atol=1e-6)
     np.testing.assert_allclose(
-        moved[[1, 4, 5, 6, 7], 0], np.tanh(np.diff(observed) / known.changes[0]), rtol=1e-4, atol=1e-6
+        moved[[1, 4, 5, 6, 7], 0], np.tanh(np.diff(observed) / np.nanstd(steps)), rtol=1e-4, atol=1e-6
     )
     used = ~np.isnan(x[0]).all(1)
     np.testing.assert_allclose(result.predict([x[0]]).outputs, result.predict([x[0][used]]).outputs, rtol=1e-5)
     net.save(tmp_path / "net.safetensors")
     np.testing.assert_array_equal(load(tmp_path / "net.safetensors").predict(x).outputs, result.predict(x).outputs)
     assert train.fit(x, y, units=3, epochs=1, changes=False, baseline=False).network.names[1] == "layer_0"
-    assert train.fit(x, y + 0.5, units=3, epochs=1, baseline=False).network.names[1] == "layer_0"
+    assert train.fit(x, y + 0.5, units=3, epochs=1, baseline=False).network.names[1] == "changes"
+    assert train.fit(x, y + 0.5, units=3, epochs=1, every_step=True, baseline=False).network.names[1] == "layer_0"
+
+
+def test_a_channel_that_spans_orders_of_magnitude_is_seen_in_finer_units(rng, tmp_path):
+    """Classes that differ in the size of small sequences only are told apart, while a few large ones set the scale."""
+    size = np.array([1e-4, 1e-4, 3e-2, 3.0] * 15)
+    x = [(factor * rng.normal(size=(12, 1)) + 7e-3).astype(np.float32) for factor in size]
+    y = np.searchsorted([1e-3, 1.0], size)
+    result = train.fit(x, y, units=16, threads=1, epochs=60, noise=0, offset=0, validation=0, baseline=False)
+    net = result.network
+    assert np.mean(result.predict(x).outputs.argmax(1) == y) > 0.9
+    changes = net.nodes[1]
+    assert changes.kernel.shape == (2, 1, 1 + 4 + 4)
+    all_x, moves = np.concatenate(x), np.concatenate([np.zeros((1, 1)), *(np.diff(one, axis=0) for one in x)])
+    unit = all_x.std() / 8 ** np.arange(1, 5)
+    seen = changes.apply(net.nodes[0].apply(x[0][None]))[0]
+    np.testing.assert_allclose(seen[:, 5:], np.tanh((x[0] - np.median(all_x)) / unit), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        seen[1:, :5], np.tanh(np.diff(x[0], axis=0) / (moves.std() / 8 ** np.arange(5))), rtol=1e-2, atol=1e-5
+    )
+    net.save(tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(load(tmp_path / "net.safetensors").predict(x).outputs, result.predict(x).outputs)
+    again = train.fit(x, y, units=16, threads=1, epochs=1, init=net, validation=0, baseline=False)
+    assert [*again.network.names] == [*net.names]
 
 
 @pytest.mark.parametrize("stride", [1, 3])

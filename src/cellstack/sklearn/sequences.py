@@ -236,8 +236,6 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator, ClassifierParamete
 class SequenceRegressor(RegressorMixin, _SequenceEstimator):
     """Stacked recurrent layers that predict one or more numbers per sequence, see `SequenceClassifier`.
 
-    There is no noise by default, as targets often depend on the level of the input, which noise hides.
-
     Attributes:
         network_: the fitted `cellstack.Network`, from raw values to numbers in the targets' units.
         history_: one dict per epoch: `loss`, `validation_loss`, `rmse` of the validation part, `lr`.

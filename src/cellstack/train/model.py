@@ -63,7 +63,7 @@ class Changes(nn.Module):
     def __init__(self, weights: ChangeWeights):
         super().__init__()
         for name, values in weights._asdict().items():
-            self.register_buffer(name, torch.as_tensor(values).clone())
+            self.register_buffer(name, torch.tensor(values))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[B, T, W + F]` for `x [B, T, W]`, whose first I channels are the raw ones."""
