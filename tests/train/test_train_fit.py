@@ -21,7 +21,7 @@ from cellstack.train import checkpoint as checkpoints
 from cellstack.train.cell_names import CELLS
 from cellstack.train.checks import UsageError
 from cellstack.train.custom import Architecture, FitOptions, Indexed, Inputs, Labelled, Model, learn
-from cellstack.train.examples import padded
+from cellstack.train.examples import ChangeWeights, padded
 from cellstack.train.fitting import as_network
 
 CLASSES = ("a", "b", "c")
@@ -481,7 +481,13 @@ def test_constraints_and_penalties_are_applied(sequences):
 def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, every_step, task, cell, changes):
     mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
     targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
-    inputs = Inputs(mean[:3], np.abs(scale[:3]) + 1, (1,), np.float32([0.5, 1, 2]) if changes else None)
+    kernel = rng.normal(size=(2, 3, 4))
+    inputs = Inputs(
+        mean[:3],
+        np.abs(scale[:3]) + 1,
+        (1,),
+        ChangeWeights(*map(np.float32, (kernel, [0.1, 0, 0, 0.2]))) if changes else None,
+    )
     how = {"bidirectional": bidirectional, "pooling": pooling, "every_step": every_step}
     architecture = Architecture((5, 4), cell, **how)
     if bidirectional and every_step and pooling == "last":
