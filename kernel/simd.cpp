@@ -189,8 +189,9 @@ void activate(const Activation& activation, const T* x, T* y, int64_t n) {
 #ifdef CELLSTACK_FORWARD_ONLY  // in float32: less than half the size
 template <class T>
 constexpr Leaf<T> leaf(const Tiles<T>& plain, const Tiles<T>& bfloat16, const Tiles<T>& int8) {
-    return {Vec<T>::W, plain,   bfloat16,    int8,    pack<T>, pack_narrow<T>, nullptr, forward<T>, nullptr,
-            nullptr,   nullptr, activate<T>, nullptr, nullptr, nullptr,        nullptr, nullptr,    nullptr};
+    return {Vec<T>::W,         plain,           bfloat16,       int8,    pack<T>, pack_narrow<T>,
+            nullptr,           forward<T>,      nullptr,        nullptr, nullptr, activate<T>,
+            memory_scratch<T>, memory_gates<T>, memory_head<T>, nullptr, nullptr, nullptr};
 }
 constexpr Leaf<double> kDouble{};
 #else

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cell.h"
+#include "mlstm.h"
 
 #define EXPORT extern "C" __attribute__((used, visibility("default")))
 
@@ -69,6 +70,32 @@ EXPORT void forward(int batch, int steps, const float* x, const uint8_t* mask, c
     for (int s = 0; s < kStates; ++s) layer.before[s] = of->before[s], layer.after[s] = of->after[s];
     for (int s = 0; s < kInner; ++s) layer.states[s] = of->states[s];
     forward<float>(in, {layer}, 1);
+}
+
+// The memory of an mLSTM over x [B, T, width]. `numbers`: heads, keys, values, epsilon, and 1 with an output gate. The
+// states are updated in place. `stepwise`: not in chunks, so that any division of the steps among calls has the same
+// bits.
+EXPORT void run_memory(int batch, int steps, const float* x, const uint8_t* mask, const uint8_t* reset,
+                       const double* numbers, float* const* states, float* y, int stepwise) {
+    const MatrixMemory of{int64_t(numbers[0]), int64_t(numbers[1]), int64_t(numbers[2]), numbers[3]};
+    const bool gated = numbers[4] != 0;
+    const int64_t width = of.width() + (gated ? of.output() : 0);
+    MemorySequences<float> in{of,
+                              batch,
+                              steps,
+                              x,
+                              steps * width,
+                              width,
+                              mask,
+                              reset,
+                              {},
+                              {},
+                              nullptr,
+                              y,
+                              stepwise ? MemoryForm::kSteps : MemoryForm::kFastest};
+    in.gated = gated;
+    for (int k = 0; k < kMatrixStates; ++k) in.before[k] = in.after[k] = states[k];
+    memory_forward<float>(in, 1);
 }
 
 EXPORT Stream<float>* stream(const Weights<float>* weights, int batch) { return new Stream<float>({weights}, batch); }

@@ -2,6 +2,7 @@
 
 import { FORMAT_VERSION } from "./engine/engine.js";
 import { KINDS } from "./kinds.js";
+import { memoryForm } from "./memories.js";
 
 // A file that isn't a network, or a network that the package doesn't support.
 export class FormatError extends Error {
@@ -24,12 +25,12 @@ const list = [Array.isArray, "a list"];
 const SETTINGS = {
   ...Object.fromEntries(["type", "activation", "mode", "merge_mode"].map((name) => [name, text])),
   ...Object.fromEntries(
-    ["use_bias", "use_gain", "return_sequences", "go_backwards", "zero_output_for_mask", "residual", "mask_zero", "keepdims", "output_gate"].map(
+    ["use_bias", "use_gain", "over_time", "return_sequences", "go_backwards", "zero_output_for_mask", "residual", "mask_zero", "keepdims", "output_gate"].map(
       (name) => [name, flag],
     ),
   ),
   ...Object.fromEntries(
-    ["units", "ids", "times", "heads", "key_size", "value_size"].map((name) => [name, count]),
+    ["units", "ids", "times", "heads", "key_size", "value_size", "groups", "group_input_size", "group_units"].map((name) => [name, count]),
   ),
   input_size: [(value) => value === null || isCount(value), "a positive integer or null"],
   ...Object.fromEntries(["epsilon", "value"].map((name) => [name, number])),
@@ -43,10 +44,14 @@ const REQUIRED = {
   conv1d: ["input_size", "units", "use_bias", "activation"],
   embedding: ["ids", "units", "mask_zero"],
   layer_norm: ["use_gain", "use_bias", "epsilon"],
+  rms_norm: ["use_gain", "use_bias", "epsilon"],
+  group_norm: ["groups", "use_gain", "use_bias", "epsilon", "over_time"],
+  grouped_dense: ["groups", "group_input_size", "group_units", "use_bias"],
+  mlstm: ["heads", "key_size", "value_size", "epsilon", "output_gate"],
   pool: ["mode"],
   activation: ["activation"],
 };
-const SAME_WIDTH = ["standardise", "scale", "layer_norm", "activation", "clip", "pool", "masking"];
+const SAME_WIDTH = ["standardise", "scale", "layer_norm", "rms_norm", "group_norm", "activation", "clip", "pool", "masking"];
 const SEQUENCES = ["recurrent", "bidirectional", "mlstm", "conv1d", "pool", "masking"]; // they need a time axis
 
 function check(where, value, [is, expected]) {
@@ -97,7 +102,8 @@ function checkSettings(where, settings) {
 // The number of axes without the batch and the width of a node's output, null where unknown, after checking the node.
 function shapeAfter(node, given) {
   const { name, type } = node;
-  checkSettings(name, node);
+  // Without a bias, a grouped_dense has no units.
+  checkSettings(name, type === "grouped_dense" && node.units === null ? { ...node, units: 1 } : node);
   for (const setting of Object.hasOwn(REQUIRED, type) ? REQUIRED[type] : []) check(`${name}: ${setting}`, node[setting], SETTINGS[setting]);
   if (Object.hasOwn(CHOICES, type)) {
     const [setting, choices] = CHOICES[type];
@@ -115,6 +121,12 @@ function shapeAfter(node, given) {
     axes = node.forward.return_sequences ? 2 : 1;
   } else if (type === "embedding") [width, axes] = [node.units, 2];
   else if (type === "dense") width = node.units;
+  else if (type === "grouped_dense") [taken, width] = [node.groups * node.group_input_size, node.units ?? node.groups * node.group_units];
+  else if (type === "mlstm") {
+    check(`${name}: epsilon`, node.epsilon, [(value) => value >= 0, "a number of 0 or more"]);
+    const { settings } = memoryForm(node);
+    [taken, width, axes] = [settings.input_size, settings.units, 2];
+  }
   else if (type === "conv1d") {
     width = node.units;
     for (const setting of ["taps", "strides", "dilation", "groups"]) check(`${name}: ${setting}`, node[setting], count);

@@ -13,7 +13,7 @@ export interface Given {
   shape: number[];
 }
 
-/** The states of one cell: `h` `[B, P]`, and for an LSTM `c` `[B, H]`. */
+/** The states of one cell: `h` `[B, P]`, and for an LSTM `c` `[B, H]`; of an mLSTM `C`, `n` and `m`, those of head 0 first. */
 export type State = Record<string, Value>;
 
 export interface RunOptions {

@@ -100,6 +100,15 @@ export class Kernel {
     });
   }
 
+  // Run the memory of an mLSTM over steps of some rows. `numbers`: its description, in the order of kernel/wasm.cpp; x, y,
+  // mask, reset and states: addresses; the states are updated.
+  memory(numbers, rows, steps, { x, y, states, mask = 0, reset = 0, stepwise = false }) {
+    this.within((take) => {
+      const given = [this.put(take, numbers, Float64Array), this.put(take, states, Uint32Array)];
+      this.exports.run_memory(rows, steps, x, mask, reset, ...given, y, stepwise ? 1 : 0);
+    });
+  }
+
   // Run a cell over x [B, T, I]. `states`: the names and widths of its states, h first; `before`: the states before the
   // first step, by name, or null; mask and reset [B, T] or null. Returns y [B, T, P], `after`, the states after the last
   // step, by name; and with `gates`, a number of planes, the gates [B, T, planes, H] and, by name, the inner states of

@@ -10,15 +10,21 @@ import { NODE_KINDS } from "./engine/nodes.js";
 import { KernelPass, cellWeights, denseWeights, formOf, onKernel } from "./cells.js";
 import { FormatError } from "./description.js";
 import { MATRICES } from "./kinds.js";
+import { MemoryPass, memoryForm } from "./memories.js";
 import { bytesOf, loadKernel } from "./kernel.js";
 import { readSafetensors } from "./safetensors.js";
 import { Stream } from "./stream.js";
+
+const ofNorm = ({ input_size: I, use_gain, use_bias }) => ({ ...(use_gain && { gain: [I] }), ...(use_bias && { bias: [I] }) });
 
 // The shapes of the tensors of nodes without cells.
 const SHAPES = {
   standardise: ({ input_size: I }) => ({ mean: [I], scale: [I] }),
   scale: ({ input_size: I }) => ({ scale: [I], shift: [I] }),
-  layer_norm: ({ input_size: I, use_gain, use_bias }) => ({ ...(use_gain && { gain: [I] }), ...(use_bias && { bias: [I] }) }),
+  layer_norm: ofNorm,
+  rms_norm: ofNorm,
+  group_norm: ofNorm,
+  grouped_dense: ({ groups: G, group_input_size: I, group_units: O, units, use_bias }) => ({ kernel: [G, I, O], ...(use_bias && { bias: [units ?? G * O] }) }),
   dense: ({ input_size: I, units: O, use_bias }) => ({ kernel: [I, O], ...(use_bias && { bias: [O] }) }),
   embedding: ({ ids, units }) => ({ table: [ids, units] }),
   conv1d: ({ taps, input_size: C, groups, units: F, use_bias }) => ({
@@ -65,6 +71,10 @@ export class Network {
     const forms = [];
     const numbers = {};
     for (const node of description.nodes) {
+      if (node.type === "mlstm") {
+        numbers[node.name] = [forms.length];
+        forms.push(memoryForm(node));
+      }
       for (const [prefix, cells] of stacksOf(node)) {
         cells.forEach((cell, n) => {
           (numbers[node.name] ??= []).push(forms.length);
@@ -103,9 +113,14 @@ export class Network {
   pack(node, weights) {
     const { kernel } = this;
     node.cells.forEach((cell, n) => {
+      Object.assign(cell, { kernel, sizes: stateSizes(cell) });
+      if (node.type === "mlstm") {
+        cell.pass = MemoryPass;
+        return;
+      }
       const packed = cellWeights(kernel, `${node.name}, cell ${n}`, cell, cell.tensors, weights);
       const arrays = mapped(cell.tensors, ({ shape }) => ({ shape })); // the engine checks their shapes
-      Object.assign(cell, { kernel, weights: packed, sizes: stateSizes(cell), pass: KernelPass, arrays, tensors: null });
+      Object.assign(cell, { weights: packed, pass: KernelPass, arrays, tensors: null });
     });
     if (node.type === "dense") {
       node.weights = denseWeights(kernel, node, node.arrays, weights);

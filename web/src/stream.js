@@ -3,9 +3,10 @@
 
 import { NODE_KINDS } from "./engine/nodes.js";
 import { lastAxis, numbersIn, shapeText } from "./engine/shapes.js";
+import { memoryNumbers } from "./memories.js";
 
-// Nodes without a state that give the same result step by step as over a whole sequence.
-const STEPWISE = ["dense", "activation", "clip", "standardise", "scale", "layer_norm", "embedding", "masking"];
+// Nodes that give the same result step by step as over a whole sequence.
+const STEPWISE = ["dense", "activation", "clip", "standardise", "scale", "layer_norm", "rms_norm", "group_norm", "grouped_dense", "mlstm", "embedding", "masking"];
 const masks = ({ type, settings }) => type === "masking" || (type === "embedding" && settings.mask_zero);
 
 // Why a node can't run step by step; null if it can.
@@ -73,7 +74,9 @@ class Value {
 
 // What a stream has in the kernel's memory, apart from the stream, so that it can be freed after it.
 class Memory {
-  cells = []; // { stream, cell }: the kernel's stream of each cell, in the order of the network's states
+  // In the order of the network's states: { cell, stream }, the kernel's stream of a cell, or { cell, places }, where the
+  // states of an mLSTM are.
+  cells = [];
   dense = []; // the same of dense layers
   values = [];
   constructor(kernel) {
@@ -85,7 +88,10 @@ class Memory {
   }
   free() {
     for (const value of this.values) value.free();
-    for (const stream of [...this.cells.map((one) => one.stream), ...this.dense]) this.kernel.exports.delete_stream(stream);
+    for (const { stream, places } of [...this.cells, ...this.dense.map((stream) => ({ stream }))]) {
+      if (places) for (const at of places) this.kernel.release(at);
+      else this.kernel.exports.delete_stream(stream);
+    }
   }
 }
 const unused = new FinalizationRegistry((memory) => memory.free());
@@ -113,7 +119,8 @@ export class Stream {
     });
     this.#parts = network.nodes.map((node) => {
       const sources = node.sources.map((name) => found[name]);
-      const own = node.cells.length ? this.#stack(node, sources[0].value) : this.#single(node, sources);
+      const of = node.type === "mlstm" ? this.#remembering : node.cells.length ? this.#stack : this.#single;
+      const own = of.call(this, node, sources);
       found[node.name] = { value: own.value, given: null };
       return own.run;
     });
@@ -122,7 +129,7 @@ export class Stream {
   }
 
   // The cells of a node, each a stream of the kernel.
-  #stack(node, source) {
+  #stack(node, [{ value: source }]) {
     const { cells, settings } = node;
     const { exports } = this.#memory.kernel;
     let value = source;
@@ -143,6 +150,27 @@ export class Stream {
       };
     });
     return { value, run: (T) => steps.forEach((step) => step(T)) };
+  }
+
+  // The memory of an mLSTM.
+  #remembering(node, [{ value: x }]) {
+    const { kernel } = this.#memory;
+    const [cell] = node.cells;
+    const value = this.#memory.value();
+    const places = Object.values(cell.sizes).map((size) => kernel.allocate(Float32Array.BYTES_PER_ELEMENT * this.#batch * size));
+    this.#memory.cells.push({ cell, places });
+    this.#clear(places, cell.sizes);
+    const numbers = memoryNumbers(cell.spec);
+    const run = (T) => {
+      checkWidth(node, x, cell.spec.input_size);
+      value.fit([this.#batch, T, cell.spec.units]);
+      kernel.memory(numbers, this.#batch, T, { x: x.at, y: value.at, states: places, stepwise: true });
+    };
+    return { value, run };
+  }
+
+  #clear(places, sizes) {
+    Object.values(sizes).forEach((size, n) => this.#memory.kernel.floats(places[n], this.#batch * size).fill(0));
   }
 
   // A node without cells: a dense layer on the kernel, or any node by the engine.
@@ -227,10 +255,10 @@ export class Stream {
   #eachState(body) {
     if (this.#memory === null) throw new Error("stream: it is closed");
     const { kernel, cells } = this.#memory;
-    return cells.map(({ stream, cell: { sizes } }, n) =>
+    return cells.map(({ stream, places: own, cell: { sizes } }, n) =>
       kernel.within((take) => {
         const names = Object.keys(sizes);
-        const places = names.map((name) => take(Float32Array.BYTES_PER_ELEMENT * this.#batch * sizes[name]));
+        const places = own ?? names.map((name) => take(Float32Array.BYTES_PER_ELEMENT * this.#batch * sizes[name]));
         const list = kernel.put(take, places, Uint32Array);
         const views = names.map((name, k) => [name, kernel.floats(places[k], this.#batch * sizes[name])]);
         return body({ n, stream, list, views, sizes });
@@ -240,7 +268,7 @@ export class Stream {
 
   get state() {
     return this.#eachState(({ stream, list, views, sizes }) => {
-      this.#memory.kernel.exports.stream_get_state(stream, list);
+      if (stream) this.#memory.kernel.exports.stream_get_state(stream, list);
       return Object.fromEntries(views.map(([name, view]) => [name, { data: view.slice(), shape: [this.#batch, sizes[name]] }]));
     });
   }
@@ -259,13 +287,16 @@ export class Stream {
     });
     this.#eachState(({ n, stream, list, views }) => {
       for (const [name, view] of views) view.set(given[n][name].data);
-      this.#memory.kernel.exports.stream_set_state(stream, list);
+      if (stream) this.#memory.kernel.exports.stream_set_state(stream, list);
     });
   }
 
   reset() {
     if (this.#memory === null) throw new Error("stream: it is closed");
-    for (const { stream } of this.#memory.cells) this.#memory.kernel.exports.stream_reset(stream);
+    for (const { stream, places, cell } of this.#memory.cells) {
+      if (stream) this.#memory.kernel.exports.stream_reset(stream);
+      else this.#clear(places, cell.sizes);
+    }
   }
 
   close() {

@@ -97,9 +97,11 @@ const bidirectionalNode = {
 const memoryNode = {
   settings: ["heads", "key_size", "value_size", "epsilon", "output_gate"],
   arrays: [],
-  run(node, [flow], { states: [state], patches: [patches], keep }) {
+  run(node, [flow], { states: [state], patches: [patches], pre: traced, keep }) {
     const [B, T] = flow.x.shape;
-    const pass = new CellPass(node.cells[0], flow.x.data, B, T, { ...flagsOf(flow), state, patches, reverse: false, pre: false, keep });
+    const [cell] = node.cells;
+    const options = { ...flagsOf(flow), state, patches, reverse: false, pre: false, traced, keep };
+    const pass = new (cell.pass ?? CellPass)(cell, flow.x.data, B, T, options);
     return { x: pass.fields.h, ...flagsOf(flow), kept: pass };
   },
   passes: ({ kept }) => [kept],
