@@ -66,6 +66,14 @@ def mean_of_used_steps(m, x, lengths):
     return y.sum(1) / counts[:, None], y
 
 
+def of_selected_rows(m, x):
+    """Pack the rows that have steps, by lengths that are computed."""
+    lengths = (x[..., 0] > 0).sum(1)
+    some = lengths > 0
+    _, (h, _) = m.rnn(pack_padded_sequence(x[some], lengths[some].tolist(), batch_first=True, enforce_sorted=False))
+    return x.new_zeros(len(x), 6).masked_scatter_(some[:, None], h[-1])
+
+
 def two_lengths(m, x, lengths, more):
     first = m.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
     second = m.rnn(pack_padded_sequence(x.flip(1), more, batch_first=True, enforce_sorted=False))[1][1][-1]
@@ -196,6 +204,7 @@ MODELS = {
     "time before batch": (turned, x_of, {"batch_first": False}),
     "a function": (called_as_a_function, x_of, {"kind": nn.GRU}),
     "a mean over packed rows": (mean_of_used_steps, with_lengths, {}),
+    "packed rows that a mask selects": (of_selected_rows, x_of, {}),
     "packed by two lengths": (two_lengths, with_two_lengths, {}),
     "lengths in a list": (lengths_in_a_list, with_sorted_lengths, {}),
     "counts": (of_counts, with_sorted_lengths, {}),
@@ -321,8 +330,46 @@ def test_an_axis_may_change_by_multiples_only():
         return x.reshape(len(starts), -1, 4)
 
     rows = frozenset({(0, 0, 1), (1, 0, 1)})
-    assert axes_in_groups(steps, (torch.ones(3, 4), torch.zeros(3))) == [rows]
-    assert axes_in_groups(steps, (torch.ones(3, 8), torch.zeros(3))) == [rows, frozenset({(0, 1, 4)})]
+    assert axes_in_groups(steps, (torch.ones(3, 4), torch.zeros(3)), []) == [rows]
+    assert axes_in_groups(steps, (torch.ones(3, 8), torch.zeros(3)), []) == [rows, frozenset({(0, 1, 4)})]
+
+
+def test_an_axis_for_which_too_many_combinations_would_be_tried_is_named():
+    def tables(m, x, *others):
+        *fixed, h = others
+        return m.rnn(x, h[None])[0].cumsum(1) + sum((one[:, 0] * torch.arange(2)).sum() for one in fixed)
+
+    given = torch.randn(2, 9, 4), *(torch.randn(2, n) for n in range(2, 10)), torch.randn(2, 6)
+    with (
+        pytest.warns(UserWarning, match="ONNX Runtime"),
+        pytest.warns(
+            UserWarning, match="takes the lengths of the example along axis 0 of input 0, axis 0 of input 1, "
+        ),
+    ):
+        cs.compile(Model(tables, nn.GRU), given)
+
+
+class Strided(nn.Module):
+    """A convolution over features, of which 9 to 12 give as many, before packed rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.rnn = nn.Conv2d(1, 2, (5, 3), stride=(4, 1), padding=(0, 1)), nn.LSTM(4, 6, batch_first=True)
+
+    def forward(self, x, lengths):
+        y = self.conv(x).flatten(1, 2).transpose(1, 2)
+        y, _ = self.rnn(pack_padded_sequence(y, lengths, batch_first=True))
+        return pad_packed_sequence(y, batch_first=True)[0].cumsum(1)
+
+
+def test_features_may_change_as_far_as_packed_rows_keep_their_width():
+    module = Strided().eval()
+    net: Any = ran_in_part(module, (torch.randn(2, 1, 9, 8), torch.tensor([8, 5])))
+    for features in (9, 12):
+        x, lengths = torch.randn(3, 1, features, 31), torch.tensor([31, 20, 2])
+        found = net((x.numpy(), lengths.numpy()))
+        np.testing.assert_allclose(found, module(x, lengths).detach(), atol=tolerances.NETWORK, rtol=0)
 
 
 def test_sizes_may_be_computed_at_length_from_those_of_the_input():

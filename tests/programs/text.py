@@ -171,7 +171,7 @@ def stanza_lemmatizer():
     return module, call
 
 
-@program("supar: CharLSTM", *NEEDS["supar"], refused="lengths that it computes")
+@program("supar: CharLSTM", *NEEDS["supar"], runtime=True)
 def supar_characters():
     from supar.modules import CharLSTM
 

@@ -121,7 +121,7 @@ def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
         if exported:
             if looks and (not places or reads_values(module, inputs)):
                 reasons.append(
-                    f"it reads values of tensors ({_some(looks)}), but a graph only contains what it did for the "
+                    f"it reads values of tensors ({some(looks)}), but a graph only contains what it did for the "
                     "example: write it without if, while, float() and numpy(), for instance by torch.where"
                 )
             known = remedy(why or "")
@@ -150,7 +150,7 @@ def caveats(module: Any, inputs: tuple[Any, ...], looks: list[str], places: Plac
     notes, (compared, converted, failed) = list[str](), places
     if looks and reads_values(module, inputs):
         notes.append(
-            f"reads values of tensors ({_some(looks)}), and the network does what it did for the example: the outputs "
+            f"reads values of tensors ({some(looks)}), and the network does what it did for the example: the outputs "
             "for other values that were tried agree, but not all values can be tried"
         )
     if failed:
@@ -161,7 +161,7 @@ def caveats(module: Any, inputs: tuple[Any, ...], looks: list[str], places: Plac
     ):
         if lines:
             notes.append(
-                f"{does} ({_some(lines)}), and the network does what it did for the example's sizes: it agrees for "
+                f"{does} ({some(lines)}), and the network does what it did for the example's sizes: it agrees for "
                 "the other sizes that were tried, but may differ for sizes that weren't"
             )
     return notes
@@ -202,17 +202,18 @@ def _differs(
         places = [*places, *onnx.get("branches", ())]
         if places:
             reasons.append(
-                f"it compares sizes of its input ({_some(places)}), but a graph only contains what it "
+                f"it compares sizes of its input ({some(places)}), but a graph only contains what it "
                 "did for the example's sizes: do the same for all sizes, or compile a module for each case",
             )
     if converted and not known and not reasons:
         reasons.append(
             "its outputs differ for other sizes, perhaps because it turns sizes into plain numbers, as int(n), "
-            f"range(0, n, 2) or items[n] do ({_some(converted)}): a graph only contains what it did for the example's "
+            f"range(0, n, 2) or items[n] do ({some(converted)}): a graph only contains what it did for the example's "
             "sizes"
         )
     return reasons, places
 
 
-def _some(places: list[str]) -> str:
+def some(places: list[str]) -> str:
+    """Return the first places of a list as text."""
     return ", ".join(places[:3])

@@ -23,7 +23,7 @@ Axes = frozenset[tuple[int, int, int]]  # the indices of tensors, an axis of eac
 
 def free_axes(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     """Return, for each input tensor, the axes that a graph for a Network leaves open."""
-    group, found = _finder(module, inputs), []
+    group, found = _finder(module, inputs, []), []
     for n, value in enumerate(inputs):
         if value.ndim > 2:
             found.append([axis for axis in range(value.ndim) if group(n, axis)] or [0, 1])
@@ -34,9 +34,12 @@ def free_axes(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     return found
 
 
-def axes_in_groups(module: Any, inputs: tuple[Any, ...]) -> list[Axes]:
-    """Return the axes of the input tensors that may change, in groups that change together."""
-    group, found = _finder(module, inputs), list[Axes]()
+def axes_in_groups(module: Any, inputs: tuple[Any, ...], left: list[str]) -> list[Axes]:
+    """Return the axes of the input tensors that may change, in groups that change together.
+
+    An axis for which there are more combinations with others than are tried is added to `left`.
+    """
+    group, found = _finder(module, inputs, left), list[Axes]()
     for n, value in enumerate(inputs):
         for axis in range(value.ndim):
             if any((n, axis) == place[:2] for one in found for place in one):
@@ -70,7 +73,7 @@ def is_count(value: Any) -> bool:
     return not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
 
 
-def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[..., Axes | None]:
+def _finder(module: Any, inputs: tuple[Any, ...], left: list[str]) -> Callable[..., Axes | None]:
     """Return a function that returns the smallest group of axes with a given one that may change; None: it may not."""
     flat = list(inputs)
 
@@ -96,8 +99,11 @@ def _finder(module: Any, inputs: tuple[Any, ...]) -> Callable[..., Axes | None]:
             same = [other for other in range(len(shape)) if shape[other] == flat[n].shape[axis]]
             alone_of_them = sorted(([one] for one in same), key=lambda one: one != [axis])  # mostly the same axis
             choices = [*alone_of_them, same, []] if axis in same else [same, *alone_of_them, []]
-            ways.append([frozenset(itertools.product(members, chosen, [1])) for chosen in choices])
-        for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
+            ways.append([*dict.fromkeys(frozenset(itertools.product(members, chosen, [1])) for chosen in choices)])
+        for tried, way in enumerate(itertools.product(*ways)):
+            if tried == MOST_WAYS:
+                left.append(f"axis {axis} of input {n}")
+                break
             if not takes(frozenset().union(alone, *way)):
                 continue
             kept = [part for part in way if part]

@@ -21,10 +21,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from sympy import sympify
 from torch import nn
 from torch._library import utils
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from cellstack.capture.copied import duplicate
@@ -150,6 +152,11 @@ def example_values(looks: list[str]) -> Iterator[None]:
 
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     own, copy = utils.is_builtin, meta_utils._safe_copy
+    known = ShapeEnv.set_real_tensor_prop_unbacked_vals
+
+    def keep(env: Any, size: Any, value: Any) -> None:
+        known(env, size, sympify(value).xreplace(env.backed_var_to_val))
+
     logger.addFilter(note)
     try:
         with (
@@ -162,6 +169,8 @@ def example_values(looks: list[str]) -> Iterator[None]:
             ),
             # Its checks fix sizes, by comparing them, and take an absent optional tensor for a changed one.
             mock.patch.object(FakeTensorMode, "_maybe_infer_fake_kernel_from_pytree_out", lambda *args: args[4]),
+            # A size of an example may be an expression of other sizes, of which it expects a number.
+            mock.patch.object(ShapeEnv, "set_real_tensor_prop_unbacked_vals", keep),
             mock.patch.object(utils, "is_builtin", lambda called: called is op.recurrent or own(called)),
         ):
             yield

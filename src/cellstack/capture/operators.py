@@ -57,16 +57,41 @@ class Padded(NamedTuple):
         return torch.arange(self.steps) < self.lengths[:, None]
 
 
-def on_the_op(module: Any) -> Any:
-    """Return a copy of a module whose recurrent functions call the kernel's op, and whose packed rows are padded."""
+def with_checks(module: Any) -> Any:
+    """Return a copy of a module in which PyTorch's recurrent functions check the sizes of packed rows.
+
+    They don't do so themselves, and read beyond the end of the weights or the states.
+    """
     made = duplicate(module)
-    made.forward = partial(_within, made.forward)
+    made.forward = partial(_checked_forward, made.forward)
     return made
 
 
-def _within(forward: Any, *args: Any) -> Any:
-    with Operators():
+def _checked_forward(forward: Any, *args: Any) -> Any:
+    with _Checks():
         return forward(*args)
+
+
+class _Checks(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of PyTorch."""
+        name = getattr(func, "__name__", "")
+        if name in MODES and isinstance(args[3], (tuple, list)):
+            data, sizes, hx, weights = args[:4]
+            check_sizes(name, data.shape[-1], int(sizes[0]), hx, weights)
+        return func(*args, **(kwargs or {}))
+
+
+def check_sizes(name: str, features: Any, rows: Any, hx: Any, weights: Any) -> list[Tensor]:
+    """Return the states of a recurrent function as a list.
+
+    Raises:
+        ValueError: they have another number of rows than x, or x has other features than the weights.
+    """
+    states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    if features != weights[0].shape[1] or any(state.shape[1] != rows for state in states):
+        raise ValueError(f"{name}: x or a state has another size than the weights or the number of rows")
+    return states
 
 
 class Operators(TorchFunctionMode):
@@ -179,10 +204,8 @@ class Operators(TorchFunctionMode):
         else:
             (hx, weights, biases, layers, _, _, both), first = args[1:], True
             x = contiguous(x).view(padded.rows, padded.steps, x.shape[-1])
-        states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+        states = check_sizes(mode, x.shape[2], x.shape[0], hx, weights)
         used = None if padded is None else padded.used
-        if x.shape[2] != weights[0].shape[1] or any(state.shape[1] != x.shape[0] for state in states):
-            raise ValueError(f"{mode}: x or a state has another size than the weights or the number of rows")
         y, ends = run_stack(mode, x, weights, states, used, biases, layers, both)  # y [T, B, ·]
         y = y.transpose(0, 1) if first else y
         return y if padded is None else contiguous(y).view(padded.rows * padded.steps, y.shape[-1]), *ends

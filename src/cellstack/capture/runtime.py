@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from cellstack.capture.attempts import DRAWS, MORE_SCALES, SCALES, caveats
+from cellstack.capture.attempts import DRAWS, MORE_SCALES, SCALES, caveats, some
 from cellstack.capture.axes import Axes, axes_in_groups, longer, resized
 from cellstack.capture.complexes import with_real_ends
 from cellstack.capture.copied import duplicate
@@ -29,7 +29,7 @@ from cellstack.capture.equality import GraphEnds, difference, drawn
 from cellstack.capture.export import example_values, recorded, write
 from cellstack.capture.exported import export, without_console
 from cellstack.capture.nested import fresh
-from cellstack.capture.operators import on_the_op
+from cellstack.capture.operators import with_checks
 from cellstack.capture.packing import packs
 from cellstack.capture.prepared import Prepared
 from cellstack.capture.probes import compared_sizes, steps_repeated
@@ -60,7 +60,8 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
     if find_spec("onnxruntime") is None:
         raise FormatError(NEEDS)
     module, inputs, tried = duplicate(ready.module), ready.inputs, list[str]()
-    axes = axes_in_groups(on_the_op(module), inputs)  # PyTorch doesn't check sizes of packed rows
+    strict, left = with_checks(module), list[str]()
+    axes = axes_in_groups(strict, inputs, left)
     cut = "torch.export", _by_export, False
     whole = "torch.export of all steps", partial(_by_export, cut=False), True
     cells = "torch.export of hand-written cells", partial(_by_export, cells=True), False
@@ -77,7 +78,7 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
             try:
                 _call_with_other_sizes(module, given, axes)
                 network = _saved(save, module, given, len(ready.answers), ends.axes, looks, reason)
-                why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES, ends)
+                why = difference(network, strict, inputs, tolerance, MORE_SCALES if looks else SCALES, ends)
             except (FormatError, RuntimeError, ValueError) as error:
                 network, why = None, str(error)
             if looks and given is examples[0]:  # perhaps its code has a branch for special values, such as zeros
@@ -87,7 +88,7 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
                 tried += [f"{how}: {why}"] if given is not random else []
                 continue
             network.path = ready.name
-            notes = [*ready.notes, *_notes(network, ends, reason)]
+            notes = [*ready.notes, *_notes(network, ends, reason, left)]
             if padded:
                 notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
             places = compared_sizes(ends, module, inputs)
@@ -197,10 +198,15 @@ def _by_trace(module: Any, given: Any, opened: Sequence[Axes], path: str, names:
     return export(module, fresh(given), path, {"input_names": names, "output_names": outs, "dynamic_axes": axes})
 
 
-def _notes(network: RuntimeModel, ends: GraphEnds, reason: str) -> list[str]:
-    """Return warnings: which operators ONNX Runtime runs and why, and which sizes it rejects."""
+def _notes(network: RuntimeModel, ends: GraphEnds, reason: str, left: list[str]) -> list[str]:
+    """Return warnings: which operators ONNX Runtime runs and why, and which sizes it rejects or may reject."""
     found = re.findall(r"ONNX Runtime: (.*)", str(network.plan()))
     notes = [f"isn't a Network: {reason}; ONNX Runtime runs {'; '.join(found)}: see plan()"]
     if ends.rejected:
         notes.append(f"takes sizes that its graph doesn't have, such as {ends.rejected[0]}")
+    if left:
+        notes.append(
+            f"takes the lengths of the example along {some(left)}: too many axes have the same one to find those that "
+            "change together; give an example in which they differ"
+        )
     return notes

@@ -313,7 +313,7 @@ def run_stack(
     size = len(weights) // count
     projected = weights[size - 1].shape[0] if size % 2 else 0
     hidden = weights[1].shape[0] // 4 if projected else weights[1].shape[1]  # only an LSTM has a projection
-    runs = _cells(mode, (x.shape[2], hidden, projected), bias, weights, states, count, len(directions))
+    runs = _cells(mode, (weights[0].shape[1], hidden, projected), bias, weights, states, count, len(directions))
     y, _, ends, _ = forward.run_layers(runs, x, used, None, directions=directions, time_major=True)
     return y, _stacked(ends)
 
