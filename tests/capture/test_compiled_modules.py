@@ -293,6 +293,13 @@ def test_a_size_that_is_changed_in_place_is_a_number():
     agrees(cs.compile(Net(takes=takes), X), Net(takes=takes))
 
 
+@pytest.mark.parametrize(
+    "takes", [lambda x: x.diff(2, 1), lambda x: torch.diff(x, dim=-2, prepend=x[:, :1], append=x[:, 2:4])]
+)
+def test_differences_of_steps_are_nodes(takes):
+    agrees(cs.compile(Net(takes=takes), X), Net(takes=takes))
+
+
 class Called(nn.Module):
     """A module whose `__call__` doesn't take all of the arguments of `forward`."""
 

@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sympy import sympify
 from torch import nn
 from torch._library import utils
 from torch._subclasses import meta_utils
@@ -155,7 +154,9 @@ def example_values(looks: list[str]) -> Iterator[None]:
     known = ShapeEnv.set_real_tensor_prop_unbacked_vals
 
     def keep(env: Any, size: Any, value: Any) -> None:
-        known(env, size, sympify(value).xreplace(env.backed_var_to_val))
+        known(env, size, value)
+        values = env.real_tensor_prop_unbacked_vals
+        values[size] = values[size].xreplace(env.backed_var_to_val)
 
     logger.addFilter(note)
     try:

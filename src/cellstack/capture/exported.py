@@ -123,7 +123,7 @@ def _traceable(one_step: bool) -> Any:
 
     - A size is a tensor while traced: `length *= 2` makes a new one, as it does for integers.
     - Adaptive pooling to one entry along some axes becomes a mean or maximum over these.
-    - RMS norms, which ONNX lacks, and single steps of PyTorch's cells are computed by their equations.
+    - RMS norms and differences, which ONNX lacks, and single steps of PyTorch's cells are computed by their equations.
     """
 
     def rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
@@ -132,13 +132,20 @@ def _traceable(one_step: bool) -> Any:
         y = x / (x.square().mean(axes, keepdim=True) + least).sqrt()
         return y if weight is None else y * weight
 
+    def diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+        parts = [one for one in (prepend, x, append) if one is not None]
+        x, before = torch.cat(parts, dim) if len(parts) > 1 else x, (slice(None),) * (dim % x.ndim)
+        for _ in range(n):
+            x = x[(*before, slice(1, None))] - x[(*before, slice(-1))]
+        return x
+
     class Traceable(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name, named = getattr(func, "__name__", ""), kwargs or {}
             if name in IN_PLACE and args[0].ndim == 0 and not args[0].is_floating_point():
                 return getattr(args[0], name[:-1])(*args[1:], **named)
-            if name == "rms_norm":
-                return rms_norm(*args, **named)
+            if name in own:
+                return own[name](*args, **named)
             if one_step and name in CELLS:
                 x, h, *weights = (one for one in args if one is not None)
                 run = getattr(torch._VF, name.removesuffix("_cell"))
@@ -151,6 +158,7 @@ def _traceable(one_step: bool) -> Any:
                 return getattr(args[0], reduce)([n - count for n in range(count) if sizes[n] == 1], keepdim=True)
             return func(*args, **named)
 
+    own = {"rms_norm": rms_norm, "diff": diff}
     return Traceable()
 
 

@@ -41,6 +41,7 @@ from cellstack.layers import op
 NEEDS = "the rest of it would run in ONNX Runtime, which isn't installed: pip install 'cellstack[onnxruntime]'"
 
 NOTHING = "it has no recurrent layer that the kernel runs"
+ALL = "without one and without a loop over time, ONNX Runtime would run all of it: call torch.onnx.export for that"
 
 
 def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[RuntimeModel, list[str]]:
@@ -100,7 +101,7 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
                 return made
             least, best = min((least, best), (len(ends.rejected), made), key=lambda one: one[0])
     if best is None:
-        raise FormatError("; ".join(dict.fromkeys(tried)))
+        raise FormatError("; ".join([*dict.fromkeys(tried), *([ALL] if any(NOTHING in one for one in tried) else [])]))
     return best
 
 
