@@ -15,10 +15,12 @@ weights, as closely as multiples of 4 units allow. Scores are those of the test 
 
 A JSON file stores each result at once, so a run can be stopped and continued. `--quick` trains each cell for a moment
 only, to see that the program works. `--cost` compares at an equal width instead: 128 units and inputs, one thread,
-processor time of the thread, the fastest of rounds that alternate between the cells.
+processor time of the thread, the fastest of rounds that alternate between the cells. If the package flashrnn is
+installed, its loop in PyTorch, which is what it has for processors, is measured too, after its outputs were compared.
 """
 
 import argparse
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -233,6 +235,31 @@ def table(path: Path) -> str:
     )
 
 
+FLASHRNN = {"LSTM": "lstm", "sLSTM, 1 head": "slstm", "sLSTM, 4 heads": "slstm"}
+
+
+def flashrnn_of(function: str, layer: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return FlashRNN with a layer's weights, as a function of x `[B, T, I]` and the states `[S, B, 1, heads, D]`.
+
+    It returns h `[B, T, H]` and the states after the last step. Its gates are i f z o, as ours, and its recurrent
+    weights `[4, heads, D, P]`, for the gates of D units from the h of P units.
+    """
+    from flashrnn import flashrnn
+
+    kernel, recurrent, bias = (getattr(layer.cell, name) for name in ("kernel", "recurrent_kernel", "bias"))
+    blocks = recurrent.view(-1, *recurrent.shape[-2:])  # [heads, P, 4·D]
+    heads, size, _ = blocks.shape
+    gates = blocks.view(heads, size, 4, size).permute(2, 0, 3, 1).contiguous()
+
+    def run(x: torch.Tensor, states: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        sums = (x @ kernel).view(*x.shape[:2], 4, heads, size)
+        biases, form = bias.view(4, heads, size), {"backend": "vanilla", "dtype": "float32"}
+        h, after = flashrnn(sums, gates, biases, states, function, **form)
+        return h[0].reshape(*x.shape[:2], -1), after
+
+    return run
+
+
 def cost() -> None:
     """Print the time of a step of a stream, and of a training step, relative to the LSTM."""
     torch.set_num_threads(1)
@@ -240,7 +267,7 @@ def cost() -> None:
     x, one = torch.randn(ROWS, STEPS, WIDTH), np.random.default_rng(0).normal(size=(1, WIDTH)).astype("f4")
     steps, trainings, weights = {}, {}, {}
     for name, (cell, heads) in CELLS.items():
-        (layer,) = recurrent_layers(cell, heads, (WIDTH,), WIDTH)
+        (layer,) = recurrent_layers(Architecture((WIDTH,), cell, heads), WIDTH)
         stream = load(layer).stream(batch=1)
         weights[name] = sum(parameter.numel() for parameter in layer.parameters())
 
@@ -252,11 +279,27 @@ def cost() -> None:
             torch.autograd.grad(layer(x).sum(), list(layer.parameters()))
 
         steps[name], trainings[name] = step, training
+        if name in FLASHRNN and importlib.util.find_spec("flashrnn"):
+            peer = f"{name}, FlashRNN"
+            run = flashrnn_of(FLASHRNN[name], layer)
+            torch.testing.assert_close(run(x)[0], layer(x), rtol=1e-4, atol=1e-5)
+            weights[peer] = weights[name]
+
+            def peer_step(run=run):
+                with torch.no_grad():
+                    states = None
+                    for _ in range(1000):
+                        states = run(torch.from_numpy(one)[:, None], states)[1]
+
+            def peer_training(run=run, layer=layer):
+                torch.autograd.grad(run(x)[0].sum(), list(layer.parameters()))
+
+            steps[peer], trainings[peer] = peer_step, peer_training
     found = [alternate(runs, ROUNDS, time.thread_time) for runs in (steps, trainings)]
     print(f"{WIDTH} inputs and units, one thread, {native.isa()}, torch {torch.__version__}\n")
     print(f"| | weights | a step of a stream, µs | | forward and backward, {ROWS} x {STEPS} steps, ms | |")
     print("|---|---|---|---|---|---|")
-    for name in CELLS:
+    for name in steps:
         step, training = (times[name][0] for times in found)
         first = [times["LSTM"][0] for times in found]
         print(
