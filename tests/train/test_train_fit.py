@@ -899,6 +899,7 @@ def test_a_channel_that_spans_orders_of_magnitude_is_seen_in_finer_units(rng, tm
     result = train.fit(x, y, units=16, threads=1, epochs=60, noise=0, offset=0, validation=0, baseline=False)
     net = result.network
     assert np.mean(result.predict(x).outputs.argmax(1) == y) > 0.9
+    assert result.understood[-1] == "values span orders of magnitude, so also seen in finer units: channel 0"
     changes = net.nodes[1]
     assert changes.kernel.shape == (2, 1, 1 + 4 + 4)
     all_x, moves = np.concatenate(x), np.concatenate([np.zeros((1, 1)), *(np.diff(one, axis=0) for one in x)])

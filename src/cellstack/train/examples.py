@@ -257,6 +257,11 @@ class Inputs:
         return len(self.mean) + len(self.observed) + (0 if self.changes is None else len(self.changes.bias))
 
     @property
+    def wide(self) -> list[int]:
+        """The raw channels that are also seen in finer units."""
+        return [] if self.changes is None else np.flatnonzero((self.changes.kernel[1] != 0).sum(axis=1) > 1).tolist()
+
+    @property
     def standardise(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and scale of each of the network's input channels, which are the raw ones and the indicators."""
         extra = np.zeros(len(self.observed), np.float32)

@@ -116,6 +116,10 @@ def train_sequences(
     parts_of_data = {"training": training, "validation": validation, "test": test}
     said = [understood(one, name)[0] for name, one in parts_of_data.items() if one is not None]
     said = [line.strip() for lines in said for line in lines]
+    if inputs.wide:
+        names = training.columns or [f"channel {n}" for n in range(training.channels)]
+        wide = ", ".join(names[n] for n in inputs.wide)
+        said.append(f"values span orders of magnitude, so also seen in finer units: {wide}")
     measured = parts.held if test is None or test.y is None else test
     compared = None
     if options.baseline and measured is not None and rank == 0:
