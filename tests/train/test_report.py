@@ -157,7 +157,7 @@ def test_the_accuracy_that_the_documentation_states(tmp_path, capsys):
         result = json.loads(capsys.readouterr().out)
         found.append([result[name]["accuracy"] for name in ("bidirectional", "forward")])
     both, forward = np.median(found, axis=0)
-    assert both >= 0.975, found
+    assert both >= 0.965, found
     assert forward >= 0.95, found
 
 

@@ -195,8 +195,8 @@ class Inputs:
         mean, scale: of each raw channel, `[I]`; scale is 1 where a channel is constant.
         observed: indices of the channels with an indicator.
         changes: the change of each raw channel since its last observed value, in units of its standard deviation. If
-            most sequences are far below a channel's standard deviation, as with powers, prices or rain, its values and
-            changes in finer units, too. None: no such inputs.
+            a quarter of the sequences are far below a channel's standard deviation, as with powers, prices or rain, its
+            values and changes in finer units, too. None: no such inputs.
     """
 
     mean: NDArray[np.float32]

@@ -76,11 +76,11 @@ class DataOptions(Record):
         flag=False,
     )
     id: str | Sequence[str] | None = option(
-        None, "column of a table that identifies the sequence or series of a row; of series, or several", of=TABLES
+        None, "column of a table that identifies the sequence or series of a row; for series, one or several", of=TABLES
     )
     time: str | Sequence[str] | None = option(
         None,
-        "column of a table that orders its rows: dates; of sequences also numbers; of series, or several columns",
+        "column of a table that orders its rows: dates; for sequences also numbers; for series, one or several columns",
         of=TABLES,
         unset={"sequences": "row order", "forecasts": "detected"},
     )
@@ -101,9 +101,7 @@ class DataOptions(Record):
         unset="the rows as they are",
         rare=True,
     )
-    class_weight: Any = option(
-        None, '`"balanced"`, or weights by class: their weights in the loss', of="sequences", rare=True
-    )
+    class_weight: Any = option(None, '`"balanced"`, or weights by class, in the loss', of="sequences", rare=True)
     sample_weight: Any = option(
         None,
         "weights of the sequences in the loss, `[N]`; of a table, a column or a mapping by id",
@@ -247,7 +245,7 @@ class Architecture(Record):
     changes: bool | None = option(
         None,
         "also use the change of each channel since the previous step as an input channel; of a channel that is far "
-        "smaller in most sequences than in some, also its values and changes in finer units",
+        "smaller in many sequences than in others, also its values and changes in finer units",
         of="sequences",
         unset="yes for one class or number per sequence, else no, also with `every_step`",
         rare=True,
@@ -311,9 +309,7 @@ class Architecture(Record):
                 name for name in LAYERS if getattr(self, name) not in (False, declared()[name].defaults["sequences"])
             ]
             if given or self.pooling not in (None, "none"):
-                raise OptionError(
-                    [*given, "pooling"][0], "not to be given with `model`, in whose place it has no effect"
-                )
+                raise OptionError([*given, "pooling"][0], "not to be given with `model`, which takes its place")
 
     def of(self, task: str, steps: float = 1) -> Architecture:
         """Return the architecture for a task, `"classify"` or `"regress"`, with the values of what is None by default.
