@@ -11,7 +11,7 @@ from torch import nn
 
 import cellstack as cs
 from cellstack import Network
-from cellstack.cells.errors import ShapeError
+from cellstack.cells.errors import FormatError, ShapeError
 from cellstack.formats import onnx as adapter
 from cellstack.nodes import Dense, GroupedDense, Scale
 
@@ -226,6 +226,58 @@ def test_self_attention(heads, tmp_path):
     assert sum(type(node).__name__ == "Attention" for node in net.nodes) == 1
     for rows, steps in ((2, 6), (3, 11)):
         compared(net, module, torch.randn(rows, steps, 3))
+
+
+class Einsums(nn.Module):
+    """An einsum with weights, whose groups are parts of the features, and a GRU."""
+
+    def __init__(self, equation, shape):
+        super().__init__()
+        self.equation, self.weights = equation, nn.Parameter(torch.randn(shape))
+        sizes = dict(zip(equation.partition(",")[2].partition("->")[0], shape, strict=True))
+        self.groups = sizes.get("g", 0)
+        self.width = self.groups * sizes["i"] if self.groups else 5
+        self.rnn = nn.GRU(12, 3, batch_first=True)
+
+    def forward(self, x):
+        if not self.groups:
+            return self.rnn(torch.einsum(self.equation, x, self.weights))[0]
+        return self.rnn(torch.einsum(self.equation, x.unflatten(-1, (self.groups, -1)), self.weights).flatten(-2))[0]
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "node"),
+    [
+        ("btgi,gih->btgh", (3, 2, 4), GroupedDense),
+        ("btgi,ghi->btgh", (3, 4, 2), GroupedDense),
+        ("...gi,igh->...gh", (4, 2, 6), GroupedDense),
+        ("bti,io->bto", (5, 12), Dense),
+        ("...x,yx->...y", (12, 5), Dense),
+    ],
+)
+def test_an_einsum_with_weights_is_a_product(equation, shape, node, tmp_path):
+    torch.manual_seed(6)
+    module = Einsums(equation, shape)
+    net = exported(module, torch.randn(2, 7, module.width), tmp_path / "net.onnx")
+    assert isinstance(net.nodes[0], node)
+    for rows, steps in ((2, 7), (3, 10)):
+        compared(net, module, torch.randn(rows, steps, module.width))
+
+
+class Outer(nn.Module):
+    """An einsum that isn't a product of the last axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.rnn = nn.Parameter(torch.randn(4, 4)), nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(torch.einsum("btc,cc->btc", x, self.weights))[0]
+
+
+def test_another_einsum_is_refused_by_name(tmp_path):
+    with pytest.raises(FormatError, match="Einsum"):
+        exported(Outer(), torch.randn(2, 7, 4), tmp_path / "net.onnx")
 
 
 class OfChannels(nn.Module):

@@ -24,7 +24,7 @@ NEEDED = {  # number of required inputs, 1 by default
     "Where": 3,
     **dict.fromkeys(
         ("Add", "Conv", "DequantizeLinear", "Div", "Equal", "Expand", "Gather", "Gemm", "LayerNormalization", "MatMul",
-         "MatMulInteger", "Mul", "PRelu", "Pow", "Reshape", "Sub", "Tile"), 2
+         "MatMulInteger", "Mod", "Mul", "PRelu", "Pow", "Reshape", "Sub", "Tile"), 2
     ),
 }  # fmt: skip
 
@@ -270,6 +270,9 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Less": _broadcast(np.less),
     "LessOrEqual": _broadcast(np.less_equal),
     "MatMul": _matmul,
+    "Mod": lambda model, attributes, values, outputs: _broadcast(np.fmod if attributes.get("fmod") else np.mod)(
+        model, attributes, values, outputs
+    ),
     "Mul": _broadcast(np.multiply),
     "Neg": lambda model, attributes, values, outputs: [-values[0]],
     "Not": lambda model, attributes, values, outputs: [np.logical_not(values[0])],

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from cellstack.formats.onnx.decomposed.einsums import expand_einsums
 from cellstack.formats.onnx.decomposed.lengths import fix_lengths
 from cellstack.formats.onnx.decomposed.loops import roll
 from cellstack.formats.onnx.decomposed.norms import expand_norms
@@ -45,6 +46,7 @@ def passes(
         yield lambda model: specialize(model, example, noted=True)
     yield lambda model: check_specialized(model, example is not None)  # refuses an If that remains
     yield lambda model: drop_neutral(model) if model.given else model  # x + 0 becomes x
+    yield expand_einsums  # a product with weights becomes a MatMul
     yield note_unused  # lists tensors that no output depends on, before passes stop using some
     yield lambda model: expand_norms(model, least=2)  # layer normalisation within an unrolled loop
     yield lambda model: roll(model, whole_loops)  # the steps of an unrolled loop become one recurrent operator
