@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -913,6 +914,15 @@ def test_a_channel_that_spans_orders_of_magnitude_is_seen_in_finer_units(rng, tm
     np.testing.assert_array_equal(load(tmp_path / "net.safetensors").predict(x).outputs, result.predict(x).outputs)
     again = train.fit(x, y, units=16, threads=1, epochs=1, init=net, validation=0, baseline=False)
     assert [*again.network.names] == [*net.names]
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 3]], ids=["one", "one or three"])
+def test_sequences_of_one_step_have_no_changes(rng, steps):
+    x = [rng.normal(size=(steps[n % len(steps)], 2)) for n in range(24)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = train.fit(x, np.arange(24) % 2, units=3, epochs=1, baseline=False)
+    assert np.isfinite(result.predict(x).outputs).all()
 
 
 @pytest.mark.parametrize("stride", [1, 3])

@@ -311,10 +311,10 @@ def _moves(x: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _finer(deviation: NDArray, rows: Sequence[NDArray]) -> list[tuple[int, float]]:
     """Return the units of channels `[I]` below their deviation, for three of four sequences of `rows [B, T, I]`."""
+    found, rows = [], [row for row in rows if row.shape[1]]  # a sequence of one step has no change
     squares = [np.ma.masked_invalid(row.astype(np.float64)) ** 2 for row in rows]
-    sizes = np.ma.concatenate([square.mean(axis=1) for square in squares]) ** 0.5  # [N, I]
-    found = []
-    for channel, all_sizes in enumerate(sizes.T):
+    sizes = np.ma.concatenate([np.empty((0, len(deviation))), *(square.mean(axis=1) for square in squares)]) ** 0.5
+    for channel, all_sizes in enumerate(sizes.T):  # [N] each
         size = all_sizes.compressed()
         lowest = np.quantile(size[size > 0], 0.25) if (size > 0).any() else np.inf
         units = (deviation[channel] / FINER**power for power in range(1, MOST_FINER + 1))

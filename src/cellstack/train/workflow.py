@@ -15,7 +15,7 @@ from cellstack.train import predict
 from cellstack.train.baseline import baseline
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.data.sequences import Sequences
-from cellstack.train.data.understood import understood
+from cellstack.train.data.understood import SHOWN, understood
 from cellstack.train.examples import GAP, Data, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.learner import Fit
@@ -118,8 +118,9 @@ def train_sequences(
     said = [line.strip() for lines in said for line in lines]
     if inputs.wide:
         names = training.columns or [f"channel {n}" for n in range(training.channels)]
-        wide = ", ".join(names[n] for n in inputs.wide)
-        said.append(f"values span orders of magnitude, so also seen in finer units: {wide}")
+        wide = ", ".join(names[n] for n in inputs.wide[:SHOWN])
+        more = f" and {len(inputs.wide) - SHOWN} more" * (len(inputs.wide) > SHOWN)
+        said.append(f"values span orders of magnitude, so also seen in finer units: {wide}{more}")
     measured = parts.held if test is None or test.y is None else test
     compared = None
     if options.baseline and measured is not None and rank == 0:

@@ -10,7 +10,7 @@ from cellstack.train.data.lazy import Lazy
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.targets import counted
 
-SHOWN = 12  # most classes to list
+SHOWN = 12  # most classes, or channels of a kind, to list
 
 
 def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
