@@ -41,6 +41,7 @@ TESTS = [
     "tests/network",
     "tests/streaming",
     "tests/formats",
+    "tests/capture",
     "tests/keras",
     "tests/train/test_train_entry.py",
     "tests/train/test_table.py",

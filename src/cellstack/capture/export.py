@@ -208,7 +208,8 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
     """Write what `recorded` returns as an ONNX file."""
     script = importlib.import_module("onnxscript")
     onnx = script.opset18
-    with warnings.catch_warnings(), torch.no_grad():
+    registry = logging.getLogger("torch.onnx._internal.exporter._registration")  # it warns where torchvision is absent
+    with warnings.catch_warnings(), torch.no_grad(), mock.patch.object(registry, "disabled", True):
         warnings.simplefilter("ignore")
         made: Any = torch.onnx.export(
             program,
