@@ -893,7 +893,7 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
 
 
 def test_a_channel_that_spans_orders_of_magnitude_is_seen_in_finer_units(rng, tmp_path):
-    """Classes that differ in the size of small sequences only are told apart, while a few large ones set the scale."""
+    """Where a few large sequences determine the standard deviation, the others are classified by their size."""
     size = np.array([1e-4, 1e-4, 3e-2, 3.0] * 15)
     x = [(factor * rng.normal(size=(12, 1)) + 7e-3).astype(np.float32) for factor in size]
     y = np.searchsorted([1e-3, 1.0], size)

@@ -310,7 +310,11 @@ def _moves(x: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _finer(deviation: NDArray, rows: Sequence[NDArray]) -> list[tuple[int, float]]:
-    """Return the units of channels `[I]` below their deviation, for three of four sequences of `rows [B, T, I]`."""
+    """Return channels and units finer than their `deviation [I]`, one for each unit.
+
+    The finest is at least the size, the root of the mean square, below which a quarter of the sequences are: those of
+    `rows [B, T, I]` that aren't zero.
+    """
     found, rows = [], [row for row in rows if row.shape[1]]  # a sequence of one step has no change
     squares = [np.ma.masked_invalid(row.astype(np.float64)) ** 2 for row in rows]
     sizes = np.ma.concatenate([np.empty((0, len(deviation))), *(square.mean(axis=1) for square in squares)]) ** 0.5

@@ -332,7 +332,7 @@ class Architecture(Record):
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def candidates(self, task: str, targets: int) -> list[Architecture]:
-        """Return this architecture with and without noise, or alone if a validation part of so many targets is small.
+        """Return this architecture with and without noise, or as it is if so few validation targets can't choose.
 
         Noise hides small differences, which tell some classes apart, so it isn't always better.
         """
