@@ -12,10 +12,11 @@ from onnx_graphs import model
 from cellstack import cells, reference
 from cellstack.cells import spec
 from cellstack.cells.base import HiddenState, Kind, State
+from cellstack.cells.errors import FormatError
 from cellstack.cells.spec import CellSpec
 from cellstack.formats.onnx.cell_writer import write_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed
-from cellstack.formats.onnx.decomposed.match import forms
+from cellstack.formats.onnx.decomposed.match import MOST_LAYERS, forms
 from cellstack.formats.onnx.decomposed.scans import read_scan
 from cellstack.formats.onnx.file import Budget, Graph, Model, Tensors
 from cellstack.formats.onnx.scan import OnnxOps, body_of
@@ -188,6 +189,7 @@ def test_its_unrolled_steps(toys, name):
         {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "scaled_tanh(1.75, 0.625)"},
         {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "silu", "backbone_layers": 2},
         {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "gelu", "use_bias": False},
+        {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "tanh", "backbone_layers": 7},
         {
             "kind": "cfc",
             "timespans": True,
@@ -231,6 +233,7 @@ def test_spellings(flags):
         {"kind": "cfc", "timespans": True},
         {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "tanh"},
         {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "gelu", "backbone_layers": 3},
+        {"kind": "cfc", "timespans": True, "backbone_units": 5, "backbone_activation": "tanh", "backbone_layers": 6},
     ],
     ids=str,
 )
@@ -249,6 +252,17 @@ def test_of_a_cfc_s_equal_steps_only_the_sum_of_slope_and_time_gate_is_known():
     np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
+def test_the_most_layers_of_a_backbone():
+    flags = {"kind": "cfc", "backbone_units": 5, "backbone_activation": "gelu", "timespans": True}
+    cell = some(np.random.default_rng(6), **flags, backbone_layers=MOST_LAYERS)
+    scope = scope_of(scan_of(body_of("cell", cell), cell))
+    check_same(read_scan(scope, scope.graph.node[0]).cells[0], cell)
+    cell = some(np.random.default_rng(6), **flags, backbone_layers=MOST_LAYERS + 1)
+    scope = scope_of(scan_of(body_of("cell", cell), cell))
+    with pytest.raises(FormatError, match="isn't a step of a cell"):
+        read_scan(scope, scope.graph.node[0])
+
+
 def test_every_combination_of_flags_is_a_form():
     count = {name: len(forms(kind)) for name, kind in cells.KINDS.items()}
     expected = {
@@ -259,9 +273,9 @@ def test_every_combination_of_flags_is_a_form():
         "minlstm": 2,
         "ligru": 3,
         "slstm": 2,
-        "cfc": 28,
+        "cfc": 16,
         "sru": 1,
-        "cfs": 14,
+        "cfs": 8,
     }
     assert count == expected
 

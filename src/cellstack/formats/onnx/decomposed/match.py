@@ -33,7 +33,7 @@ from cellstack.cells import KINDS, Kind
 from cellstack.cells.activations import names_for
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import MATRICES, CellSpec
-from cellstack.formats.onnx.decomposed.linear import Linear, Term, array_of, unit
+from cellstack.formats.onnx.decomposed.linear import MOST_NODES, Linear, Term, array_of, unit
 from cellstack.formats.onnx.decomposed.sums import Product, Values, bare, is_zero, stripped, together
 from cellstack.formats.onnx.file import DOMAINS, Budget, Graph, Model, Scope, Tensors
 from cellstack.formats.onnx.scan import body_of
@@ -44,8 +44,10 @@ VISITS = 4000, 100  # maximum number of values that are compared in a graph: at 
 
 # ── the steps of the kinds of cell ────────────────────────────────────────────────────────────────────────────────────
 
-CHOICES = {"bool": (False, True), "int": (0, 1), "backbone_layers": (1, 2, 3, 4)}
+CHOICES = {"bool": (False, True), "int": (0, 1), "backbone_layers": (1,)}
 """The values of flags in the forms of a kind, by name or type; those of other flags are their `Limit.options`."""
+
+MOST_LAYERS = 32  # maximum number of layers of a backbone: matching one more takes some ten frames of Python's stack
 
 BACKBONE = "elu(9.5)"
 """The activation of a backbone in the forms: another one than that of any slot."""
@@ -75,6 +77,10 @@ class Form:
     slots: dict[str, str]
     bounds: dict[float, str]
     keys: dict[float, Key]
+
+    def with_layers(self, count: int) -> Form:
+        """Return the form with this number of layers of its backbone; itself without a backbone."""
+        return _deep(self, min(count, MOST_LAYERS)) if count > 1 and "backbone" in self.slots.values() else self
 
     @cached_property
     def x(self) -> str:
@@ -112,6 +118,12 @@ def forms(kind: Kind) -> tuple[Form, ...]:
         with suppress(ValueError):  # flags that exclude each other
             possible.append(_form(kind, flags, bounds))
     return tuple(possible)
+
+
+@cache
+def _deep(form: Form, layers: int) -> Form:
+    bounds = {name: bound for bound, name in form.bounds.items()}
+    return _form(form.kind, {**form.flags, "backbone_layers": layers}, bounds)
 
 
 def _choices(kind: Kind, entry: Field[Any]) -> tuple[Any, ...]:
@@ -241,6 +253,8 @@ class Matcher:
             ends: the names of the states after the step, at least of h.
             bound: what is known.
         """
+        if not self.zeros:  # else the form is that of another step
+            form = form.with_layers(self._layers(ends["h"]))
         self.form, self.furthest = form, (0, "")
         by_start: dict[Any, Step] = {}
         pairs = [(form.after[state], name) for state, name in ends.items()]
@@ -251,6 +265,23 @@ class Matcher:
                 if start not in by_start or (by_start[start].swapped and not step.swapped):
                     by_start[start] = step
         return list(by_start.values())
+
+    def _layers(self, h: str) -> int:
+        """Return the number of layers of a backbone that h may have: of products of an activation of a product."""
+        names = [h]
+        for name in names:
+            total, node = self.values.linear(name), self.scope.producers.get(name)
+            if total is not None and total.products:
+                break
+            names += node.input if node is not None and len(names) < MOST_NODES else ()
+        else:
+            return 0
+        count = 0
+        while total is not None and len(total.products) == 1:
+            active = self.values.activated(total.products[0].value)
+            total = None if active is None else self.values.linear(active[1])
+            count += total is not None
+        return count
 
     def _all(self, match: Any, pairs: Sequence[tuple[Any, Any]], bound: Bound) -> Iterator[Bound]:
         """Yield the ways in which all pairs match."""
