@@ -193,3 +193,16 @@ def test_a_loop_takes_any_length(run):
         for one, other in zip(found, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
             assert one.shape == other.shape
             np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_model_of_loops_alone_can_be_saved_and_loaded(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = cs.compile(Loop(forward), example(forward, *SIZES[0]))
+        net.save(tmp_path / "net.onnx")
+        again = cs.load(tmp_path / "net.onnx")
+    assert not net.kernels
+    assert isinstance(again, RuntimeModel)
+    (x,) = map(array_of, example(forward, *SIZES[1]))
+    for one, other in zip(again(x), net(x), strict=True):
+        assert np.array_equal(one, other)

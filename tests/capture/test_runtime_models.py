@@ -363,6 +363,29 @@ class Strided(nn.Module):
         return pad_packed_sequence(y, batch_first=True)[0].cumsum(1)
 
 
+def greatest_of_used_steps(m, x, mask):
+    y, _ = m.rnn(pack_padded_sequence(x, mask.sum(1), batch_first=True, enforce_sorted=False))
+    y, _ = pad_packed_sequence(y, batch_first=True, total_length=mask.shape[1])
+    return y.masked_fill(~mask[..., None], -1e9).max(1).values
+
+
+def test_a_sequence_changes_with_a_mask_that_it_may_be_longer_than():
+    def example(rows, steps):
+        x, lengths = with_lengths(rows, steps)
+        return x, torch.arange(steps) < lengths[:, None]
+
+    module = Model(greatest_of_used_steps).eval()
+    assert axes_in_groups(module, example(2, 9), []) == [{(0, 0, 1), (1, 0, 1)}, {(0, 1, 1), (1, 1, 1)}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = cs.compile(module, example(2, 9))
+    for size in SIZES:
+        given = example(*size)
+        np.testing.assert_allclose(
+            net(tuple(map(array_of, given))), module(*given).detach(), atol=tolerances.NETWORK, rtol=0
+        )
+
+
 def test_features_may_change_as_far_as_packed_rows_keep_their_width():
     module = Strided().eval()
     net: Any = ran_in_part(module, (torch.randn(2, 1, 9, 8), torch.tensor([8, 5])))

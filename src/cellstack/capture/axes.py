@@ -37,6 +37,7 @@ def free_axes(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
 def axes_in_groups(module: Any, inputs: tuple[Any, ...], left: list[str]) -> list[Axes]:
     """Return the axes of the input tensors that may change, in groups that change together.
 
+    Where a module cuts a sequence to its mask, which can't be the longer one, both are one group.
     An axis for which there are more combinations with others than are tried is added to `left`.
     """
     group, found = _finder(module, inputs, left), list[Axes]()
@@ -47,7 +48,7 @@ def axes_in_groups(module: Any, inputs: tuple[Any, ...], left: list[str]) -> lis
             size = value.shape[axis]
             several = (unit for unit in range(2, size // 2 + 1) if size % unit == 0)
             if made := group(n, axis) or next((one for unit in several if (one := group(n, axis, unit))), None):
-                found.append(made)
+                found = [one for one in found if not one < made] + [made]
     return found
 
 

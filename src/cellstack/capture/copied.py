@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.overrides import TorchFunctionMode
@@ -45,7 +46,7 @@ def duplicate(value: Any) -> Any:
 
     class Detaching(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            if func is torch.Tensor.__deepcopy__ and _is_computed(args[0]):
                 tensor, memo = args
                 memo[id(tensor)] = made = tensor.detach().clone()
                 return made
@@ -60,6 +61,14 @@ def duplicate(value: Any) -> Any:
             memo[id(one)] = one
     with Detaching():
         return copy.deepcopy(value, memo)
+
+
+def _is_computed(tensor: Any) -> bool:
+    """Return whether a tensor was computed from others with gradients.
+
+    A view from `torch.no_grad()` has no history, and PyTorch refuses to look for it once the values have changed.
+    """
+    return tensor.requires_grad and ((tensor._is_view() and not isinstance(tensor, Parameter)) or not tensor.is_leaf)
 
 
 def _objects(value: Any) -> Iterator[Any]:

@@ -290,7 +290,7 @@ class RuntimeModel:
 
 
 def runtime_model(path: str, reason: str) -> RuntimeModel | None:
-    """Return a file that no Network can express; None if it has no recurrent operator for the kernel.
+    """Return a file that no Network can express; None if it has neither a recurrent operator for the kernel nor a loop.
 
     If onnxruntime is installed, the session is created.
 
@@ -299,11 +299,12 @@ def runtime_model(path: str, reason: str) -> RuntimeModel | None:
     """
     try:
         made = RuntimeModel(path, reason)
-        if made.kernels and find_spec("onnxruntime") is not None:
+        used = bool(made.kernels or made.loops)
+        if used and find_spec("onnxruntime") is not None:
             made.prepare()
     except Exception as error:  # ONNX's and ONNX Runtime's errors have no common base class
         raise FormatError(reason) from error
-    return made if made.kernels else None
+    return made if used else None
 
 
 def _operators(scope: Scope) -> Iterator[tuple[Any, Operator | str]]:
