@@ -27,9 +27,10 @@ ACTIVATIONS = {  # with a range for alpha and one for beta
     "ThresholdedRelu": ((-0.3, 0.3),),
 }
 BOUNDED = ("Sigmoid", "HardSigmoid", "Tanh")
-# ONNX Runtime's RNN ended the process where only one direction's activation has an alpha or beta. For Python 3.10,
-# 1.23 is the last version.
-READS_BEYOND_ALPHA = [int(part) for part in onnxruntime.__version__.split(".")[:2]] < [1, 24]
+ONNX_RUNTIME = [int(part) for part in onnxruntime.__version__.split(".")[:2]]
+"""The version of ONNX Runtime; for Python 3.10, 1.23 is the last one."""
+# Its RNN ended the process where only one direction's activation has an alpha or beta.
+READS_BEYOND_ALPHA = ONNX_RUNTIME < [1, 24]
 
 
 def model(nodes, inputs, outputs, arrays, opset=17, domains=()):

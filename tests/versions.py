@@ -28,10 +28,10 @@ class Versions(NamedTuple):
 
 ENVIRONMENTS = {
     "newest": Versions("3.13"),
-    "oldest": Versions("3.10", "lowest-direct", "torch==2.10.*"),
+    "oldest": Versions("3.10", "lowest-direct", "torch==2.11.*"),
     "3.10": Versions("3.10"),
     "3.11": Versions("3.11", torch="torch==2.13.*"),
-    "3.12": Versions("3.12", torch="torch==2.10.*"),
+    "3.12": Versions("3.12", torch="torch==2.11.*"),
     "3.14": Versions("3.14"),
 }
 # What calls the libraries whose versions change.

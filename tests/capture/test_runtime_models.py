@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from onnx_graphs import ONNX_RUNTIME
 from torch import nn
 from torch.nn.functional import batch_norm, pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -395,6 +396,7 @@ def test_features_may_change_as_far_as_packed_rows_keep_their_width():
         np.testing.assert_allclose(found, module(x, lengths).detach(), atol=tolerances.NETWORK, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*reads values of tensors")  # PyTorch 2.11 compares sizes in its convolutions
 def test_sizes_may_be_computed_at_length_from_those_of_the_input():
     module = Wave().eval()
     with (
@@ -420,6 +422,8 @@ def test_an_export_writes_hand_written_cells_as_single_operators(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_size_has_the_outputs_of_the_module(name):
+    if name in ("complex numbers", "spectra") and ONNX_RUNTIME < [1, 28]:
+        pytest.skip("this ONNX Runtime has no inverse of one-sided spectra")
     run, inputs, flags = MODELS[name]
     module = Model(run, **flags)
     net = ran_in_part(module, inputs(*SIZES[0]))

@@ -45,10 +45,6 @@ from cellstack.nodes.cell_arrays import Cell
 
 DOMAIN = "cellstack"  # of the operators that stand for cells until their weights are computed
 INT32 = 6
-# PyTorch's method that sets the example's value of a size; PyTorch 2.10 has it by the second name.
-SET_SIZE = next(
-    name for name in ("set_real_tensor_prop_unbacked_vals", "set_unbacked_var_to_val") if hasattr(ShapeEnv, name)
-)
 SLICE = torch.ops.aten.slice.Tensor
 FIXING = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")  # operators whose export fixes the length
 
@@ -155,13 +151,12 @@ def example_values(looks: list[str]) -> Iterator[None]:
 
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     own, copy = utils.is_builtin, meta_utils._safe_copy
-    known = getattr(ShapeEnv, SET_SIZE)
+    known = ShapeEnv.set_real_tensor_prop_unbacked_vals
 
     def keep(env: Any, size: Any, value: Any) -> None:
-        numbers = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
         known(env, size, value)
-        values = getattr(env, SET_SIZE.removeprefix("set_"))
-        values[size] = values[size].xreplace(numbers)
+        values = env.real_tensor_prop_unbacked_vals
+        values[size] = values[size].xreplace(env.backed_var_to_val)
 
     logger.addFilter(note)
     try:
@@ -176,7 +171,7 @@ def example_values(looks: list[str]) -> Iterator[None]:
             # Its checks fix sizes, by comparing them, and take an absent optional tensor for a changed one.
             mock.patch.object(FakeTensorMode, "_maybe_infer_fake_kernel_from_pytree_out", lambda *args: args[4]),
             # A size of an example may be an expression of other sizes, of which it expects a number.
-            mock.patch.object(ShapeEnv, SET_SIZE, keep),
+            mock.patch.object(ShapeEnv, "set_real_tensor_prop_unbacked_vals", keep),
             mock.patch.object(utils, "is_builtin", lambda called: called is op.recurrent or own(called)),
         ):
             yield
