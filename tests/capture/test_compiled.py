@@ -368,6 +368,13 @@ def test_the_example_is_not_modified():
     np.testing.assert_allclose(net(before.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
+def test_a_hook_of_the_module_gets_its_nested_outputs():
+    module, x = Parts(lambda m, x, y, state: {"y": m.head(y)}), torch.randn(2, 7, 3)
+    module.register_forward_hook(lambda m, args, out: out["y"].tanh())
+    net = cs.compile(module, x)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=1e-5)
+
+
 def test_what_the_module_refuses_and_what_cannot_be_compared_is_said():
     rejected = "compile: LSTM itself rejects the example: RuntimeError: .* Expected 3, got 5"
     with pytest.raises(ValueError, match=rejected):

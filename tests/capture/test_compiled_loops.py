@@ -329,3 +329,5 @@ def test_errors_for_invalid_examples_say_what_to_pass():
             compile_network(module, example)
     with pytest.raises(cs.FormatError, match="is on the device 'meta', which stores no values: load its weights"):
         compile_network(module.to("meta"), x)
+    with pytest.raises(cs.FormatError, match="draws its weights in its first call: call it with the example first"):
+        compile_network(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), x)

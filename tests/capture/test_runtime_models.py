@@ -213,6 +213,11 @@ MODELS = {
     "complex numbers": (of_complex_numbers, complex_numbers, {}),
     "spectra": (of_spectra, x_of, {}),
     "small numbers": (of_small_numbers, x_of, {}),
+    "evenly spaced numbers": (
+        lambda m, x: (m.rnn(x)[0] * torch.linspace(0, 1, x.shape[1])[:, None]).cumsum(1),
+        x_of,
+        {},
+    ),
     "several inputs": (of_several, several, {}),
     "a squeeze that keeps its axis": (one_feature, with_ids, {}),
 }

@@ -78,8 +78,8 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
         inputs: the example; what isn't a tensor in it is passed at every call.
     """
     known = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves_in(inputs)]
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    if type(module).__call__ is torch.nn.Module.__call__ and not scripted:
+    scripted, hooks = isinstance(module, torch.jit.ScriptModule), (*module._forward_pre_hooks, *module._forward_hooks)
+    if type(module).__call__ is torch.nn.Module.__call__ and not scripted and not hooks:  # hooks see nested tensors
         module.forward = partial(_flat_forward, module.forward, inputs, known)  # keeps the names of its parameters
         return module
 

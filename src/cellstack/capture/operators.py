@@ -30,12 +30,22 @@ LONG = 12  # operations in a size of a tensor, above which it becomes a symbol o
 MODES = {mode.lower(): mode for mode in KINDS}  # of PyTorch's modules, by the function that each calls
 
 
-# Functions that PyTorch's exporter to ONNX lacks, by others.
-EQUAL = {"_is_all_true": torch.all, "masked_select": lambda x, mask: _selected(*torch.broadcast_tensors(x, mask))}
+# Functions that PyTorch's exporter to ONNX lacks, or of which torch.export fixes the size, by others.
+EQUAL = {
+    "_is_all_true": torch.all,
+    "linspace": lambda *args, **kwargs: _linspace(*args, **kwargs),
+    "masked_select": lambda x, mask: _selected(*torch.broadcast_tensors(x, mask)),
+}
 
 
 def _selected(x: Tensor, mask: Tensor) -> Tensor:
     return x[mask]
+
+
+def _linspace(start: Any, end: Any, steps: Any, **kwargs: Any) -> Tensor:
+    if isinstance(steps, int):
+        return torch.linspace(start, end, steps, **kwargs)
+    return start + torch.arange(steps, **kwargs) / torch.full((), steps - 1).clamp(min=1) * (end - start)
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from cellstack.capture.copied import copied, duplicate, fold
 from cellstack.capture.equality import agree
@@ -116,6 +117,8 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
             f"compile: {name} is on the device 'meta', which stores no values: load its weights, by "
             "module.to_empty(device='cpu') and module.load_state_dict(...), and pass an example on the CPU"
         )
+    if any(map(is_lazy, (*still.parameters(), *still.buffers()))):
+        raise FormatError(f"compile: {name} draws its weights in its first call: call it with the example first")
     leaves, again = _first_calls(name, still, inputs)
     others = [type(value).__name__ for value in leaves if not isinstance(value, torch.Tensor)]
     answers = tensors_in(leaves)
