@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -32,22 +33,29 @@ def scaling(node: nodes.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def scaled_after(draft: Draft, name: str) -> bool:
-    """Fold a scale and shift, such as a batch normalisation, into the Dense or Conv1D without activation before it."""
+    """Fold a scale and shift, such as a batch normalisation, into the weights of the node before it.
+
+    This is a Dense or Conv1D without activation, or a GroupedDense.
+    """
     before, found = draft.before(name), scaling(draft.nodes[name])
     if before is None or found is None:
         return False
     product = draft.nodes[before]
-    if not isinstance(product, (nodes.Dense, nodes.Conv1D)) or product.activation != "linear":
+    if not isinstance(product, (nodes.Dense, nodes.Conv1D, nodes.GroupedDense)):
+        return False
+    if not isinstance(product, nodes.GroupedDense) and product.activation != "linear":
         return False
     if draft.nodes[name].dtype not in (None, product.dtype):
         return False
     scale, shift = found
+    parts = (len(product.kernel), 1) if isinstance(product, nodes.GroupedDense) else ()
 
     def make() -> nodes.Node | None:
-        bias = shift if product.bias is None else product.bias * scale + shift
-        bias = np.broadcast_to(bias, product.kernel.shape[-1:])
+        width = (prod(parts) * product.kernel.shape[-1],)
+        bias = np.broadcast_to(shift if product.bias is None else product.bias * scale + shift, width)
         keeps = product.bias is not None or bias.any() or (scale == 1.0).all()  # a shift by zeros is a bias too
-        made = _finite(product.kernel.dtype, product.kernel * scale, bias)
+        kernel = product.kernel * np.broadcast_to(scale, width).reshape(*parts, -1)
+        made = _finite(product.kernel.dtype, kernel, bias)
         return None if made is None else replace(product, kernel=made[0], bias=made[1] if keeps else None)
 
     made = draft.rewritten(product, "after", draft.nodes[name], make=make)

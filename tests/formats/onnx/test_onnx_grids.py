@@ -228,40 +228,115 @@ def test_self_attention(heads, tmp_path):
         compared(net, module, torch.randn(rows, steps, 3))
 
 
-class Einsums(nn.Module):
-    """An einsum with weights, whose groups are parts of the features, and a GRU."""
+G, IN, OUT = 3, 4, 5
+SPLIT = {  # how [B, T, G·IN] times [G, IN, OUT] is written, without the GRU after it
+    "transposed": lambda x, w: (x.unflatten(2, (G, IN)).transpose(1, 2) @ w).transpose(1, 2).flatten(2),
+    "groups first": lambda x, w: (
+        (x.unflatten(2, (G, IN)).permute(2, 0, 1, 3) @ w[:, None]).permute(1, 2, 0, 3).flatten(2)
+    ),
+    "rows": lambda x, w: (x.unflatten(2, (G, 1, IN)) @ w).flatten(2),
+    "columns": lambda x, w: (w.transpose(1, 2) @ x.unflatten(2, (G, IN, 1))).flatten(2),
+    "channels": lambda x, w: (
+        (w.transpose(1, 2) @ x.transpose(1, 2).unflatten(1, (G, IN))).flatten(1, 2).transpose(1, 2)
+    ),
+    "bmm": lambda x, w: (
+        torch.bmm(x.reshape(-1, G, IN).transpose(0, 1), w).transpose(0, 1).reshape(*x.shape[:2], G * OUT)
+    ),
+    "bmm, time in between": lambda x, w: (
+        torch.bmm(x.unflatten(2, (G, IN)).permute(2, 0, 1, 3).reshape(G, -1, IN), w)
+        .reshape(G, *x.shape[:2], OUT)
+        .permute(1, 2, 0, 3)
+        .flatten(2)
+    ),
+    "bias": lambda x, w: (x.unflatten(2, (G, IN)).transpose(1, 2) @ w + w[:, :1]).transpose(1, 2).flatten(2),
+    "einsum": lambda x, w: torch.einsum("btgi,gio->btgo", x.unflatten(2, (G, IN)), w).flatten(2),
+    "einsum, other order": lambda x, w: torch.einsum(
+        "...gi,igo->...go", x.unflatten(2, (G, IN)), w.transpose(0, 1)
+    ).flatten(2),
+    "einsum, weights first": lambda x, w: torch.einsum("gio,btgi->btgo", w, x.unflatten(2, (G, IN))).flatten(2),
+    "einsum, groups first": lambda x, w: (
+        torch.einsum("btgi,gio->gbto", x.unflatten(2, (G, IN)), w).permute(1, 2, 0, 3).flatten(2)
+    ),
+    "interleaved": lambda x, w: (x.unflatten(2, (IN, G)).permute(0, 3, 1, 2) @ w).permute(0, 2, 1, 3).flatten(2),
+    "a sum over groups": lambda x, w: torch.cat([(x.unflatten(2, (G, 1, IN)) @ w).sum(2).flatten(2)] * G, 2),
+}
+WHOLE = {  # the same of weights [IN, G·OUT]: each group takes the whole input
+    "einsum": lambda x, w: torch.einsum("bti,io->bto", x, w),
+    "einsum, turned": lambda x, w: torch.einsum("...x,yx->...y", x, w.T),
+    "einsum, heads": lambda x, w: torch.einsum("bti,igo->btgo", x, w.unflatten(1, (G, OUT))).flatten(2),
+    "heads": lambda x, w: (x[:, None] @ w.unflatten(1, (G, OUT)).transpose(0, 1)).transpose(1, 2).flatten(2),
+}
 
-    def __init__(self, equation, shape):
+
+class Products(nn.Module):
+    """A product with weights, and a GRU."""
+
+    def __init__(self, product, *shape):
         super().__init__()
-        self.equation, self.weights = equation, nn.Parameter(torch.randn(shape))
-        sizes = dict(zip(equation.partition(",")[2].partition("->")[0], shape, strict=True))
-        self.groups = sizes.get("g", 0)
-        self.width = self.groups * sizes["i"] if self.groups else 5
-        self.rnn = nn.GRU(12, 3, batch_first=True)
+        self.product, self.weights = product, nn.Parameter(torch.randn(shape))
+        self.rnn = nn.GRU(G * OUT, 3, batch_first=True)
 
     def forward(self, x):
-        if not self.groups:
-            return self.rnn(torch.einsum(self.equation, x, self.weights))[0]
-        return self.rnn(torch.einsum(self.equation, x.unflatten(-1, (self.groups, -1)), self.weights).flatten(-2))[0]
+        return self.rnn(self.product(x, self.weights))[0]
 
 
-@pytest.mark.parametrize(
-    ("equation", "shape", "node"),
-    [
-        ("btgi,gih->btgh", (3, 2, 4), GroupedDense),
-        ("btgi,ghi->btgh", (3, 4, 2), GroupedDense),
-        ("...gi,igh->...gh", (4, 2, 6), GroupedDense),
-        ("bti,io->bto", (5, 12), Dense),
-        ("...x,yx->...y", (12, 5), Dense),
-    ],
-)
-def test_an_einsum_with_weights_is_a_product(equation, shape, node, tmp_path):
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_product_of_groups_of_features_with_a_matrix_each(name, tmp_path):
     torch.manual_seed(6)
-    module = Einsums(equation, shape)
-    net = exported(module, torch.randn(2, 7, module.width), tmp_path / "net.onnx")
-    assert isinstance(net.nodes[0], node)
+    module = Products(SPLIT[name], G, IN, OUT)
+    net = exported(module, torch.randn(2, 7, G * IN), tmp_path / "net.onnx")
+    (grouped,) = (node for node in net.nodes if node.parameters and not node.cells)
+    assert isinstance(grouped, GroupedDense)
+    assert (grouped.bias is not None) == (name == "bias")
     for rows, steps in ((2, 7), (3, 10)):
-        compared(net, module, torch.randn(rows, steps, module.width))
+        compared(net, module, torch.randn(rows, steps, G * IN))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_product_of_all_features(name, tmp_path):
+    torch.manual_seed(6)
+    module = Products(WHOLE[name], IN, G * OUT)
+    net = exported(module, torch.randn(2, 7, IN), tmp_path / "net.onnx")
+    assert [type(node).__name__ for node in net.nodes] == ["Dense", "Recurrent"]
+    for rows, steps in ((2, 7), (3, 10)):
+        compared(net, module, torch.randn(rows, steps, IN))
+
+
+class OfVectors(nn.Module):
+    """A product of groups of the last state's features."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.weights = nn.GRU(5, G * IN, batch_first=True), nn.Parameter(torch.randn(G, IN, OUT))
+
+    def forward(self, x):
+        h = self.rnn(x)[1][0]
+        return torch.bmm(h.view(-1, G, IN).transpose(0, 1), self.weights).transpose(0, 1).reshape(-1, G * OUT)
+
+
+def test_a_product_of_groups_without_time(tmp_path):
+    module = OfVectors()
+    net = exported(module, torch.randn(2, 7, 5), tmp_path / "net.onnx")
+    assert [type(node).__name__ for node in net.nodes] == ["Recurrent", "GroupedDense"]
+    compared(net, module, torch.randn(3, 4, 5))
+
+
+@pytest.mark.parametrize("name", ["bmm", "bmm, time in between", "rows", "einsum"])
+def test_a_product_of_groups_in_a_file_for_any_batch(name, tmp_path):
+    """PyTorch's newer exporter writes the other lengths as numbers: the graph doesn't say which axis is which."""
+    module, x = Products(SPLIT[name], G, IN, OUT).eval(), torch.randn(2, 7, G * IN)
+    file = str(tmp_path / "net.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = torch.export.Dim("batch")
+        torch.onnx.export(module, (x,), file, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    compared(adapter.read_whole(file), module, torch.randn(3, 7, G * IN))
+
+
+def test_a_matrix_for_each_step_is_refused(tmp_path):
+    module = Products(lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), 7, 2, G * OUT)
+    with pytest.raises(FormatError, match="expected weights for the feature axes"):
+        exported(module, torch.randn(2, 7, 2), tmp_path / "net.onnx")
 
 
 class Outer(nn.Module):

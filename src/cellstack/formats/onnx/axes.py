@@ -108,6 +108,7 @@ class Axes:
         self.node: Any = None
         self.hints: list[tuple[Axis, str]] = []  # roles of axes that no operator determines
         self.known: dict[str, Axis] = {}  # axes by the labels of the lengths that the graph computes with
+        self.merged: dict[Axis, Shaped] = {}  # the two axes that an axis consists of
         data: dict[str, Any] = {}
         for value in scope.graph.input:
             kind, shape = value.type.tensor_type.elem_type, declared(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -65,19 +66,26 @@ def _together(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
 
 def _product(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x, weights = values[:2]
-    if isinstance(weights, Shaped):
-        if not isinstance(x, Shaped) or len(x.axes) != len(weights.axes) or len(x.axes) < 3:
+    if isinstance(x, Shaped) and isinstance(weights, Shaped):
+        if len(x.axes) != len(weights.axes) or len(x.axes) < 3:
             return []
         for one, other in zip((*x.axes[:-2], x.axes[-1]), (*weights.axes[:-2], weights.axes[-2]), strict=True):
             axes.unify(one, other)
         wide = [b if a == 1 else a for a, b in zip(x.lengths[:-2], weights.lengths[:-2], strict=True)]
         return [Shaped([*x.axes[:-1], weights.axes[-1]], [*wide, x.lengths[-2], weights.lengths[-1]])]
-    axes.needs(x, "F", "its input", -1)
-    if axes.exact and (np.ndim(weights) != 2 or attributes.get("transA", 0)):
+    x, weights, last = (x, weights, -1) if isinstance(x, Shaped) else (weights, x, -2)
+    axes.needs(x, "F" if last == -1 else "F.", "its input", last)
+    if axes.exact and (np.ndim(weights) < 2 or attributes.get("transA", 0)):
         return []
-    transposed = isinstance(weights, np.ndarray) and attributes.get("transB", 0)
-    width = weights.shape[0 if transposed else -1] if isinstance(weights, np.ndarray) and weights.ndim == 2 else None
-    return [Shaped([*x.axes[:-1], Axis("F", axes.here)], [*x.lengths[:-1], width])]
+    shape = weights.shape if isinstance(weights, np.ndarray) and weights.ndim > 1 else ()
+    more = max(len(shape) - len(x.axes), 0)
+    made, lengths = [*(Axis() for _ in range(more)), *x.axes], [*[1] * more, *x.lengths]
+    for n in range(-len(shape), -2):
+        if shape[n] > 1:
+            made[n], lengths[n] = Axis() if lengths[n] == 1 else made[n], shape[n]
+    turned = last == -2 or attributes.get("transB", 0)
+    made[last], lengths[last] = Axis("F", axes.here), shape[-2 if turned else -1] if shape else None
+    return [Shaped(made, lengths)]
 
 
 def _windows(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -269,7 +277,10 @@ def _shape(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[An
 
 
 def _reshaped(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Axes that keep their lengths are unified: the first, the last, and those whose lengths the graph queries."""
+    """Axes that keep their lengths are unified: the first, the last, and those whose lengths the graph queries.
+
+    So are two axes before they are merged and after they are split again.
+    """
     x, target = values[:2]
     entries = list((target.array if isinstance(target, Symbols) else target).reshape(-1))
     made: list[Axis] = [Axis() for _ in entries]
@@ -285,8 +296,16 @@ def _reshaped(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
         elif entry > 0:
             lengths[n] = int(entry)
     for n, entry in enumerate(entries):
-        if not isinstance(entry, Dim) and entry > 1:  # equal lengths at the start or the end
-            if n < len(x.axes) and entries[:n] == x.lengths[:n] and x.lengths[n] == entry:
+        begins = n < len(x.axes) and all(made[m] is x.axes[m] or x.lengths[m] == entries[m] for m in range(n))
+        both = axes.merged.get(x.axes[n]) if begins else None
+        if both is not None and both.lengths[1] in entries[n + 1 : n + 2]:
+            made[n : n + 2], lengths[n : n + 2] = both
+        elif begins and entry == -1 and _same_number(x.lengths[n + 1 :], entries[n + 1 :]):
+            made[n], lengths[n] = x.axes[n], x.lengths[n]
+        elif begins and entry == -1 and _same_number(x.lengths[n + 2 :], entries[n + 1 :]):
+            axes.merged[made[n]] = Shaped(x.axes[n : n + 2], x.lengths[n : n + 2])
+        elif not isinstance(entry, Dim) and entry > 1:  # equal lengths at the start or the end
+            if begins and x.lengths[n] == entry:
                 made[n] = x.axes[n]
             elif n == len(entries) - 1 and x.lengths[-1] == entry:
                 made[n] = x.axes[-1]
@@ -297,6 +316,12 @@ def _reshaped(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
         if left == [rest]:
             made[rest], lengths[rest] = x.axes[rest], x.lengths[rest]
     return [Shaped(made, lengths)]
+
+
+def _same_number(lengths: list[int | None], entries: list[Any]) -> bool:
+    """Whether the axes after one of a shape hold as many numbers as those of the value."""
+    numbers = [[n for n in each if isinstance(n, (int, np.integer)) and n > 0] for each in (lengths, entries)]
+    return [len(each) for each in numbers] == [len(lengths), len(entries)] and prod(numbers[0]) == prod(numbers[1])
 
 
 def _flat(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

@@ -16,9 +16,23 @@ import numpy as np
 
 from cellstack.cells.layout import Array
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.graph import Reader, Refused
+from cellstack.formats.onnx.graph import Reader, Refused, steps_apart
 from cellstack.formats.onnx.values import GRID, Dim, Flowing, Length, shown
-from cellstack.nodes import GridConv, GridPool, GroupedDense, Merge, Node, Pad, Power, Reshape, Select, Take
+from cellstack.nodes import (
+    Activation,
+    Dense,
+    Flatten,
+    GridConv,
+    GridPool,
+    GroupedDense,
+    Merge,
+    Node,
+    Pad,
+    Power,
+    Reshape,
+    Select,
+    Take,
+)
 
 
 def as_grid(x: Flowing) -> Flowing:
@@ -255,8 +269,8 @@ def joined(reader: Reader, node: Any, flows: Sequence[Flowing], axis: int) -> Fl
 
 
 def over_parts(reader: Reader, node: Any, x: Flowing, axes: Sequence[int], mode: str, keep: bool) -> Flowing:
-    """Return the mean or maximum over the parts at some axes; with `keep`, these stay as axes of length 1."""
-    if mode not in ("mean", "max"):
+    """Return the mean, sum or maximum over the parts at some axes; with `keep`, these stay as axes of length 1."""
+    if mode not in ("mean", "sum", "max"):
         raise Refused(f"a {mode} over one of several feature axes isn't supported")
     x = as_grid(x)
     sizes = dict(x.parts)
@@ -264,7 +278,9 @@ def over_parts(reader: Reader, node: Any, x: Flowing, axes: Sequence[int], mode:
     rest = [name for name, _ in x.parts if name not in gone]
     x = arranged(reader, x, [*gone, *rest])
     size, inner = prod(sizes[name] for name in gone), prod(sizes[name] for name in rest)
-    y = reader.put(node, GridPool(mode, (size,), inner, (1, size)), x)
+    y = reader.put(node, GridPool("max" if mode == "max" else "mean", (size,), inner, (1, size)), x)
+    if mode == "sum":
+        y = reader.put(f"{label(node)}.sum", Activation(f"affine({size}, 0)"), y)
     labels = ["1" if n in axes else axis for n, axis in enumerate(x.axes)]
     labels = [axis for n, axis in enumerate(labels) if keep or n not in axes]
     if not rest:  # a single number stays as one feature
@@ -364,22 +380,56 @@ def divided(reader: Reader, node: Any, one: Flowing, other: Flowing) -> Flowing:
     return reader.put(node, Merge("mul"), one, inverse)
 
 
-def dense(reader: Reader, node: Any, x: Flowing, kernel: Array) -> Flowing:
-    """Return the product of the last of several feature axes with a matrix, for each entry of the others.
+def dense(reader: Reader, node: Any, x: Flowing, kernel: Array, last: int = -1) -> Flowing:
+    """Return the product of one feature axis with a matrix, or with a matrix for each entry of other feature axes.
 
-    Or with a matrix for each entry of the one other feature axis: a block-diagonal matrix.
+    Args:
+        reader: the reader.
+        node: the operator.
+        x: the value.
+        kernel: `[…, I, O]`. As in a MatMul, its axes before the last two belong to those of the value before its last
+            two, and an axis of length 1 there becomes as long as the kernel's.
+        last: the axis that is multiplied, -1 or -2.
     """
-    name, sizes = x.axes[-1], dict(x.parts)
-    group = x.axes[-3] if kernel.ndim == 3 and len(x.axes) > 2 and x.axes[-2] == "1" else ""
-    if sizes.keys() == {group, name} and (sizes[group], sizes[name]) == kernel.shape[:2]:
-        y = reader.put(node, GroupedDense(kernel), arranged(reader, x, [group, name]))
-        return replace(y, axes=x.axes, parts=((group, sizes[group]), (name, kernel.shape[2])))
-    if kernel.ndim != 2 or name not in dict(x.parts):
-        raise Refused(
-            f"expected a matrix of weights and features as the last axis, found {kernel.shape}, {' '.join(x.axes)}"
-        )
-    rest = [part for part, _ in x.parts if part != name]
-    x = arranged(reader, x, [*rest, name])
-    size = prod(size for _, size in x.parts[:-1])
-    y = reader.put(node, GridConv(kernel[None, None], (size,)), x)
-    return replace(y, parts=(*x.parts[:-1], (name, kernel.shape[1])))
+    if kernel.ndim < 2 or len(x.axes) < 2:
+        raise Refused(f"expected a matrix of weights, found {kernel.shape} with axes {' '.join(x.axes)}")
+    x = _with_steps(reader, as_grid(x), kernel)
+    name, outer, counts = x.axes[last], list(x.axes[:-2]), list(kernel.shape[:-2])
+    outer, counts = ["1"] * (len(counts) - len(outer)) + outer, [1] * (len(outer) - len(counts)) + counts
+    sizes, free, rank = {"1": 1, **dict(x.parts)}, fresh(x.axes), len(outer)
+    spread = {n: next(free) for n, axis in enumerate(outer) if sizes.get(axis) == 1 < counts[n]}
+    unlike = [n for n, axis in enumerate(outer) if n not in spread and counts[n] not in (1, sizes.get(axis))]
+    if unlike or sizes.get(name) != kernel.shape[-2]:
+        raise Refused(f"expected weights for the feature axes, found {kernel.shape}, {' '.join(x.axes)}")
+    gone = [outer[n] for n in spread if outer[n] != "1"]
+    rest = [part for part, _ in x.parts if part not in (*gone, name)]
+    x = arranged(reader, x, [*gone, *rest, name])
+    inner = [outer.index(part) for part in rest if part in outer]
+    others = [n for n in range(rank) if n not in (*inner, *spread)]
+    weights = kernel.reshape(*counts, *kernel.shape[-2:]).transpose(*others, *inner, rank, *spread, rank + 1)
+    groups = [counts[outer.index(part)] if part in outer else 1 for part in rest]
+    weights = weights.reshape(*groups, sizes[name], -1)
+    *_, inputs, outputs = weights.shape
+    size = prod(sizes[part] for part in rest)
+    if prod(groups) > 1:
+        reader.builder.make((size - prod(groups)) * inputs * outputs)
+        weights = np.broadcast_to(weights, (*(sizes[part] for part in rest), inputs, outputs))
+        y = reader.put(node, GroupedDense(weights.reshape(size, inputs, outputs)), x)
+    elif size > 1:
+        y = reader.put(node, GridConv(weights.reshape(1, 1, inputs, outputs), (size,)), x)
+    else:
+        y = reader.put(node, Dense(weights.reshape(inputs, outputs)), x)
+    axes = (*(spread.get(n, axis) for n, axis in enumerate(outer)), *x.axes[-2:])
+    parts = (*((part, sizes[part]) for part in rest), *((spread[n], counts[n]) for n in spread))
+    return as_features(replace(y, axes=axes, parts=(*parts, (name, kernel.shape[-1]))))
+
+
+def _with_steps(reader: Reader, x: Flowing, kernel: Array) -> Flowing:
+    """Return a value whose steps are a feature axis where the kernel has a matrix for each: see `dense`."""
+    at = x.axes.index("T") - len(x.axes) if "T" in x.axes else 0
+    if not -kernel.ndim <= at < -2 or kernel.shape[at] == 1 or kernel.shape[at] != x.steps:
+        return x
+    steps_apart(reader)
+    step = next(fresh(x.axes))
+    axes = tuple(step if axis == "T" else axis for axis in x.axes)
+    return replace(reader.put(f"{x.wire}.rows", Flatten(), x), axes=axes, parts=((step, x.steps), *x.parts))

@@ -43,9 +43,13 @@ def matmul(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     """Read a MatMul with constant weights, or of two values."""
     if not any(isinstance(value, (np.ndarray, Broadcast)) for value in values):
         return [attention.product(reader, node, *values)]
-    if isinstance(values[0], Flowing) and values[0].parts:
-        return [grids.dense(reader, node, values[0], floats(values[1], "the weights"))]
-    return dense(reader, node, reader.flowing(values[0]), floats(values[1], "the weights"))
+    left = isinstance(values[0], (np.ndarray, Broadcast))
+    x, weights = reader.flowing(values[left]), floats(values[not left], "the weights")
+    if not left and not x.parts and weights.ndim < 3:
+        return dense(reader, node, x, weights)
+    if left and weights.ndim > 1:
+        return [grids.dense(reader, node, x, weights.swapaxes(-1, -2), -2)]
+    return [grids.dense(reader, node, x, weights)]
 
 
 def gemm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
