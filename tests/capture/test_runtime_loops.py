@@ -148,6 +148,23 @@ def of_steps_within_features(m, x):
     return forward(m, x.reshape(len(x), -1, 4))
 
 
+def with_resets(m, x, done):
+    (h, c), outputs = m.start(x), []
+    for t in range(x.shape[1]):
+        keep = (1 - done[:, t])[:, None]
+        h, c = m.step(x[:, t], h * keep, c * keep)
+        outputs.append(m.head(h))
+    return torch.stack(outputs, 1)
+
+
+def over_two_sequences(m, x, done):
+    (h, c), outputs = m.start(x), []
+    for step, ends in zip(x.transpose(0, 1), done.transpose(0, 1)):  # noqa: B905
+        h, c = m.step(step, (1 - ends).view(-1, 1) * h, (1 - ends).view(-1, 1) * c)
+        outputs += [h[None]]
+    return m.head(torch.flatten(torch.cat(outputs), 0, 1))
+
+
 LOOPS = (
     forward,
     of_a_state,
@@ -163,12 +180,15 @@ LOOPS = (
     of_its_own_outputs,
     with_a_start_for_all_rows,
     of_steps_within_features,
+    with_resets,
+    over_two_sequences,
 )
 
 
 def example(run, rows, steps):
     torch.manual_seed(rows * 100 + steps)
     more = [torch.randn(rows, 6)] if run is of_a_state else []
+    more += [(torch.rand(rows, steps) < 0.3).float()] if run in (with_resets, over_two_sequences) else []
     x = torch.randn(rows, steps, 4)
     return x.flatten(1) if run is of_steps_within_features else x, *more
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cellstack.capture.nested import fresh, wider
+from cellstack.capture.nested import fresh, tensors_in, wider
 
 MOST_WAYS = 30  # combinations of axes of several inputs that are tried
 Axes = frozenset[tuple[int, int, int]]  # the indices of tensors, an axis of each, and by how many entries it changes
@@ -49,6 +49,23 @@ def axes_in_groups(module: Any, inputs: tuple[Any, ...], left: list[str]) -> lis
             several = (unit for unit in range(2, size // 2 + 1) if size % unit == 0)
             if made := group(n, axis) or next((one for unit in several if (one := group(n, axis, unit))), None):
                 found = [one for one in found if not one < made] + [made]
+    return _with_cut_ones(module, inputs, found)
+
+
+def _with_cut_ones(module: Any, inputs: tuple[Any, ...], found: list[Axes]) -> list[Axes]:
+    """Return groups, those joined of which a module only uses the shorter one, as `for x, done in zip(xs, dones)`."""
+
+    def outputs(axes: Axes) -> list[Any]:
+        with torch.no_grad():
+            return tensors_in(module(*fresh(resized(list(inputs), axes, 1))))
+
+    alike, before = dict[tuple[int, int], list[Axes]](), outputs(frozenset())
+    for one in found:
+        (n, axis, unit), *others = one
+        if not others and all(map(torch.equal, outputs(one), before)):
+            alike.setdefault((inputs[n].shape[axis], unit), []).append(one)
+    for several in alike.values():
+        found = [one for one in found if one not in several] + [frozenset().union(*several)]
     return found
 
 

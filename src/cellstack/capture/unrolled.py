@@ -67,7 +67,8 @@ def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Ax
         given = list(given)
         program = record(tuple(given))
     inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-    fixed = [group for group in axes if all(str(inputs[n].meta["val"].shape[axis]).isdigit() for n, axis, _ in group)]
+    # A loop over the steps of one input fixes its length, but not that of an input of which it only takes entries.
+    fixed = [group for group in axes if any(str(inputs[n].meta["val"].shape[axis]).isdigit() for n, axis, _ in group)]
     places = [min(group) for group in fixed]
     made = _plain(program)
     if not _roll(made):
@@ -320,10 +321,9 @@ class _Loop:
         axis = (*every[0], 0)[1]
         if not fixed or any(len(args) not in (3, 4) or args[1] != axis for args in every):
             return None
-        axis, size = axis % x.meta["val"].ndim, x.meta["val"].shape[axis]
-        if not str(size).isdigit() or any(type(one) is not int for args in every for one in args[2:]):
+        axis, size = axis % x.meta["val"].ndim, _length(x.meta["val"].shape[axis])
+        if size is None or any(type(one) is not int for args in every for one in args[2:]):
             return None
-        size = int(str(size))
         first, ends = ([min(args[n] + size * (args[n] < 0), size) for args in every] for n in (2, len(every[0]) - 1))
         step, widths = first[1] - first[0], {end - one for one, end in zip(first, ends, strict=True)}
         if not step or len(widths) > 1 or first != [first[0] + k * step for k in range(len(first))]:
@@ -413,6 +413,11 @@ class _Loop:
             graph.erase_node(node)
 
 
+def _length(size: Any) -> int | None:
+    """Return the length of an axis in the example; None if it depends on values."""
+    return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else None
+
+
 def _copy(graph: Graph, one: Node) -> Node:
     """Return a copy of a tensor; of a number, the number."""
     return graph.call_function(ATEN.clone.default, (one,)) if isinstance(one.meta.get("val"), torch.Tensor) else one
@@ -435,7 +440,7 @@ def _sequence(add: Callable[..., Node], taken: Taken, steps: int) -> Node:
         x = add(ATEN.unfold.default, x, axis, width, 1)  # the windows have their entries along a last axis
         value = x.meta["val"]
     last = first + step * (steps - 1)
-    if (min(first, last), max(first, last) + 1, abs(step)) != (0, value.shape[axis], 1):
+    if (min(first, last), max(first, last) + 1, abs(step)) != (0, _length(value.shape[axis]), 1):
         x = add(SLICE, x, axis, min(first, last), max(first, last) + 1, abs(step))
     if step < 0:
         x = add(ATEN.flip.default, x, [axis])
