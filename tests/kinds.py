@@ -472,6 +472,7 @@ TESTED = {
         drawn=cfs_drawn,
         bounded=True,
         finite=False,
+        units=900,
     ),
     "sru": Tested(
         row=sru_row,
