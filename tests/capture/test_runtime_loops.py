@@ -165,6 +165,17 @@ def over_two_sequences(m, x, done):
     return m.head(torch.flatten(torch.cat(outputs), 0, 1))
 
 
+def over_edges_of_a_graph(m, x, edges, weights):
+    h, c = m.start(x)
+    for t in range(x.shape[1]):
+        kept = edges[0] != edges[1]
+        start, end = edges[:, kept].unbind()
+        sent = h[start] * weights[kept].sqrt()[:, None]  # of random weights, some would be negative
+        received = torch.zeros_like(h).scatter_add(0, end[:, None].expand_as(sent), sent)
+        h, c = m.step(x[:, t], received, c)
+    return m.head(h)
+
+
 LOOPS = (
     forward,
     of_a_state,
@@ -182,6 +193,7 @@ LOOPS = (
     of_steps_within_features,
     with_resets,
     over_two_sequences,
+    over_edges_of_a_graph,
 )
 
 
@@ -189,6 +201,7 @@ def example(run, rows, steps):
     torch.manual_seed(rows * 100 + steps)
     more = [torch.randn(rows, 6)] if run is of_a_state else []
     more += [(torch.rand(rows, steps) < 0.3).float()] if run in (with_resets, over_two_sequences) else []
+    more += [torch.randint(rows, (2, 11)), torch.rand(11)] if run is over_edges_of_a_graph else []
     x = torch.randn(rows, steps, 4)
     return x.flatten(1) if run is of_steps_within_features else x, *more
 

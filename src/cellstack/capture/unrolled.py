@@ -25,6 +25,7 @@ multiples of these lengths. `compile` compares the result with the module at oth
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -254,9 +255,9 @@ def _kind(node: Node) -> Any:
 
 
 def _shape(node: Node) -> tuple[str, Any]:
-    """Return the shape and the dtype of what an operator returns."""
+    """Return the shape and the dtype of what an operator returns; sizes that depend on values are alike."""
     value = node.meta.get("val")
-    return str(getattr(value, "shape", "")), getattr(value, "dtype", None)
+    return re.sub(r"\bu\d+", "u", str(getattr(value, "shape", ""))), getattr(value, "dtype", None)
 
 
 class _Loop:
