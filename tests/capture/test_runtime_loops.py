@@ -54,7 +54,7 @@ def backward(m, x):
     for t in reversed(range(x.size(1))):
         h, c = m.step(x[:, t], h, c)
         outputs.insert(0, h[:, None])
-    return torch.cat(outputs, 1)
+    return torch.hstack(outputs)
 
 
 def both_ways(m, x):
@@ -64,8 +64,8 @@ def both_ways(m, x):
         h, c = m.start(x)
         for one in order:
             h, c = m.step(one, h, c)
-            found.append(c)
-    return torch.cat([torch.stack(ahead), torch.stack(back[::-1])], -1)
+            found.append(c[None])
+    return torch.cat([torch.vstack(ahead), torch.vstack(back[::-1])], -1)
 
 
 def with_rows_of_a_weight(m, x):
@@ -86,8 +86,8 @@ def of_two_layers(m, x):
         inner.append(h)
     for h in inner:
         c = torch.atan(c + m.v(h))
-        outer.append(m.head(c))
-    return torch.stack(outer, 2)
+        outer.append(m.head(c)[:, None])
+    return torch.concat(outer, 1)
 
 
 def with_lengths_elsewhere(m, x):
@@ -108,7 +108,7 @@ def written_into_a_tensor(m, x):
 def with_pairs_of_steps(m, x):
     (h, c), outputs = m.start(x), []
     for t in range(x.shape[1] - 1):
-        h, c = m.step(x[:, t : t + 2].mean(1), h, c)
+        h, c = m.step(x.narrow(1, t, 2).mean(1), h, c)
         outputs.append(h)
     return torch.cat([torch.stack(outputs, 1), h.exp()[:, None]], 1)
 

@@ -39,6 +39,7 @@ from cellstack.cells.errors import FormatError
 
 ATEN = torch.ops.aten
 SELECT, SLICE, STACK, CAT = ATEN.select.int, ATEN.slice.Tensor, ATEN.stack.default, ATEN.cat.default
+JOINS = {ATEN.concat.default: None, ATEN.concatenate.default: None, ATEN.hstack.default: 1, ATEN.vstack.default: 0}
 SCATTER = ATEN.select_scatter.default
 SIZE = ATEN.sym_size.int
 SCAN = torch.ops.higher_order.scan
@@ -71,13 +72,25 @@ def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Ax
     # A loop over the steps of one input fixes its length, but not that of an input of which it only takes entries.
     fixed = [group for group in axes if any(str(inputs[n].meta["val"].shape[axis]).isdigit() for n, axis, _ in group)]
     places = [min(group) for group in fixed]
-    made = _plain(program)
-    if not _roll(made):
-        raise FormatError("no operators are repeated for each step of a sequence")
-    others = [_plain(record(tuple(resized(given, group, 1)))) for group in fixed]
-    for other in others:
-        _roll(other)
-    _open([made, *others], places, [given[n].shape[axis] // unit for n, axis, unit in places])
+    lengths = [given[n].shape[axis] // unit for n, axis, unit in places]
+    programs = [program]
+
+    def opened(decomposed: bool) -> GraphModule:
+        made = _plain(program, decomposed)
+        if not _roll(made):
+            raise FormatError("no operators are repeated for each step of a sequence")
+        if len(programs) == 1:
+            programs.extend(record(tuple(resized(given, group, 1))) for group in fixed)
+        others = [_plain(one, decomposed) for one in programs[1:]]
+        for other in others:
+            _roll(other)
+        _open([made, *others], places, lengths)
+        return made
+
+    try:
+        made = opened(False)
+    except FormatError:  # an operator that consists of others, such as narrow or hstack, may be a part of a loop
+        made = opened(True)
     for node in made.graph.find_nodes(op="call_function", target=SCAN):  # whose tensors mustn't share their memory
         with made.graph.inserting_before(node):
             node.args = node.args[0], *([_copy(made.graph, one) for one in group] for group in node.args[1:])
@@ -85,13 +98,23 @@ def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Ax
     return made, given
 
 
-def _plain(program: Any) -> GraphModule:
-    """Return a graph without operators that change tensors in place, and with each entry of a list as an operator."""
-    made = program.run_decompositions({}).module(check_guards=False)
+def _plain(program: Any, decomposed: bool) -> GraphModule:
+    """Return a graph without operators that change tensors in place, and with each entry of a list as an operator.
+
+    Args:
+        program: what `torch.export` recorded.
+        decomposed: whether operators that consist of others become these, which takes longer than `torch.export`.
+    """
+    schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
+    if decomposed or any(program.graph_module.children()) or any(one and one.is_mutable for one in schemas):
+        program = program.run_decompositions({})
+    made = program.module(check_guards=False)
     graph = made.graph
     for node in list(graph.nodes):
         if node.target is operator.getitem and isinstance(node.args[0], Node):
             _as_entry(graph, node)
+        elif node.target in JOINS:
+            _as_cat(node)
         elif node.target is ATEN._assert_scalar.default:  # that a branch is the example's
             graph.erase_node(node)
         elif (same := _same_value(node)) is not None:
@@ -136,6 +159,13 @@ def _same_value(node: Any) -> Any:
         return x.args[1]
     node.args = x, axis, n
     return None
+
+
+def _as_cat(node: Any) -> None:
+    """Make another operator that joins tensors a `cat`, or a `stack`."""
+    axis, vectors = JOINS[node.target], node.args[0][0].meta["val"].ndim == 1
+    node.target = STACK if axis == 0 and vectors else CAT
+    node.args = node.args if axis is None else (node.args[0], 0 if vectors else axis)
 
 
 def _as_stack(graph: Graph, node: Any) -> None:
