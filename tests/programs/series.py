@@ -121,7 +121,7 @@ def neuralforecast_dilated():
     *NEEDS["neuralforecast"],
     sizes=((2, 20), (1, 20), (3, 20)),
     served=0,
-    refused="If '",
+    runtime=True,
 )
 def neuralforecast_residual():
     from neuralforecast.models.dilated_rnn import DilatedRNN
@@ -189,12 +189,7 @@ def forecasting_deepar():
     return module, _forecasting
 
 
-@program(
-    "pytorch-forecasting: TemporalFusionTransformer",
-    *NEEDS["pytorch-forecasting"],
-    served=2,
-    refused="several lengths",
-)
+@program("pytorch-forecasting: TemporalFusionTransformer", *NEEDS["pytorch-forecasting"], served=2, runtime=True)
 def forecasting_tft():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import TemporalFusionTransformer
