@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import cellstack as cs
 from cellstack.formats import load_network
+from cellstack.formats.onnx import save
 from cellstack.formats.onnx.runtime import SPINNING, RuntimeModel
 from cellstack.onnxruntime import InferenceSession
 
@@ -427,6 +428,39 @@ def test_a_session_has_onnxruntimes_interface(tmp_path, as_bytes):
     np.testing.assert_array_equal(bound.copy_outputs_to_cpu()[0], found)
     assert "fused cpu kernel" in repr(ours.plan())
     assert isinstance(ours, onnxruntime.InferenceSession)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mingru"])
+def test_states_that_are_inputs_with_a_default_may_be_given(kind, tmp_path):
+    spec, path = cs.CellSpec(WIDTH, UNITS, kind=kind), str(tmp_path / "net.onnx")
+    cell = cs.nodes.Cell(spec, **{key: RNG.normal(size=shape).astype("f4") for key, shape in spec.shapes.items()})
+    save(cs.Network([cs.nodes.Recurrent((cell,))], ["a"]), path, states=True)
+    ours: Any = InferenceSession(path)
+    other = theirs(path)
+    assert "fused cpu kernel" in ours.plan()[0]
+    states = [one.name for one in other.get_overridable_initializers()]
+    assert (
+        [one.name for one in ours.get_overridable_initializers()] == states == [f"a.{key}" for key in spec.state_sizes]
+    )
+    fed = {other.get_inputs()[0].name: RNG.normal(size=(2, 7, WIDTH)).astype("f4")}
+    for given in ({}, {name: RNG.normal(size=(2, UNITS)).astype("f4") for name in states}):
+        for one, expected in zip(ours.run(None, fed | given), other.run(None, fed | given), strict=True):
+            np.testing.assert_allclose(one, expected, atol=tolerances.NETWORK, rtol=0)
+
+
+def test_weights_that_are_inputs_with_a_default_may_not_be_given(tmp_path):
+    """Other operators use them too: they would have the given values, and the kernel those of the file."""
+    nodes = [
+        helper.make_node("LSTM", ["x", "a.W", "a.R", "a.B"], ["y"], hidden_size=UNITS),
+        helper.make_node("Erf", ["a.W"], ["of_w"]),
+    ]
+    inputs = [floats("x", "T", "B", WIDTH), floats("a.W", 1, 4 * UNITS, WIDTH)]
+    path = str(write(tmp_path / "net.onnx", nodes, inputs, ["y", "of_w"], weights("LSTM", "a")))
+    session: Any = InferenceSession(path)
+    fed = {"x": RNG.normal(size=(7, 2, WIDTH)).astype("f4")}
+    np.testing.assert_allclose(session.run(None, fed)[0], theirs(path).run(None, fed)[0], atol=tolerances.NETWORK)
+    with pytest.raises(Exception, match=r"Invalid input name: a\.W"):
+        session.run(None, fed | {"a.W": np.ones((1, 4 * UNITS, WIDTH), "f4")})
 
 
 def test_a_file_without_recurrent_operators_runs_in_onnxruntime(tmp_path):

@@ -77,6 +77,10 @@ class Replacement:
     def __init__(self, path: str, data: bytes) -> None:
         self._model, self._proto = parsed(path, data)
         scope = self._model.scope()
+        # Inputs with a default value; in earlier versions of the format, a call can't replace it.
+        defaults = scope.initializers.keys() & set(scope.inputs) if self._proto.ir_version >= 4 else set()
+        self._fixed = defaults & _weights(scope.graph)
+        scope.known |= dict.fromkeys(defaults - self._fixed)
         self.inputs = tuple(scope.given)
         self.outputs = tuple(value.name for value in scope.graph.output)
         self._found: list[tuple[Any, Operator]] = []
@@ -116,6 +120,9 @@ class Replacement:
             del graph.node[:], self._proto.functions[:]
             graph.node.extend(self._model.graph.node)
         _remove_unused(graph)
+        for place, value in reversed(list(enumerate(graph.input))):
+            if value.name in self._fixed:
+                del graph.input[place]
         del self._proto.opset_import[:]
         for domain, version in versions.items():
             self._proto.opset_import.add(domain=domain, version=version)
@@ -374,6 +381,18 @@ def _graphs(graph: Any) -> Iterator[Any]:
     for node in graph.node:
         for inner in graphs_of(node):
             yield from _graphs(inner)
+
+
+def _weights(graph: Any) -> set[str]:
+    """Return the names of values on which the weights of recurrent operators depend."""
+    found: set[str] = set()
+    for one in reversed(list(_graphs(graph))):
+        for node in reversed(one.node):
+            if is_recurrent(node):
+                found.update((*node.input[1:4], *node.input[7:]))
+            elif not found.isdisjoint(node.output):
+                found.update(node.input)
+    return found
 
 
 def _remove_unused(graph: Any) -> set[str]:
