@@ -300,6 +300,10 @@ void compute(const Node& node, KernelContext* context) {
         runs[size_t(way)].layers[0].y = y + way * (r.batch_first ? P : batch * P);
     forward<T>(runs, r.threads);
 
+    for (int64_t b = 0; b < batch && !mask.empty(); ++b)  // as in ONNX Runtime, a row without steps loses its states
+        for (int s = 0; s < states && lengths[b] == 0; ++s)
+            for (const Run<T>& run : runs)
+                if (T* const to = run.layers[0].after[s]) std::fill_n(to + b * d.width(s), d.width(s), T(0));
     for (int s = 0; s < states; ++s)
         if (!after[s].empty()) swap_ends(ends[s], after[s].data(), ways, batch, d.width(s));
     if (!y || mask.empty()) return;

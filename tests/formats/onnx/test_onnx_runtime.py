@@ -405,6 +405,16 @@ def described(session):
     return [[(one.name, one.type, shapes[one.name]) for one in ends] for ends in every]
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_rows_without_steps_have_onnxruntimes_states(direction, tmp_path):
+    ways = 2 if direction == "bidirectional" else 1
+    path = str(graph("LSTM", ways, ("lengths", "h", "c"), path=tmp_path / "net.onnx", direction=direction))
+    session = theirs(path)
+    fed = inputs_of(session, 6, 4) | {"lengths": np.array([0, 6, 0, 2], "i4")}
+    for ours, other in zip(RuntimeModel(path).compute(fed), session.run(None, fed), strict=True):
+        np.testing.assert_allclose(ours, other, atol=tolerances.NETWORK, rtol=0)
+
+
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_a_session_has_onnxruntimes_interface(tmp_path, as_bytes):
     path = str(graph(path=tmp_path / "model.onnx", ways=2, given=("h", "c")))
