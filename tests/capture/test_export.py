@@ -211,6 +211,41 @@ def test_peepholes_and_names(tmp_path):
     compared(layer, lambda batch, steps: (torch.randn(batch, steps, 4),), path)
 
 
+class Repeated(nn.Module):
+    """Returns its input, and an output twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(4, 5, batch_first=True)
+
+    def forward(self, x):
+        y = self.rnn(x)[0]
+        return x, y, y
+
+
+@pytest.mark.parametrize("names", [{}, {"input_names": ["cell_0.W"], "output_names": ["a", "b", "c"]}])
+def test_inputs_and_outputs_have_names_of_their_own(names, tmp_path):
+    module, path = drawn(Repeated()), tmp_path / "net.onnx"
+    export_onnx(module, (torch.randn(2, 9, 4),), path, dynamic_shapes=({0: B, 1: T},), **names)
+    graph = onnx.load(path).graph
+    found = [one.name for one in (*graph.input, *graph.output)]
+    assert len(set(found)) == 4
+    assert found == ["cell_0.W", "a", "b", "c"] if names else found[0] == "x"
+    compared(module, lambda batch, steps: (torch.randn(batch, steps, 4),), path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"input_names": ["x", "z"]}, r"input_names of at most 1 inputs, got \['x', 'z'\]"),
+        ({"input_names": ["x"], "output_names": ["x"]}, "names of inputs and outputs must differ, found x, x, "),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(names, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(nn.GRU(4, 5), (torch.randn(9, 2, 4),), tmp_path / "net.onnx", **names)
+
+
 def test_a_file_is_read_back_as_a_network(tmp_path):
     module, path = drawn(nn.LSTM(4, 5, 2, bidirectional=True, batch_first=True)), tmp_path / "net.onnx"
     export_onnx(module, (torch.randn(2, 9, 4),), path, dynamic_shapes=({0: B, 1: T},))
@@ -276,6 +311,97 @@ def test_what_onnx_lacks_is_refused(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def returned(module, x):
+    return *module.rnn(x), 3
+
+
+def test_arguments_that_cannot_be_recorded_are_refused(tmp_path):
+    x, path = torch.randn(9, 2, 4), tmp_path / "net.onnx"
+    for module, args in ((nn.GRU(4, 5), x), (torch.relu, (x,)), (nn.GRU, (x,))):
+        with pytest.raises(TypeError, match="expected a module of PyTorch and a tuple of its inputs, such as"):
+            export_onnx(module, args, path)
+    with pytest.raises(ValueError, match="can't record scripted modules"):
+        export_onnx(torch.jit.script(nn.Sequential(nn.GRU(4, 5))), (x,), path)
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match=rf"a recurrent layer of {dtype}: export module.float\(\)"):
+            export_onnx(nn.GRU(4, 5).to(dtype), (x.to(dtype),), path)
+    with pytest.raises(ValueError, match="no float64 cells that take lengths"):
+        export_onnx(
+            Given(layers.GRU(5, **EVERY), lengths=torch.tensor([3, 9])).double(), (x.transpose(0, 1).double(),), path
+        )
+    with pytest.raises(ValueError, match="the module returns 3: a file returns tensors only"):
+        export_onnx(Model(returned, nn.GRU(4, 5)), (x,), path)
+
+
+class Model(nn.Module):
+    def __init__(self, run, rnn):
+        super().__init__()
+        self.rnn, self.run = rnn, run
+        self.register_buffer("calls", torch.zeros(()))
+        self.last = torch.zeros(())
+
+    def forward(self, *given):
+        return self.run(self, *given)
+
+
+def counted(module, x):
+    module.calls += 1
+    return module.rnn(x)[0] * module.calls
+
+
+def kept(module, x):
+    module.last = module.rnn(x)[0]
+    return module.last
+
+
+@pytest.mark.parametrize(
+    ("run", "message"), [(counted, "changes the buffers calls"), (kept, r"self\.last was assigned")]
+)
+def test_state_that_a_file_does_not_keep_is_warned_of(run, message, tmp_path):
+    with pytest.warns(UserWarning, match=message):
+        export_onnx(Model(run, nn.GRU(4, 5)), (torch.randn(9, 2, 4),), tmp_path / "net.onnx")
+
+
+def double(module):
+    return module.double()
+
+
+PREPARED = {
+    "weight_norm": lambda module: nn.utils.parametrizations.weight_norm(module, "weight_hh_l0"),
+    "spectral_norm": lambda module: nn.utils.parametrizations.spectral_norm(module, "weight_ih_l0"),
+    "compiled": torch.compile,
+    "float64": double,
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_computed_weights_compiled_modules_and_float64(name, tmp_path):
+    module, path = drawn(nn.LSTM(4, 5, batch_first=True)), tmp_path / "net.onnx"
+    ready, dtype = PREPARED[name](module), torch.float64 if name == "float64" else torch.float32
+
+    def inputs(batch, steps):
+        return (torch.randn(batch, steps, 4, dtype=dtype),)
+
+    export_onnx(ready, inputs(*SIZES[0]), path, dynamic_shapes=({0: B, 1: T},))
+    assert ("LSTM" in operators(path)) == (name != "float64")  # which ONNX Runtime doesn't run
+    compared(module.eval(), inputs, path)
+
+
+def of_lengths(module, x, lengths, h):
+    return module.rnn(x, lengths=lengths, initial_state=h)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_rows_without_steps_keep_their_states(back, tmp_path):
+    module = drawn(Model(of_lengths, layers.GRU(5, go_backwards=back, **EVERY)))
+
+    def inputs(batch, steps):
+        return torch.randn(batch, steps, 4), torch.randint(0, 2, (batch,)) * steps, torch.randn(batch, 5)
+
+    export_onnx(module, inputs(*SIZES[0]), tmp_path / "net.onnx", dynamic_shapes=(({0: B, 1: T}, {0: B}, {0: B}),))
+    compared(module, inputs, tmp_path / "net.onnx")
+
+
 class Own(nn.LSTM):
     def check_forward_args(self, input, hidden, batch_sizes):
         pass
@@ -332,3 +458,28 @@ def test_packed_rows(lengths, total, ordered, tmp_path):
     export_onnx(module, module.inputs(*SIZES[0]), path, dynamic_shapes=shapes)
     assert operators(path).count("LSTM") == 2
     compared(module, module.inputs, path)
+
+
+def mean(module, x, lengths):
+    return module.rnn(pack_padded_sequence(x, lengths, True))[0].data.mean(0)
+
+
+def unpacked_outside(module, x, lengths):
+    return module.rnn(pack_padded_sequence(x, lengths, True))[0]
+
+
+def given_packed(module, x):
+    return pad_packed_sequence(module.rnn(x)[0], True)[0]
+
+
+def test_what_padded_rows_would_change_is_refused(tmp_path):
+    x, lengths = torch.randn(2, 9, 4), torch.tensor([9, 9])
+    for run in (mean, unpacked_outside):
+        with pytest.raises(ValueError, match="returns a packed sequence, or computes across its steps"):
+            export_onnx(Model(run, nn.GRU(4, 5, batch_first=True)), (x, lengths), tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="a packed sequence can't be an input"):
+        export_onnx(
+            Model(given_packed, nn.GRU(4, 5, batch_first=True)),
+            (pack_padded_sequence(x, lengths, True),),
+            tmp_path / "net.onnx",
+        )

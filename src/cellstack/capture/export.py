@@ -28,7 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from cellstack.capture.copied import duplicate
+from cellstack.capture.copied import duplicate, fold
+from cellstack.capture.nested import has_packed
 from cellstack.capture.operators import Operators
 from cellstack.capture.recognition import accelerate as accelerate_cells
 from cellstack.capture.sizes import OURS, line_of, outside, pytorch
@@ -44,8 +45,10 @@ from cellstack.layers.handwritten import HandWritten
 from cellstack.nodes.cell_arrays import Cell
 
 DOMAIN = "cellstack"  # of the operators that stand for cells until their weights are computed
-INT32 = 6
+INT32, BOOL, DOUBLE = 6, 9, 11  # of onnx.TensorProto.DataType
 SLICE = torch.ops.aten.slice.Tensor
+# PyTorch's warning about tensors that forward stores in attributes, except those of its own recurrent layers.
+ASSIGNED = r"The tensor attributes? .*self\.(\w+\.)*(?!_flat_weights)\w+(\[[^]]*\])*,? .*assigned during export"
 FIXING = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")  # operators whose export fixes the length
 
 
@@ -79,14 +82,37 @@ def export_onnx(
         output_names: the names of its outputs.
 
     Raises:
-        ValueError: a recurrent module that stays with PyTorch, or a cell or a call that ONNX's operators can't express.
+        TypeError: `module` isn't a module, or `args` isn't a tuple.
+        ValueError: a recurrent module that stays with PyTorch, a cell or a call that ONNX's operators can't express, or
+            names that aren't unique.
         ModuleNotFoundError: onnx or onnxscript isn't installed.
         Exception: whatever `torch.export.export` and `torch.onnx.export` raise.
 
     >>> time = torch.export.Dim("time")
     >>> export_onnx(nn.LSTM(3, 4), (torch.zeros(5, 1, 3),), "lstm.onnx", dynamic_shapes=({0: time},))  # doctest: +SKIP
     """
-    write(recorded(module, args, kwargs, dynamic_shapes, strict, cells=cells), fspath(path), input_names, output_names)
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    if not isinstance(module, nn.Module) or not isinstance(args, tuple):
+        got = f"{type(module).__name__} and {type(args).__name__}"
+        raise TypeError(f"export_onnx: expected a module of PyTorch and a tuple of its inputs, such as (x,), got {got}")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise ValueError(
+            "export_onnx: torch.export can't record scripted modules: pass what torch.jit.script was given"
+        )
+    if has_packed(args):
+        raise ValueError(
+            "export_onnx: a packed sequence can't be an input: let forward take the padded one and its lengths, and "
+            "pack them"
+        )
+    program = recorded(module, args, kwargs, dynamic_shapes, strict, cells=cells)
+    changed = _changed_buffers(program)
+    if changed:
+        warnings.warn(
+            f"export_onnx: forward changes the buffers {', '.join(changed)}, and the file doesn't: each of its calls "
+            "starts from their present values. Return what the next call needs, and take it as an argument",
+            stacklevel=2,
+        )
+    write(program, fspath(path), input_names, output_names)
 
 
 def recorded(
@@ -104,6 +130,7 @@ def recorded(
         ValueError, Exception: see `export_onnx`.
     """
     ready = duplicate(module).eval()
+    fold(ready)
     if cells:
         accelerate_cells(ready, None if kwargs else args)
         ready = _Named(ready).eval() if isinstance(ready, HandWritten) else ready
@@ -111,13 +138,26 @@ def recorded(
         accelerate.accelerate(ready)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.filterwarnings("default", ASSIGNED)
         with nullcontext() if strict else Operators(cut) as operators:
             if operators:
-                operators.find(duplicate(ready), *copy.deepcopy((args, dict(kwargs or {}))))
+                operators.find(lambda: _called(duplicate(ready), *copy.deepcopy((args, dict(kwargs or {})))))
             program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
     _check(program.graph)
     _corrected(program.graph)
     return program
+
+
+def _changed_buffers(program: Any) -> list[str]:
+    """Return the names of the buffers that a recorded module writes to."""
+    buffers = program.graph_signature.inputs_to_buffers
+    calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload) and node.args]
+    written = [getattr(node.args[0], "name", "") for node in calls if node.target._schema.is_mutable]
+    return list(dict.fromkeys(buffers[name] for name in written if name in buffers))
+
+
+def _called(module: Any, args: Any, kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 class _Named(nn.Module):
@@ -220,8 +260,6 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
                 # The exporter's Log(Sigmoid(x)) is never below -18 in ONNX Runtime.
                 torch.ops.aten.log_sigmoid.default: lambda x: onnx.Neg(onnx.Softplus(onnx.Neg(x))),
             },
-            input_names=input_names,
-            output_names=output_names,
             verbose=False,
             optimize=False,  # which drops x + eps for eps up to 1e-8, and computes small constants only
         )
@@ -237,20 +275,52 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
     ):
         run(made.model)
     _put_cells(made.model)
+    _rename(script.ir, made.model.graph, input_names or (), output_names or ())
+    common.NameFixPass()(made.model)
     for value in made.model.graph.inputs:  # a size that became fixed while it was recorded has its number as its name
         for axis, size in enumerate(value.shape):
             value.shape[axis] = int(str(size)) if str(size).isdigit() else size
     made.save(path)
 
 
+def _rename(ir: Any, graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Rename the inputs and outputs of a graph; an output that is an input or another output becomes a copy.
+
+    Raises:
+        ValueError: more names than there are inputs or outputs, or names that occur twice.
+    """
+    for place, value in enumerate(graph.outputs):
+        if value.is_graph_input() or value in graph.outputs[:place]:
+            graph.outputs[place] = ir.Value(name=f"{value.name}_{place}", shape=value.shape, type=value.type)
+            graph.append(ir.node("Identity", [value], outputs=[graph.outputs[place]]))
+    for what, values, names in (("input", graph.inputs, inputs), ("output", graph.outputs, outputs)):
+        if len(names) > len(values):
+            raise ValueError(f"export_onnx: expected {what}_names of at most {len(values)} {what}s, got {names!r}")
+        for value, name in zip(values, names, strict=False):
+            value.name = name
+    every = [value.name for value in (*graph.inputs, *graph.outputs)]
+    if len(set(every)) < len(every):
+        raise ValueError(f"export_onnx: the names of inputs and outputs must differ, found {', '.join(every)}")
+
+
 def _check(graph: Any) -> None:
     """Refuse an exported graph that has other recurrent operators than ours, or calls that ONNX can't express."""
+    for value in graph.output_node().args[0]:
+        if isinstance(value, (int, float, str)):
+            raise ValueError(f"export_onnx: the module returns {value!r}: a file returns tensors only")
     for node in graph.nodes:
         name = str(node.target)
         if name.startswith(FIXING):
             raise ValueError(f"export_onnx: PyTorch runs {name}, which fixes the number of steps: see cs.plan(module)")
         if node.target is op.recurrent:
-            _, _, _, drops, mask, reset, texts, *_ = node.args
+            x, _, _, drops, mask, reset, texts, *_ = node.args
+            dtype = x.meta["val"].dtype
+            if dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"export_onnx: a recurrent layer of {dtype}: export module.float()")
+            if dtype is torch.float64 and mask is not None:
+                raise ValueError(
+                    "export_onnx: ONNX Runtime has no float64 cells that take lengths: export module.float()"
+                )
             if reset is not None or drops or not (mask is None or _of_lengths(mask)):
                 given = "resets" if reset is not None else "dropout" if drops else "a mask, only lengths"
                 raise ValueError(f"export_onnx: ONNX's recurrent operators don't take {given}; {EXPORT_HINT}")
@@ -268,8 +338,10 @@ def _of_lengths(mask: Any) -> bool:
 # ── ONNX ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _is_operator(spec: CellSpec) -> bool:
-    """Whether ONNX has an operator for a cell; others are written as Scans."""
+def _is_operator(spec: CellSpec, double: bool) -> bool:
+    """Whether ONNX Runtime has an operator for a cell; others are written as Scans."""
+    if double:
+        return False
     try:
         operator_of_specs("", [spec], "forward")
     except ValueError:
@@ -303,7 +375,7 @@ def _translated(
         used = onnx.Unsqueeze(onnx.Transpose(mask, perm=[1, 0]), [2])  # [T, B, 1]
     given, arrays, results = iter(starts), iter(weights), []
     for call in map(of_text, cells):
-        spec, operator = call.spec, _is_operator(call.spec)
+        spec, operator = call.spec, _is_operator(call.spec, x.dtype == DOUBLE)
         own = {name: next(arrays) for name in call.shapes}
         begin = [next(given) for _ in call.sizes] if starts else []
         if not begin and (spec.learn_initial_state or not operator):
@@ -319,6 +391,9 @@ def _translated(
         *ends, y = _cell_operator(len(call.sizes))(*inputs, cell=call.text, reverse=int(reverse), states=len(states))
         if operator:
             ends, y = [onnx.Squeeze(end, [0]) for end in ends], onnx.Squeeze(y, [1])  # [T, B, H]
+        if lengths and begin:  # ONNX Runtime returns zeros as the states of a row without steps
+            some = onnx.Unsqueeze(onnx.Cast(lengths[0], to=BOOL), [1])  # [B, 1]
+            ends = [onnx.Where(some, end, start) for end, start in zip(ends, begin, strict=True)]
         if used is not None:  # ONNX returns zeros past the end of a row, our op the last output before
             y = onnx.Where(used, y, (begin[0] if begin else 0.0) if reverse else ends[0])
         steps = y
@@ -361,7 +436,7 @@ def _put_cells(model: Any) -> None:
         cell = _cell(call, {key: one.numpy() for key, one in zip(call.shapes, constants, strict=True)})
         reverse, count = node.attributes["reverse"].as_int(), node.attributes["states"].as_int()
         *ends, y = node.outputs
-        if _is_operator(cell.spec):
+        if _is_operator(cell.spec, cell.dtype == "float64"):
             kind, arrays, attributes = write_operator(name, (cell,), "reverse" if reverse else "forward")
             w, r, b, p = (_constant(ir, node.graph, f"{name}.{key}", arrays.get(key)) for key in "WRBP")
             states = given[len(given) - count :] or [None] * len(ends)
