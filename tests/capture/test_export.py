@@ -333,6 +333,17 @@ def test_arguments_that_cannot_be_recorded_are_refused(tmp_path):
         export_onnx(Model(returned, nn.GRU(4, 5)), (x,), path)
 
 
+def svd(module, x):
+    return torch.linalg.svd(module.rnn(x)[0])[1]
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"export_onnx: No ONNX function found for <OpOverload\(op='aten\._linalg_svd'"
+    ):
+        export_onnx(Model(svd, nn.GRU(4, 5)), (torch.randn(9, 2, 4),), tmp_path / "net.onnx")
+
+
 class Model(nn.Module):
     def __init__(self, run, rnn):
         super().__init__()

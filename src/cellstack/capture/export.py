@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from cellstack.capture.copied import duplicate, fold
+from cellstack.capture.exported import first_reason
 from cellstack.capture.nested import has_packed
 from cellstack.capture.operators import Operators
 from cellstack.capture.recognition import accelerate as accelerate_cells
@@ -251,18 +252,18 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")  # it warns where torchvision is absent
     with warnings.catch_warnings(), torch.no_grad(), mock.patch.object(registry, "disabled", True):
         warnings.simplefilter("ignore")
-        made: Any = torch.onnx.export(
-            program,
-            dynamo=True,
-            custom_translation_table={
-                op.recurrent: _translated,
-                torch.ops.cellstack.with_new_size.default: lambda x, axis: onnx.Identity(x),
-                # The exporter's Log(Sigmoid(x)) is never below -18 in ONNX Runtime.
-                torch.ops.aten.log_sigmoid.default: lambda x: onnx.Neg(onnx.Softplus(onnx.Neg(x))),
-            },
-            verbose=False,
-            optimize=False,  # which drops x + eps for eps up to 1e-8, and computes small constants only
-        )
+        table = {
+            op.recurrent: _translated,
+            torch.ops.cellstack.with_new_size.default: lambda x, axis: onnx.Identity(x),
+            # The exporter's Log(Sigmoid(x)) is never below -18 in ONNX Runtime.
+            torch.ops.aten.log_sigmoid.default: lambda x: onnx.Neg(onnx.Softplus(onnx.Neg(x))),
+        }
+        # Its own optimisation drops x + eps for eps up to 1e-8, and computes small constants only.
+        given: dict[str, Any] = {"dynamo": True, "custom_translation_table": table, "verbose": False, "optimize": False}
+        try:
+            made: Any = torch.onnx.export(program, **given)
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(f"export_onnx: {first_reason(error)}") from error
     most = 1 + max((value.nbytes for value in program.state_dict.values()), default=0)  # weights in ONNX's order
     common = script.ir.passes.common
     common.InlinePass()(made.model)

@@ -118,6 +118,13 @@ def export(
     return list(dict.fromkeys(looks))
 
 
+def first_reason(error: BaseException) -> str:
+    """Return the first line of an error's message, or of its first cause's: exporters raise long errors from others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _traceable(one_step: bool) -> Any:
     """Return a context that replaces functions which the exporter can't trace, or not with an open length.
 

@@ -27,7 +27,7 @@ from cellstack.capture.complexes import with_real_ends
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import GraphEnds, difference, drawn
 from cellstack.capture.export import example_values, recorded, write
-from cellstack.capture.exported import export, without_console
+from cellstack.capture.exported import export, first_reason, without_console
 from cellstack.capture.nested import fresh
 from cellstack.capture.operators import with_checks
 from cellstack.capture.packing import packs
@@ -144,17 +144,10 @@ def _saved(
                 looks += save(module, inputs, axes, path, *names)
                 network = RuntimeModel(path, reason).prepare()
         except Exception as error:  # exporters and ONNX Runtime fail in as many ways as there are modules
-            raise FormatError(_reason(error)) from error
+            raise FormatError(first_reason(error)) from error
     if not network.kernels and not network.loops:
         raise FormatError(NOTHING)
     return network
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of an error's message, or of its first cause's: exporters raise long errors from others."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _by_export(
