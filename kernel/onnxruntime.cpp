@@ -339,6 +339,7 @@ Status* create_node(const CustomOp*, const Api*, const KernelInfo* info, void** 
         node->name.resize(size);
         need(api->node_name(info, &node->name[0], &size), "KernelInfo_GetNodeName");
         node->name.resize(size ? size - 1 : 0);  // without the final zero
+        if (node->name.empty()) node->name = "a recurrent operator without a name";
         node->of = recurrent_of(handle);
         if (!node->of || node->of->cells<T>().empty())
             throw std::invalid_argument(node->name + ": found no weights of this type under the handle " +

@@ -5,6 +5,7 @@ Everything else of the package onnxruntime has the same name here: `import cells
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import Any
@@ -15,7 +16,7 @@ except ModuleNotFoundError as error:
     needs = "cellstack.onnxruntime needs onnxruntime: pip install 'cellstack[onnxruntime]'"
     raise ModuleNotFoundError(needs, name=error.name) from None
 
-from cellstack.formats.onnx.runtime import Plan, Replacement
+from cellstack.formats.onnx.runtime import FOLDER, Plan, Replacement, entry_of
 
 
 def __getattr__(name: str) -> Any:
@@ -55,14 +56,15 @@ class InferenceSession(onnxruntime.InferenceSession):
                 model, options, providers or ["CPUExecutionProvider"], both, **kwargs
             )
 
+        own = sess_options or onnxruntime.SessionOptions()
         try:
-            made = _replaced(given)
+            made = _replaced(given, own)
         except Exception as error:  # ONNX Runtime judges the file itself
             self._plan = Plan([f"ONNX Runtime: {error}"])
         else:
             self._plan = made.plan
             if made.kernels:
-                made.session(start, sess_options or onnxruntime.SessionOptions())
+                _, self._operators = made.session(start, own)
                 return
         start(given, sess_options)
 
@@ -71,9 +73,15 @@ class InferenceSession(onnxruntime.InferenceSession):
         return self._plan
 
 
-def _replaced(given: str | bytes) -> Replacement:
-    """Return a file, given by its path or its content, with the kernel's operators."""
+def _replaced(given: str | bytes, options: Any) -> Replacement:
+    """Return a file, given by its path or its content, with the kernel's operators.
+
+    Raises:
+        ValueError, OSError: it can't be read, or `options` ask for a copy of it.
+    """
+    if options.optimized_model_filepath:
+        raise ValueError("a file can't hold the kernel's operators, and optimized_model_filepath asks for one")
     if isinstance(given, bytes):
-        return Replacement("model", given)
+        return Replacement(os.path.join(entry_of(options, FOLDER), "model"), given)
     with open(given, "rb") as file:
         return Replacement(given, file.read())

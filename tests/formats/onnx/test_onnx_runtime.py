@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import cellstack as cs
 from cellstack.formats import load_network
 from cellstack.formats.onnx import save
-from cellstack.formats.onnx.runtime import SPINNING, RuntimeModel
+from cellstack.formats.onnx.runtime import FOLDER, SPINNING, RuntimeModel
 from cellstack.onnxruntime import InferenceSession
 
 RNG = np.random.default_rng(7)
@@ -482,6 +482,55 @@ def test_a_file_without_recurrent_operators_runs_in_onnxruntime(tmp_path):
     assert session.get_session_options().intra_op_num_threads == 0
     with pytest.raises(Exception, match="NO_SUCHFILE"):
         InferenceSession(str(tmp_path / "none.onnx"))
+
+
+def test_a_session_with_other_providers(tmp_path):
+    """It is created again."""
+    path = str(graph(path=tmp_path / "model.onnx"))
+    session: Any = InferenceSession(path)
+    fed = inputs_of(session, 9, 2)
+    expected = session.run(None, fed)
+    session.set_providers(["CPUExecutionProvider"])
+    for found, own in zip(session.run(None, fed), expected, strict=True):
+        np.testing.assert_array_equal(found, own)
+
+
+def test_an_optimised_copy_has_onnxruntimes_operators(tmp_path):
+    path, options = str(graph(path=tmp_path / "model.onnx")), onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "copy.onnx")
+    session: Any = InferenceSession(path, options)
+    assert session.plan() == (
+        "ONNX Runtime: a file can't hold the kernel's operators, and optimized_model_filepath asks for one",
+    )
+    fed = inputs_of(session, 9, 2)
+    for found, own in zip(theirs(tmp_path / "copy.onnx").run(None, fed), session.run(None, fed), strict=True):
+        np.testing.assert_array_equal(found, own)
+
+
+def test_weights_are_read_from_the_folder_that_the_options_name(tmp_path, monkeypatch):
+    """The working directory has a file of the same name."""
+    paths = {}
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        paths[name] = graph(path=tmp_path / name / "model.onnx")
+        external = {"save_as_external_data": True, "location": "weights", "size_threshold": 100}
+        onnx.save(onnx.load(paths[name]), paths[name], **external)
+    monkeypatch.chdir(tmp_path / "here")
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(FOLDER, str(tmp_path / "there"))
+    session: Any = InferenceSession(paths["there"].read_bytes(), options)
+    assert "fused cpu kernel" in session.plan()[0]
+    fed = inputs_of(session, 9, 2)
+    expected = theirs(str(paths["there"])).run(None, fed)
+    np.testing.assert_allclose(session.run(None, fed)[0], expected[0], atol=tolerances.NETWORK, rtol=0)
+
+
+def test_an_operator_without_a_name_is_called_so(tmp_path):
+    nodes = [helper.make_node("GRU", ["x", "a.W", "a.R", "a.B"], ["y"], hidden_size=UNITS)]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, None)
+    session: Any = InferenceSession(str(write(tmp_path / "net.onnx", nodes, [x], ["y"], weights("GRU", "a"))))
+    with pytest.raises(Exception, match=r"a recurrent operator without a name: expected X of shape \[any, any, 6\]"):
+        session.run(None, {"x": np.ones((2, 5), "f4")})
 
 
 def test_options_serve_several_sessions(tmp_path):

@@ -104,15 +104,17 @@ class Replacement:
         refused = [f"{name}: ONNX Runtime: {why}" for name, why in self.refused.items()]
         return Plan([*map(repr, self.kernels), *rest, *refused])
 
-    def session(self, make: Any, options: Any) -> Any:
-        """Return `make(model, options)` of the changed model. The session has packed weights of its own.
+    def session(self, make: Any, options: Any) -> tuple[Any, list[Any]]:
+        """Return `make(model, options)` of the changed model, and its operators.
+
+        These must exist while sessions of this model are created, as by `set_providers`.
 
         Args:
             make: creates a session.
             options: ONNX Runtime's SessionOptions, which get the kernel's operators.
         """
         threads, graph = options.intra_op_num_threads or processors(), self._proto.graph
-        kept = [_replace(node, operator, threads) for node, operator in self._found]  # until the session has them
+        operators = [_replace(node, operator, threads) for node, operator in self._found]
         versions = {entry.domain: entry.version for entry in self._proto.opset_import} | {DOMAIN: 1}
         if self._proto.functions:  # the parsed graph has the functions' operators in place of calls
             for function in self._proto.functions:
@@ -131,15 +133,11 @@ class Replacement:
         if options not in _registered:
             options.register_custom_ops_library(native.LIBRARY)
             _registered.add(options)
-            try:
-                options.get_session_config_entry(SPINNING)
-            except RuntimeError:  # it isn't set
+            if not entry_of(options, SPINNING):
                 options.add_session_config_entry(SPINNING, "0")
         data = self._proto.SerializeToString()
         del self._model, self._proto, self._found, graph
-        made = make(data, options)
-        del kept
-        return made
+        return make(data, options), operators
 
 
 class RuntimeModel:
@@ -197,7 +195,9 @@ class RuntimeModel:
             options.log_severity_level = 3
         chosen = providers or ["CPUExecutionProvider"]
         made, self._made = self._made or Replacement(self.path, self._data), None
-        self.session = made.session(lambda data, o: ort.InferenceSession(data, o, providers=chosen), options)
+        self.session, self._operators = made.session(
+            lambda data, o: ort.InferenceSession(data, o, providers=chosen), options
+        )
         return self
 
     def arguments(self, names: Sequence[str]) -> list[Any]:
@@ -296,6 +296,14 @@ class RuntimeModel:
         return ValueError(f"{what} ONNX Runtime's operators, {self._others}; not a Network: {self.reason}")
 
 
+def entry_of(options: Any, key: str) -> str:
+    """Return an entry of ONNX Runtime's SessionOptions; "" if it isn't set."""
+    try:
+        return options.get_session_config_entry(key)
+    except RuntimeError:
+        return ""
+
+
 def runtime_model(path: str, reason: str) -> RuntimeModel | None:
     """Return a file that no Network can express; None if it has neither a recurrent operator for the kernel nor a loop.
 
@@ -352,7 +360,7 @@ def _operator(scope: Scope, node: Any) -> Operator | str:
 
 
 def _replace(node: Any, operator: Operator, threads: int) -> Any:
-    """Make a node the kernel's operator; return an object that must exist until a session has been created."""
+    """Make a node the kernel's operator, and return that."""
     cells, first = operator.cells, operator.cells[0]
     names = [operator.started.get(f"initial_{part}", "") for part in first.spec.state_sizes]
     scan = is_scan(node)
