@@ -61,7 +61,7 @@ def row(found: dict) -> str:
         streams = f"streams, {found['off_stream']:.0e}" if found["streams"] else "no stream"
         made = f"native: {found['cells']} cells, {found['nodes']} nodes, {streams}"
         if found["runtime"]:
-            made = f"with ONNX Runtime: {found['cells']} operators on the kernel"
+            made = f"with ONNX Runtime: {found['cells']} operator{'s' * (found['cells'] != 1)} on the kernel"
         compiled = f"{made} | {found['off_compiled']:.0e} at {found['sizes']} sizes"
     times_before = f"{times(found['inference'])} | {times(found['training'])}"
     return f"| {found['name']} | {served} | {off} | {times_before} | {compiled} |"

@@ -92,6 +92,7 @@ def one_feature(m, x, ids):
 
 def of_counts(m, x, lengths):
     """Use sizes and lengths as Python's numbers, which must not become those of the example."""
+    assert type([x]) == list  # noqa: E721 published modules compare so
     y, _ = m.rnn(pack_padded_sequence(x, list(lengths.data), batch_first=True))
     y, _ = pad_packed_sequence(y, batch_first=True)
     y = pad(y, (0, 0, 0, math.ceil(float(int(y.shape[1])) / 4) * 4 - y.shape[1]))
@@ -390,6 +391,12 @@ def test_a_sequence_changes_with_a_mask_that_it_may_be_longer_than():
         np.testing.assert_allclose(
             net(tuple(map(array_of, given))), module(*given).detach(), atol=tolerances.NETWORK, rtol=0
         )
+
+
+def test_a_mask_may_have_more_rows_where_they_are_sorted_by_length():
+    x, lengths = with_sorted_lengths(2, 9)
+    module = Model(lambda m, x, mask: m.rnn(pack_padded_sequence(x, mask.sum(1), batch_first=True))[0].data)
+    assert {(0, 0, 1), (1, 0, 1)} in axes_in_groups(module, (x, torch.arange(9) < lengths[:, None]), [])
 
 
 def test_features_may_change_as_far_as_packed_rows_keep_their_width():

@@ -33,6 +33,12 @@ class _Conversion(type):
             return cls.symbolic(value)
         return value if own is list and is_open(value) else own(*args, **kwargs)
 
+    def __eq__(cls: Any, other: Any) -> bool:  # in type(x) == list
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls: Any) -> int:
+        return hash(cls.__base__)
+
     def __instancecheck__(cls: Any, value: Any) -> bool:
         return isinstance(value, cls.__base__)
 

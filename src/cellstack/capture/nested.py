@@ -113,9 +113,9 @@ def fresh(inputs: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def wider(value: Any, axis: int, more: int) -> Any:
-    """Return a tensor with a longer axis, filled by repeating it from the start; integers in order remain so."""
+    """Return a tensor with a longer axis, filled by repeating its last entry: rows sorted by length remain so."""
     size = value.shape[axis]
-    return in_order(value[(slice(None),) * axis + ([n % size for n in range(size + more)],)], value)
+    return value[(slice(None),) * axis + ([min(n, size - 1) for n in range(size + more)],)]
 
 
 def in_order(made: Any, value: Any) -> Any:
