@@ -373,6 +373,22 @@ def test_state_that_a_file_does_not_keep_is_warned_of(run, message, tmp_path):
         export_onnx(Model(run, nn.GRU(4, 5)), (torch.randn(9, 2, 4),), tmp_path / "net.onnx")
 
 
+def turned(module, x):
+    z = torch.view_as_complex(x.unflatten(-1, (2, 2)))
+    return module.rnn(torch.view_as_real(1 - (z * 2j + module.turn)).flatten(2))[0]
+
+
+def test_complex_numbers_and_buffers(tmp_path):
+    module = Model(turned, drawn(nn.GRU(4, 5, batch_first=True)))
+    module.register_buffer("turn", torch.randn(2, dtype=torch.complex64))
+
+    def inputs(batch, steps):
+        return (torch.randn(batch, steps, 4),)
+
+    export_onnx(module, inputs(*SIZES[0]), tmp_path / "net.onnx", dynamic_shapes=(({0: B, 1: T},),))
+    compared(module, inputs, tmp_path / "net.onnx")
+
+
 def double(module):
     return module.double()
 

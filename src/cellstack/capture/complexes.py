@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from cellstack.capture.copied import duplicate
 
-SUMS = ("add", "__add__", "__radd__", "sub", "__sub__")
+SUMS = ("add", "__add__", "__radd__", "sub", "__sub__", "rsub", "__rsub__")
 PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply", "matmul", "__matmul__", "bmm", "einsum")
 QUOTIENTS = ("div", "__truediv__", "divide")  # by real numbers
 # Functions that compute each part of the result from the same part of the arguments
@@ -74,9 +74,10 @@ def run(func: Any, args: Any, kwargs: Any, again: Any) -> Any:
         own, named = tree_map(lambda one: torch.complex(*one.parts) if isinstance(one, Pair) else one, (args, kwargs))
         return tree_map(lambda one: paired(one) if one.is_complex() else one, func(*own, **named))
     values, structure = tree_flatten((args, kwargs))
-    pairs = [one for one in values if isinstance(one, Pair)]
-    if not pairs:
+    if not any(isinstance(one, Pair) for one in values):
         return NotImplemented
+    values = [paired(torch.as_tensor(one)) if _is_complex(one) else one for one in values]
+    pairs = [one for one in values if isinstance(one, Pair)]
     made = OF_ONE.get(func, OF_ONE.get(name))
     if made is not None or name in FACTS:
         return func(*args, **kwargs) if made is None else made(pairs[0])
@@ -98,7 +99,12 @@ def run(func: Any, args: Any, kwargs: Any, again: Any) -> Any:
     if name in EACH or drop or name in PRODUCTS or (name in QUOTIENTS and values[0] is pairs[-1]):
         im = of(*[1] * len(pairs))
         return type(re)(map(Pair, re, im)) if isinstance(re, (tuple, list)) else Pair(re, im)
-    raise NotImplementedError(f"{name} of complex tensors")
+    raise NotImplementedError(f"{name} of complex tensors: compute it from their real and imaginary parts")
+
+
+def _is_complex(value: Any) -> bool:
+    """Whether a value is a complex number, or a complex tensor that isn't a pair."""
+    return isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex() and type(value) is not Pair)
 
 
 def as_real(value: Any) -> Any:
