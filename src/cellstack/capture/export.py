@@ -72,7 +72,7 @@ def export_onnx(
 
     Args:
         module: the module, accelerated or not.
-        args: an example of its inputs.
+        args: an example of its inputs, with 2 or more entries along axes that may have other lengths.
         path: the file to write; weights above 2 GiB go into a second file in its folder.
         kwargs: an example of its inputs by name.
         dynamic_shapes: which axes may have other lengths, as for `torch.export.export`:
