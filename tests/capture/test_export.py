@@ -320,7 +320,9 @@ def test_arguments_that_cannot_be_recorded_are_refused(tmp_path):
     for module, args in ((nn.GRU(4, 5), x), (torch.relu, (x,)), (nn.GRU, (x,))):
         with pytest.raises(TypeError, match="expected a module of PyTorch and a tuple of its inputs, such as"):
             export_onnx(module, args, path)
-    with pytest.raises(ValueError, match="can't record scripted modules"):
+    with pytest.raises(
+        ValueError, match=r"can't record torch\.jit\._script\.RecursiveScriptModule: pass the module from"
+    ):
         export_onnx(torch.jit.script(nn.Sequential(nn.GRU(4, 5))), (x,), path)
     for dtype in (torch.float16, torch.bfloat16):
         with pytest.raises(ValueError, match=rf"a recurrent layer of {dtype}: export module.float\(\)"):
@@ -397,6 +399,7 @@ PREPARED = {
     "weight_norm": lambda module: nn.utils.parametrizations.weight_norm(module, "weight_hh_l0"),
     "spectral_norm": lambda module: nn.utils.parametrizations.spectral_norm(module, "weight_ih_l0"),
     "compiled": torch.compile,
+    "parallel": nn.DataParallel,
     "float64": double,
 }
 

@@ -96,10 +96,14 @@ def export_onnx(
     if not isinstance(module, nn.Module) or not isinstance(args, tuple):
         got = f"{type(module).__name__} and {type(args).__name__}"
         raise TypeError(f"export_onnx: expected a module of PyTorch and a tuple of its inputs, such as (x,), got {got}")
-    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
-        raise ValueError(
-            "export_onnx: torch.export can't record scripted modules: pass what torch.jit.script was given"
-        )
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        module = module.module
+    for part in map(type, module.modules()):
+        if issubclass(part, torch.jit.ScriptModule) or ".quantized." in part.__module__:
+            raise ValueError(
+                f"export_onnx: torch.export can't record {part.__module__}.{part.__name__}: pass the module from which "
+                "torch.jit or quantisation made it"
+            )
     if has_packed(args):
         raise ValueError(
             "export_onnx: a packed sequence can't be an input: let forward take the padded one and its lengths, and "
