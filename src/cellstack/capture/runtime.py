@@ -144,7 +144,7 @@ def _saved(
                 looks += save(module, inputs, axes, path, *names)
                 network = RuntimeModel(path, reason).prepare()
         except Exception as error:  # exporters and ONNX Runtime fail in as many ways as there are modules
-            raise FormatError(first_reason(error)) from error
+            raise FormatError(first_reason(error).removeprefix("export_onnx: ")) from error
     if not network.kernels and not network.loops:
         raise FormatError(NOTHING)
     return network
