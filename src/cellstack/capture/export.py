@@ -146,7 +146,7 @@ def recorded(
         warnings.filterwarnings("default", ASSIGNED)
         with nullcontext() if strict else Operators(cut) as operators:
             if operators:
-                operators.find(lambda: _called(duplicate(ready), *copy.deepcopy((args, dict(kwargs or {})))))
+                operators.find(lambda: duplicate(ready)(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs or {}))))
             program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
     _check(program.graph)
     _corrected(program.graph)
@@ -159,10 +159,6 @@ def _changed_buffers(program: Any) -> list[str]:
     calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload) and node.args]
     written = [getattr(node.args[0], "name", "") for node in calls if node.target._schema.is_mutable]
     return list(dict.fromkeys(buffers[name] for name in written if name in buffers))
-
-
-def _called(module: Any, args: Any, kwargs: Any) -> Any:
-    return module(*args, **kwargs)
 
 
 class _Named(nn.Module):

@@ -89,7 +89,7 @@ def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Ax
 
     try:
         made = opened(False)
-    except FormatError:  # an operator that consists of others, such as narrow or hstack, may be a part of a loop
+    except FormatError:  # an operator that consists of others, such as narrow or chunk, may be a part of a loop
         made = opened(True)
     for node in made.graph.find_nodes(op="call_function", target=SCAN):  # whose tensors mustn't share their memory
         with made.graph.inserting_before(node):
