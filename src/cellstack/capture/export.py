@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 from torch._library import utils
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -193,11 +194,17 @@ def example_values(looks: list[str]) -> Iterator[None]:
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     own, copy = utils.is_builtin, meta_utils._safe_copy
     known = ShapeEnv.set_real_tensor_prop_unbacked_vals
+    loop = type(torch.ops.higher_order.scan)
+    schema = loop.gen_schema
 
     def keep(env: Any, size: Any, value: Any) -> None:
         known(env, size, value)
         values = env.real_tensor_prop_unbacked_vals
         values[size] = values[size].xreplace(env.backed_var_to_val)
+
+    def schema_of(of: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(detect_fake_mode(args), "propagate_real_tensors", False):
+            return schema(of, step, *args, **kwargs)
 
     logger.addFilter(note)
     try:
@@ -214,6 +221,8 @@ def example_values(looks: list[str]) -> Iterator[None]:
             # A size of an example may be an expression of other sizes, of which it expects a number.
             mock.patch.object(ShapeEnv, "set_real_tensor_prop_unbacked_vals", keep),
             mock.patch.object(utils, "is_builtin", lambda called: called is op.recurrent or own(called)),
+            # It runs the step of a loop on tensors that it doesn't initialise, such as indices.
+            mock.patch.object(loop, "gen_schema", schema_of),
         ):
             yield
     finally:
