@@ -64,5 +64,19 @@ def test_files_without_a_batch_axis(tmp_path, name):
     assert len(compared) == 1 + sum(map(len, said["states"].values())) >= 1 + len(parts) * bool(plan.states)
 
 
+def test_a_layer_over_the_last_state_of_another_runs_in_onnx_runtime(tmp_path):
+    made = model_of(PLANS["RNN-3-stacked-softmax"])
+    (second,) = (node for node in made.graph.node if node.output[0] == "f1.batch")
+    second.input[0] = "f0.h_out"  # one step, whereas the first layer has as many as the input has rows
+    path = write(tmp_path / "net.onnx", made)
+    with pytest.warns(UserWarning, match="RNN 'f1': the state after the last row isn't supported"):
+        net = cs.load(path)
+    rng = np.random.default_rng(3)
+    feeds = {"input": rng.standard_normal((6, 3)), "h_in": rng.standard_normal((3, 4))}
+    feeds = {name: value.astype(np.float32) for name, value in feeds.items()}
+    for got, expected in zip(net.compute(feeds), run(path, feeds), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_the_test_files_are_many():
     assert len(PLANS) >= 24

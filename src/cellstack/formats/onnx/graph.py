@@ -252,6 +252,8 @@ class Reader:
             raise Refused("states are missing")
         if len(refs) > 2 or ends.computed:
             return self._in_turn(ends)
+        if self.frames is not None and self.rows != 1 and "B" not in ends.axes:
+            raise Refused("the state after the last row isn't supported where each row is a step")
         run = self.runs[refs[0].operator]
         sizes = iter(ends.refs.shape)
         axes = tuple(axis if axis != "S" else "D" if next(sizes) == 2 else "1" for axis in ends.axes)
