@@ -9,6 +9,7 @@ import torch
 from tools import need
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import cellstack as cs
 from cellstack import layers
@@ -513,3 +514,20 @@ def test_what_padded_rows_would_change_is_refused(tmp_path):
             (pack_padded_sequence(x, lengths, True),),
             tmp_path / "net.onnx",
         )
+
+
+def test_the_table_of_operators_is_built_once_and_stays_as_pytorch_has_it(tmp_path, monkeypatch):
+    own, tables, sizes = ONNXRegistry.from_torchlib, [], []
+
+    def build(opset_version):
+        tables.append(own(opset_version))
+        sizes.append({name: len(functions) for name, functions in tables[-1].functions.items()})
+        return tables[-1]
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", staticmethod(build))
+    module = drawn(Tagger(nn.LSTM))
+    for name in ("first", "second"):
+        export_onnx(module, module.inputs(2, 9), tmp_path / name, dynamic_shapes=module.shapes)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    assert sizes == [{name: len(functions) for name, functions in table.functions.items()} for table in tables]
+    assert len(tables) == 1

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from os import PathLike, fspath
 from typing import Any
 from unittest import mock
@@ -258,8 +259,18 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
     """Write what `recorded` returns as an ONNX file."""
     script = importlib.import_module("onnxscript")
     onnx = script.opset18
-    registry = logging.getLogger("torch.onnx._internal.exporter._registration")  # it warns where torchvision is absent
-    with warnings.catch_warnings(), torch.no_grad(), mock.patch.object(registry, "disabled", True):
+    registration = importlib.import_module("torch.onnx._internal.exporter._registration")
+    registry = registration.ONNXRegistry
+    build = partial(_copied_table, registry.from_torchlib)
+    known = importlib.import_module("torch._export.utils")
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        mock.patch.object(registration.logger, "disabled", True),  # it warns where torchvision is absent
+        mock.patch.object(registry, "from_torchlib", build),
+        # It lists all operators dozens of times, to which no export adds any.
+        mock.patch.object(known, "_materialize_cpp_cia_ops", cache(known._materialize_cpp_cia_ops)),
+    ):
         warnings.simplefilter("ignore")
         table = {
             op.recurrent: _translated,
@@ -291,6 +302,20 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
         for axis, size in enumerate(value.shape):
             value.shape[axis] = int(str(size)) if str(size).isdigit() else size
     made.save(path)
+
+
+def _copied_table(build: Any, opset_version: int) -> Any:
+    """Return a new table of PyTorch's operators, `build(opset_version)`, to which one export adds its own."""
+    made = _table(build, opset_version, "torchvision" in sys.modules)  # whose import registers operators
+    table = copy.copy(made)
+    table.functions = {name: list(functions) for name, functions in made.functions.items()}
+    return table
+
+
+@cache
+def _table(build: Any, opset_version: int, torchvision: bool) -> Any:
+    """Build a table once: for that, PyTorch reads the source of hundreds of functions."""
+    return build(opset_version)
 
 
 def _rename(ir: Any, graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
