@@ -127,6 +127,26 @@ def test_fronts_at_opsets(tmp_path, name, opset):
         np.testing.assert_allclose(net.nodes[0].epsilon, 1e-5, rtol=1e-9)
 
 
+class Chosen(nn.Module):
+    """One of two features, at all steps or the last."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.front, self.choose = Front(nn.Tanh(), channels=False), choose
+
+    def forward(self, x):
+        return self.choose(self.front(x))
+
+
+CHOICES = {"steps": lambda y: y[:, :, 1], "last step": lambda y: y[:, -1][:, 0], "from the end": lambda y: y[..., -2]}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_one_feature(tmp_path, name):
+    torch.manual_seed(6)
+    compare(*export(tmp_path / "net.onnx", Chosen(CHOICES[name]), (torch.randn(3, 5, 3),)))
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(tmp_path, name):
     torch.manual_seed(5)

@@ -1,10 +1,13 @@
 """Passes over an ONNX file: each returns a new model, and leaves the one that it is given as it was."""
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import model, unrolled_model, write
 
+from cellstack.cells.errors import FormatError
+from cellstack.formats.onnx import load
 from cellstack.formats.onnx.decomposed.loops import roll_steps
 from cellstack.formats.onnx.file import read
 from cellstack.formats.onnx.passes import passes
@@ -42,6 +45,18 @@ def gelu():
     return model(nodes, {"x": (TensorProto.FLOAT, ["B", "T", 3])}, {"y": 3}, numbers)
 
 
+def softplus(limit=20.0, other="x"):
+    """x > limit ? x : softplus(x) as its operators."""
+    nodes = [
+        make("Softplus", ["x"], ["a"]),
+        make("Greater", ["x", "limit"], ["b"]),
+        make("Where", ["b", other, "a"], ["y"]),
+    ]
+    tensors = {"limit": np.array(limit, np.float32), "twice": np.full(3, 2, np.float32)}
+    nodes[:0] = [make("Mul", ["x", "twice"], ["xx"])] if other == "xx" else []
+    return model(nodes, {"x": (TensorProto.FLOAT, ["B", "T", 3])}, {"y": 3}, tensors)
+
+
 CASES = {
     "branches": (branches, {"flag": True}, ["MatMul", "Identity"]),
     "gelu": (gelu, {}, ["Gelu"]),
@@ -63,6 +78,19 @@ def test_passes_change_none_of_the_models_that_they_are_given(tmp_path, name):
     kinds = [node.op_type for node in found[-1].graph.node]
     assert set(operators) <= set(kinds)
     assert not {*operators} <= {node.op_type for node in found[0].graph.node}
+
+
+def test_a_softplus_that_is_linear_above_a_limit(tmp_path):
+    path = str(write(tmp_path / "net.onnx", softplus()))
+    x = np.array([-30.0, -1.0, 0.0, 3.0, 15.5, 16.5, 19.99, 20.01, 90.0], np.float32).reshape(1, 3, 3)
+    expected = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
+    np.testing.assert_allclose(load(path)(x), expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("changed", [{"limit": 2.0}, {"other": "xx"}])
+def test_another_choice_is_no_softplus(tmp_path, changed):
+    with pytest.raises(FormatError, match="Where"):
+        load(str(write(tmp_path / "net.onnx", softplus(**changed))))
 
 
 KERNEL = np.ones((4, 3, 3), np.float32)

@@ -14,7 +14,7 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
-from cellstack.formats.onnx.shapes import moving, rearranged
+from cellstack.formats.onnx.shapes import moving, rearranged, squeeze
 from cellstack.formats.onnx.values import Counted, Dim, Filled, Flowing, Formula, States, Symbols, Vector, entries_of
 from cellstack.nodes import GlobalPool, Merge, Pad, Repeat, RepeatLike, Select, Take
 
@@ -141,8 +141,12 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         part_of_value = _cut_states(value, axis, part)
         rest = [n for n in range(len(part_of_value.axes)) if index.ndim or n != axis]
         return [rearranged(part_of_value, rest)]
+    if value.axes[axis] == "F" and "D" not in value.axes and not index.ndim:
+        return squeeze(reader, node, {"axes": [axis]}, [cut(reader, node, value, axis, part)])
     if value.axes[axis] not in ("T", "D", "1"):
-        raise Refused(f"expected a step or a direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
+        raise Refused(
+            f"expected a step, a direction or a feature, found axis {value.axes[axis]} of {' '.join(value.axes)}"
+        )
     if value.axes[axis] != "T" or index.ndim:
         part_of_value = cut(reader, node, value, axis, part)
         dropped = () if index.ndim else (axis,)

@@ -1,7 +1,8 @@
-"""Recognises activations that a graph decomposes into products of x, and replaces each by one operator.
+"""Recognises activations that a graph decomposes into several operators, and replaces each by one operator.
 
 gelu       ½·x·(1 + erf(x·√½)), its factors in any order
 gelu_tanh  ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))
+softplus   x > 20 ? x : softplus(x): from `LINEAR` on, float32 rounds softplus(x) to x
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from cellstack.formats.onnx.decomposed.linear import inputs_of, pairs, scalar
 from cellstack.formats.onnx.file import Model, Scope, onnx_package
 
 MOST_FACTORS = 4
+LINEAR = 16.0  # softplus(x) - x = log(1 + exp(-x)), which is less than half of float32's spacing at x
 
 
 def name_activations(model: Model) -> Model:
-    """Return a model in which a Gelu replaces the products in the outermost graph that form one."""
+    """Return a model in which a Gelu or Softplus replaces the operators in the outermost graph that form one."""
     scope, make, made = model.scope(), onnx_package().helper.make_node, dict[int, Any]()
     for node in scope.graph.node:
+        if node.op_type == "Where" and (x := _linear_above(scope, node)):
+            made[id(node)] = make("Softplus", [x], [*node.output], name=node.name)
+            continue
         if node.op_type not in ("Mul", "Div") or not node.output:
             continue
         (name,) = node.output
@@ -32,6 +37,14 @@ def name_activations(model: Model) -> Model:
                 scope.producers[name] = made[id(node)]  # its factors aren't those of a product of it
                 break
     return model.changed(made.get(id(node), node) for node in scope.graph.node) if made else model
+
+
+def _linear_above(scope: Scope, node: Any) -> str | None:
+    """Return the x of a Where that computes `x > limit ? x : softplus(x)`; None for another one."""
+    condition, x, curve = inputs_of(scope, node.output[0], "Where") or ("", "", "")
+    compared = inputs_of(scope, condition, "Greater")
+    limit = scalar(scope, compared[1]) if compared[:1] == [x] else None
+    return x if limit is not None and limit >= LINEAR and inputs_of(scope, curve, "Softplus") == [x] else None
 
 
 def _factors(scope: Scope, name: str) -> tuple[list[str], float]:
