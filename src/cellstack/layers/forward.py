@@ -135,7 +135,7 @@ def _call(
     calls, begin, weights, masks = [], [], [], []
     for cell in cells:  # faster than four comprehensions
         calls.append(cell.call)
-        begin += cell.state
+        begin.extend(cell.state)
         weights += cell.arrays
         masks.append(cell.masks)
     dropped = op_masks(masks, calls, x)
