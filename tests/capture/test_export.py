@@ -154,6 +154,14 @@ def operators(path):
     return [node.op_type for node in model.graph.node]
 
 
+def test_a_tensor_that_is_two_inputs_stays_two(tmp_path):
+    x, zeros, (h, c) = torch.randn(2, 9, 4), torch.zeros(1, 2, 5), torch.randn(2, 1, 2, 5)
+    module, path = nn.LSTM(4, 5, batch_first=True), tmp_path / "model.onnx"
+    export_onnx(module, (x, (zeros, zeros)), path)
+    y = onnxruntime.InferenceSession(path).run(None, {"input": x.numpy(), "hx_0": h.numpy(), "hx_1": c.numpy()})[0]
+    np.testing.assert_allclose(y, module(x, (h, c))[0].detach().numpy(), atol=tolerances.NETWORK)
+
+
 @pytest.mark.parametrize("name", some_slow(sorted(MODULES.keys() - {"projected"}), ("states", "time first")))
 def test_a_file_takes_any_size(name, tmp_path):
     module, path = drawn(MODULES[name]()), tmp_path / "net.onnx"

@@ -28,6 +28,7 @@ from torch._library import utils
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_map_only
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from cellstack.capture.copied import duplicate, fold
@@ -136,10 +137,12 @@ def recorded(
     Raises:
         ValueError, Exception: see `export_onnx`.
     """
+    # A tensor that is two inputs, as h in (h, h), would be one.
+    args, named = tree_map_only(torch.Tensor, lambda one: one.detach().clone(), (args, dict(kwargs or {})))
     ready = duplicate(module).eval()
     fold(ready)
     if cells:
-        accelerate_cells(ready, None if kwargs else args)
+        accelerate_cells(ready, None if named else args)
         ready = _Named(ready).eval() if isinstance(ready, HandWritten) else ready
     elif any(base_of(type(part)) is not None for part in ready.modules()):
         accelerate.accelerate(ready)
@@ -148,8 +151,8 @@ def recorded(
         warnings.filterwarnings("default", ASSIGNED)
         with nullcontext() if strict else Operators(cut) as operators:
             if operators:
-                operators.find(lambda: duplicate(ready)(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs or {}))))
-            program = torch.export.export(ready, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
+                operators.find(lambda: duplicate(ready)(*copy.deepcopy(args), **copy.deepcopy(named)))
+            program = torch.export.export(ready, args, named, dynamic_shapes=dynamic_shapes, strict=strict)
     _check(program.graph)
     _corrected(program.graph)
     return program
