@@ -116,5 +116,5 @@ def test_lengths_are_known_where_they_are_certain(tmp_path, case):
     inputs = {"x": (TensorProto.FLOAT, ["B", 3, "T"]), "one": (TensorProto.FLOAT, ["B", 3, 1])}
     tensors = {"kernel": KERNEL, "pair": np.array([1, 1, 2]), "vector": np.ones(9, np.float32)}
     made = model([make("NonZero", ["x"], ["size"]), node], inputs, {"y": 3}, tensors)
-    known = KnownLengths(read(write(tmp_path / "file.onnx", made)), {"x": [None, None, 9]})
+    known = KnownLengths(read(write(tmp_path / "file.onnx", made)).scope(), {"x": [None, None, 9]})
     assert known.shapes.get("y") == shape

@@ -16,6 +16,7 @@ from cellstack.formats.files import check_unedited
 from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, slices, windows
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed, takes_states
+from cellstack.formats.onnx.decomposed.lengths import fix_lengths
 from cellstack.formats.onnx.decomposed.loops import roll_steps
 from cellstack.formats.onnx.decomposed.scans import is_scan, read_scan
 from cellstack.formats.onnx.file import ODD, Model, Scope, label, read, short
@@ -103,7 +104,7 @@ def extract(path: str) -> dict[str, Network]:
     problems: list[str] = []
     names, budget = Names(), model.budget.again()
     try:
-        for own, reads in _parts(model.scope()):
+        for own, reads in _parts(fix_lengths(model).scope()):
             name = names.fresh(own)
             try:
                 part = network_of(reads(), name, model.source)

@@ -181,6 +181,7 @@ class Scope:
     unbound: dict[str, dict[str, int]] = field(default_factory=dict)  # by a Split's first output: each output's step
     counting: int = 0  # depth of nested lists of lengths
     rows: dict[str, int] = field(default_factory=dict)  # length of constants that are one row; else 0
+    lengths: dict[str, list[int | None]] | None = None  # of the axes of values, once a product of joined values is read
 
     def __post_init__(self) -> None:
         where = f"{self.model.path}: graph {short(self.place or self.graph.name)}"

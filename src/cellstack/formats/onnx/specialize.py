@@ -90,9 +90,9 @@ class KnownLengths:
     The onnx package's own inference isn't used for this, as it ends the process for invalid files.
     """
 
-    def __init__(self, model: Model, sizes: Mapping[str, Sequence[int | None]]) -> None:
-        self.scope, self.values = model.scope(), dict[str, Array | None]()
-        axes = Axes(self.scope, RULES, {id(node) for node in model.graph.node}, set(), set(), sizes=sizes)
+    def __init__(self, scope: Scope, sizes: Mapping[str, Sequence[int | None]]) -> None:
+        self.scope, self.values = scope, dict[str, Array | None]()
+        axes = Axes(scope, RULES, {id(node) for node in scope.graph.node}, set(), set(), sizes=sizes)
         self.shapes = {name: value.lengths for name, value in axes.values.items() if isinstance(value, Shaped)}
 
     def value(self, name: str, depth: int = 0) -> Array | None:
@@ -163,7 +163,7 @@ def specialize(model: Model, sizes: Mapping[str, Sequence[int | None]], noted: b
     """
     taken = 0
     while any(node.op_type == "If" for node in model.graph.node):
-        lengths, branches, before = KnownLengths(model, sizes), _Branches(model.graph), taken
+        lengths, branches, before = KnownLengths(model.scope(), sizes), _Branches(model.graph), taken
         nodes: list[Any] = []
         places: list[str] = []
         for node in model.graph.node:

@@ -29,9 +29,9 @@ def find_decomposed(scope: Scope) -> Iterator[tuple[str, Operator]]:
     Raises:
         FormatError: a cell whose product of h can't be identified.
     """
-    seen = set[frozenset[str]]()
+    seen = set[frozenset[Any]]()
     for chain in find_chains(scope):
-        weights = frozenset(chain.steps[0].matrices)
+        weights = chain.steps[0].matrices
         if weights in seen:
             continue
         seen.add(weights)
@@ -48,7 +48,7 @@ def _started(step: Step) -> dict[str, str]:
     return {f"initial_{state}": name for state, name in step.before.items()}
 
 
-def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[tuple[str, Cell, Step]]:
+def find_steps(scope: Scope, seen: set[frozenset[Any]]) -> Iterator[tuple[str, Cell, Step]]:
     """Yield the decomposed cells of a single step, each once, as `seen` grows: its name, the cell and the step.
 
     Only kinds with further states than h are found: a layer of two products is a step of the others.
@@ -56,9 +56,9 @@ def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[tuple[str, C
     Raises:
         FormatError: see `find_decomposed`.
     """
-    for readings in steps_of(scope, rows=True):
-        matrices = frozenset(readings[0].matrices)
-        if len(readings[0].before) < 2 or matrices in seen or len(matrices) != 2:  # another step of the same cell
+    for readings in steps_of(scope, rows=True, states=2):
+        matrices = readings[0].matrices
+        if matrices in seen:  # another step of the same cell
             continue
         seen.add(matrices)
         step = _with_h(scope, readings)
@@ -93,8 +93,9 @@ def _with_h(scope: Scope, readings: list[Step]) -> Step | None:
     like it; None where there is none."""
     found = []
     for step in readings:
-        matrix = array_of(scope, step.terms["recurrent_kernel", None, 0][0])
-        found += [step] if matrix.shape[0] == matrix.shape[1] else []
+        terms = step.terms.get(("recurrent_kernel", None, 0))  # None for a kind without a product with h
+        units, width = array_of(scope, terms[0]).shape if terms else (1, 0)
+        found += [step] if units == width else []
     if len(found) == 2:
         first, given = found[0], {value.name: declared(value) for value in scope.graph.input}
         start = _root(scope, next(name for state, name in first.before.items() if state != "h"))

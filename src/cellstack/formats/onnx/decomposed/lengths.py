@@ -28,7 +28,7 @@ def fix_lengths(model: Model) -> Model:
     scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split, "Add": _add}
     if not any(_hides(scope, node) for node in model.graph.node):
         return model
-    lengths, tensors = KnownLengths(model, {}), dict[str, Any]()
+    lengths, tensors = KnownLengths(scope, {}), dict[str, Any]()
     nodes = []
     for node in model.graph.node:
         change = changes.get(node.op_type) if node.domain in DOMAINS else None
@@ -49,7 +49,7 @@ def _hides(scope: Scope, node: Any) -> bool:
 def _reshape(lengths: KnownLengths, node: Any, tensors: dict[str, Any]) -> Any:
     """Return an Identity for a Reshape that keeps the shape of its input; a length of -1 matches any."""
     wanted, has = (lengths.value(node.input[1]) if len(node.input) > 1 else None), lengths.lengths_of(node.input[0])
-    if wanted is None or has is None or len(wanted) != len(has):
+    if wanted is None or has is None or wanted.shape != has.shape:
         return node
     pairs = zip(wanted.tolist(), has.tolist(), strict=True)
     if sum(one != other for one, other in pairs) > (-1 in wanted.tolist()):

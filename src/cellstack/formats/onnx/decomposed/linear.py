@@ -6,7 +6,8 @@ of a sum, by which a graph divides a product into gates, is the same sum with fe
 For example, with z = Gemm(x, W, b) + Gemm(h, R) and i, f, g, o = Split(z), where W and R have 4·H rows, f is the sum of
 rows H to 2·H of W times x, of the same rows of R times h, and of the same entries of b: as in a graph with a matrix for
 each gate. A cut of steps, z[:, t], is one of the `moves` of a term instead: it says which step of x is multiplied, and
-leaves the rows as they are.
+leaves the rows as they are. A product of joined values, Concat(x, h) times W, is one term, or, by `split_joined`,
+one for each value, with the columns of W that belong to it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ from cellstack.formats.onnx.attributes import axes_of, slices, whole
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import DOMAINS, Scope
 from cellstack.formats.onnx.fold import numbers
+from cellstack.formats.onnx.specialize import KnownLengths
 
 MOST_NODES = 32  # maximum number of nodes in one sum
 MOST_NUMBERS = 1 << 16  # maximum size of a bias that a file repeats for every row
@@ -43,6 +46,7 @@ class Term:
         moves: the nodes that select a step of the product, in order, each with the name of the output that is used;
             empty where the value is a single step.
         flat: whether the value has rows without time.
+        columns: the first column of the matrix, and the one after the last, None for its end.
         vector: whether the constant is a vector: the product is elementwise, or there is no value.
         normed: the bounds of separately normalised blocks of the product: `(0, N)`, or `(0, M, N)`; () without.
         gain: the name of the normalised product's gain.
@@ -56,6 +60,7 @@ class Term:
     stop: int
     moves: tuple[Any, ...] = ()
     flat: bool = False
+    columns: tuple[int, int | None] = (0, None)
     vector: bool = False
     normed: tuple[int, ...] = ()
     gain: str = ""
@@ -64,7 +69,7 @@ class Term:
     @property
     def rows(self) -> tuple[Any, ...]:
         """Identifies the term's numbers in the file."""
-        return self.weights, self.transposed, self.start, self.stop, self.gain
+        return self.weights, self.transposed, self.start, self.stop, self.columns, self.gain
 
 
 class Linear(NamedTuple):
@@ -84,8 +89,31 @@ def array_of(scope: Scope, term: Term) -> Array:
     """Return a term's rows, `[N, I]` or `[N]`."""
     weights = scope.constant(term.weights)
     assert isinstance(weights, np.ndarray)
-    array = weights.reshape(-1) if term.vector else weights.T if term.transposed else weights
-    return array[term.start : term.stop]
+    if term.vector:
+        return weights.reshape(-1)[term.start : term.stop]
+    return (weights.T if term.transposed else weights)[term.start : term.stop, slice(*term.columns)]
+
+
+def split_joined(scope: Scope, total: Linear) -> Linear:
+    """Return a sum in which each product of values that are joined along features is a product of each value."""
+    return total._replace(products=tuple(part for term in total.products for part in _parts(scope, term)))
+
+
+def _parts(scope: Scope, term: Term) -> list[Term]:
+    names = inputs_of(scope, term.value, "Concat")
+    if len(names) < 2 or term.moves or term.normed:
+        return [term]
+    if scope.lengths is None:
+        scope.lengths = KnownLengths(scope, {}).shapes
+    shapes, whole = [scope.lengths.get(name) for name in names], array_of(scope, term).shape[1]
+    known = [shape[-1] for shape in shapes if shape and shape[-1] is not None]
+    widths = [shape[-1] if shape and shape[-1] is not None else whole - sum(known) for shape in shapes]
+    last = {-1, *(len(shape) - 1 for shape in shapes if shape)}
+    joined = scope.model.attributes(scope.producers[term.value]).get("axis") in last
+    if not joined or min(widths) < 1 or sum(widths) != whole:  # or several widths are unknown
+        return [term]
+    columns = pairwise(accumulate(widths, initial=0))
+    return [replace(term, value=name, columns=each) for name, each in zip(names, columns, strict=True)]
 
 
 def linear(scope: Scope, name: str, left: list[int] | None = None, rows: bool = False) -> Linear | None:

@@ -33,7 +33,7 @@ from cellstack.cells import KINDS, Kind
 from cellstack.cells.activations import names_for
 from cellstack.cells.layout import Array
 from cellstack.cells.spec import MATRICES, CellSpec
-from cellstack.formats.onnx.decomposed.linear import MOST_NODES, Linear, Term, array_of, unit
+from cellstack.formats.onnx.decomposed.linear import MOST_NODES, Linear, Term, array_of, split_joined, unit
 from cellstack.formats.onnx.decomposed.sums import Product, Values, bare, is_zero, stripped, together
 from cellstack.formats.onnx.file import DOMAINS, Budget, Graph, Model, Scope, Tensors
 from cellstack.formats.onnx.scan import body_of
@@ -207,9 +207,10 @@ class Step:
         return {name: self.bound[name] for name in names if name in self.bound}
 
     @property
-    def matrices(self) -> list[str]:
-        """The names of the constants by which x and h are multiplied, each once."""
-        return [*dict.fromkeys(term.weights for terms in self.terms.values() for term in terms if not term.vector)]
+    def matrices(self) -> frozenset[tuple[Any, ...]]:
+        """The constants by which x and h are multiplied: the name of each, and its columns."""
+        terms = (term for terms in self.terms.values() for term in terms if not term.vector)
+        return frozenset((term.weights, term.columns) for term in terms)
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -367,6 +368,8 @@ class Matcher:
 
     def _linear(self, ours: Linear, theirs: Linear, bound: Bound) -> Iterator[Bound]:
         products = [term for term in ours.products if term.value != self.zeros]
+        if len(theirs.products) < len(products):
+            theirs = split_joined(self.scope, theirs)
         biases, key = theirs.biases, self.form.key
         if (len(products), len(ours.peepholes)) != (len(theirs.products), len(theirs.peepholes)):
             return
@@ -426,10 +429,16 @@ class Matcher:
                 yield from self._factors(ours[1:], [*theirs[:n], *theirs[n + 1 :]], each)
 
 
-def steps_of(scope: Scope, rows: bool = False) -> Iterator[list[Step]]:
-    """Yield the decomposed steps of cells in a graph, each as the list of its readings; `rows`: as in `Matcher`."""
+def steps_of(scope: Scope, rows: bool = False, states: int = 1) -> Iterator[list[Step]]:
+    """Yield the decomposed steps of cells in a graph, each as the list of its readings.
+
+    Args:
+        scope: the graph.
+        rows: as in `Matcher`.
+        states: only kinds with at least so many states.
+    """
     matcher, alike = Matcher(scope, rows=rows), dict[Any, list[Form]]()
-    for form in (form for kind in KINDS.values() for form in forms(kind)):
+    for form in (form for kind in KINDS.values() if len(kind.state._fields) >= states for form in forms(kind)):
         h = form.after["h"]
         if form.values.linear(h) is None:  # a product with a matrix after a cell isn't taken to be its projection
             whole = form.values.parted(h)[1] is None

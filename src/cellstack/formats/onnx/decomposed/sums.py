@@ -6,6 +6,7 @@ which differences are multiplied out: 1 - z times g is g - z·g.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from cellstack.formats.onnx.decomposed.linear import FOLLOWED, Linear, inputs_of
 from cellstack.formats.onnx.file import Scope
 from cellstack.formats.onnx.fold import numbers
 
+CUTS = ("Slice", "Split")  # operators that divide gates
 MOST_TERMS = 32  # maximum number of operators and of terms in one sum
 
 
@@ -68,7 +70,21 @@ class Values:
 
     def activated(self, name: str) -> tuple[str, str] | None:
         """Return a value's activation and the name of its input; None where it has none."""
-        return self._kept("activated", name, lambda: activated(self.scope, name))
+        return self._kept("activated", name, lambda: activated(self.scope, name) or self._cut(name))
+
+    def _cut(self, name: str) -> tuple[str, str] | None:
+        """Return the same for a cut of a sum's activation, that of a cut of the sum, which the scope is given."""
+        node = self.scope.producers.get(name)
+        if node is None or node.op_type not in CUTS or not node.input:
+            return None
+        active = activated(self.scope, node.input[0])
+        if active is None:
+            return None
+        made = copy.deepcopy(node)
+        made.input[0], made.output[:] = active[1], [f"{one} before {active[0]}" for one in node.output]
+        self.scope.producers |= dict.fromkeys(made.output, made)
+        before = made.output[[*node.output].index(name)]
+        return None if self.linear(before) is None else (active[0], before)
 
     def linear(self, name: str) -> Linear | None:
         """Return a value as a sum of products with constants; None where it isn't one."""
