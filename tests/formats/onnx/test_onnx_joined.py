@@ -106,6 +106,19 @@ class Loop(nn.Module):
         return self.head(torch.cat([torch.stack(outputs, 1), x], -1))
 
 
+class JoinedInput(Lstm):
+    """x and h have a matrix each, and x itself is joined: its product stays one."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.h = nn.Linear(INPUTS + 2, 4 * UNITS), nn.Linear(UNITS, 4 * UNITS)
+
+    def forward(self, x, h, c):
+        i, g, f, o = (self.x(torch.cat([x, x[:, :2]], -1)) + self.h(h)).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
 CELLS = [Lstm, FourMatrices, Gru, CutGru, CutLstm, Rnn]
 
 
@@ -146,6 +159,14 @@ def test_a_file_of_a_loop(tmp_path, cell):
     assert ("Recurrent", cell.kind) in shown(compare(path, inputs))
     ((part,),) = (part.cells for part in cs.extract(path).values())
     assert (part.spec.kind, part.spec.input_size, part.spec.units) == (cell.kind, INPUTS, UNITS)
+
+
+def test_a_joined_input_with_a_matrix_of_its_own():
+    module = Loop(JoinedInput).eval()
+    net = cs.compile(module, (torch.randn(2, 6, INPUTS),))
+    assert [cell.spec.kind for cell in net.cells] == ["lstm"]
+    x = torch.randn(3, 9, INPUTS)
+    np.testing.assert_allclose(net(x.numpy()), array_of(module(x)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dynamo", [False, True])

@@ -93,9 +93,8 @@ def _with_h(scope: Scope, readings: list[Step]) -> Step | None:
     like it; None where there is none."""
     found = []
     for step in readings:
-        terms = step.terms.get(("recurrent_kernel", None, 0))  # None for a kind without a product with h
-        units, width = array_of(scope, terms[0]).shape if terms else (1, 0)
-        found += [step] if units == width else []
+        matrix = array_of(scope, step.terms["recurrent_kernel", None, 0][0])
+        found += [step] if matrix.shape[0] == matrix.shape[1] else []
     if len(found) == 2:
         first, given = found[0], {value.name: declared(value) for value in scope.graph.input}
         start = _root(scope, next(name for state, name in first.before.items() if state != "h"))
