@@ -319,7 +319,7 @@ def test_refusals_name_a_remedy_and_nothing_is_printed(name, capfd, caplog):
         compile_network(Of(forward, **layers(head=nn.Linear(4, 3))), torch.randn(2, 5, 3))
     assert len(str(raised.value)) < 700
     assert capfd.readouterr() == ("", "")
-    assert not caplog.records
+    assert {record.name for record in caplog.records} <= {"torch.__trace"}  # of PyTorch's developers, at level DEBUG
 
 
 def test_errors_for_invalid_examples_say_what_to_pass():

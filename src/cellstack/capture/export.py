@@ -6,11 +6,11 @@ PyTorch's exporter fixes the number of steps of an nn.LSTM, nn.GRU or nn.RNN. He
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib
 import inspect
 import logging
-import math
 import operator
 import sys
 import warnings
@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from cellstack.capture.copied import duplicate, fold
+from cellstack.capture.corrections import corrected
 from cellstack.capture.exported import first_reason
 from cellstack.capture.nested import has_packed
 from cellstack.capture.operators import Operators
@@ -48,9 +49,9 @@ from cellstack.layers.eligibility import base_of, original_of
 from cellstack.layers.handwritten import HandWritten
 from cellstack.nodes.cell_arrays import Cell
 
+SCOPES = "pkg.torch.onnx.name_scopes"  # metadata in which PyTorch's exporter lists the modules around an operator
 DOMAIN = "cellstack"  # of the operators that stand for cells until their weights are computed
 INT32, BOOL, DOUBLE = 6, 9, 11  # of onnx.TensorProto.DataType
-SLICE = torch.ops.aten.slice.Tensor
 # PyTorch's warning about tensors that forward stores in attributes, except those of its own recurrent layers.
 ASSIGNED = r"The tensor attributes? .*self\.(\w+\.)*(?!_flat_weights)\w+(\[[^]]*\])*,? .*assigned during export"
 FIXING = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")  # operators whose export fixes the length
@@ -131,8 +132,17 @@ def recorded(
     strict: bool = False,
     cut: bool = True,
     cells: bool = False,
+    served: bool = True,
+    steps: bool = True,
 ) -> Any:
     """Return what `torch.export.export` records of a module in evaluation mode, with the kernel's op in its layers.
+
+    Args:
+        module, args, kwargs, dynamic_shapes, strict, cells: see `export_onnx`.
+        cut: see `Operators`.
+        served: whether PyTorch's recurrent modules are accelerated, instead of the functions that they call: the graph
+            then has no initial states of zeros, but packed sequences must be PyTorch's own.
+        steps: see `Operators`.
 
     Raises:
         ValueError, Exception: see `export_onnx`.
@@ -144,17 +154,17 @@ def recorded(
     if cells:
         accelerate_cells(ready, None if named else args)
         ready = _Named(ready).eval() if isinstance(ready, HandWritten) else ready
-    elif any(base_of(type(part)) is not None for part in ready.modules()):
+    elif served and any(base_of(type(part)) is not None for part in ready.modules()):
         accelerate.accelerate(ready)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         warnings.filterwarnings("default", ASSIGNED)
-        with nullcontext() if strict else Operators(cut) as operators:
+        with nullcontext() if strict else Operators(cut, steps) as operators:
             if operators:
                 operators.find(lambda: duplicate(ready)(*copy.deepcopy(args), **copy.deepcopy(named)))
             program = torch.export.export(ready, args, named, dynamic_shapes=dynamic_shapes, strict=strict)
     _check(program.graph)
-    _corrected(program.graph)
+    corrected(program.graph)
     return program
 
 
@@ -233,31 +243,6 @@ def example_values(looks: list[str]) -> Iterator[None]:
         logger.removeFilter(note)
 
 
-def _corrected(graph: Any) -> None:
-    """Change what the exporter would write with another meaning.
-
-    - A squeeze of an axis that is longer than 1 keeps it: a copy.
-    - Rounding an integer, which ONNX doesn't, keeps it.
-    - The end of a slice such as `x[..., :-n]` may be 0 at other sizes, where code has a branch for it: the size less n.
-    """
-    for node in graph.nodes:
-        if node.target in (math.ceil, math.floor) and isinstance(node.args[0].meta["val"], (int, torch.SymInt)):
-            node.replace_all_uses_with(node.args[0])
-        elif node.target is SLICE and getattr((*node.args, None)[3], "target", "") is operator.neg:
-            x, axis, start, minus = node.args
-            with graph.inserting_before(node):
-                size = graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
-                end = graph.call_function(operator.sub, (size, minus.args[0]))
-            size.meta["val"] = x.meta["val"].shape[axis]
-            end.meta["val"] = size.meta["val"] - minus.args[0].meta["val"]
-            node.args = x, axis, start, end
-        elif node.target is torch.ops.aten.squeeze.dim:
-            value, axis = node.args
-            size = value.meta["val"].shape[axis]
-            if not isinstance(size, int) or size != 1:
-                node.target, node.args = torch.ops.aten.clone.default, (value,)
-
-
 def write(program: Any, path: str, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
     """Write what `recorded` returns as an ONNX file."""
     script = importlib.import_module("onnxscript")
@@ -300,6 +285,7 @@ def write(program: Any, path: str, input_names: Sequence[str] | None, output_nam
         run(made.model)
     _put_cells(made.model)
     _rename(script.ir, made.model.graph, input_names or (), output_names or ())
+    _name_nodes(made.model.graph)
     common.NameFixPass()(made.model)
     for value in made.model.graph.inputs:  # a size that became fixed while it was recorded has its number as its name
         for axis, size in enumerate(value.shape):
@@ -319,6 +305,15 @@ def _copied_table(build: Any, opset_version: int) -> Any:
 def _table(build: Any, opset_version: int, torchvision: bool) -> Any:
     """Build a table once: for that, PyTorch reads the source of hundreds of functions."""
     return build(opset_version)
+
+
+def _name_nodes(graph: Any) -> None:
+    """Name each operator after the module that it comes from, as `/encoder/lstm/LSTM`."""
+    for node in graph:
+        scopes = node.metadata_props.get(SCOPES)
+        if scopes:
+            path = ["", *ast.literal_eval(scopes)][-2].replace(".", "/")
+            node.name = "/".join(["", *filter(None, [path]), node.op_type])
 
 
 def _rename(ir: Any, graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -485,7 +480,9 @@ def _put_cells(model: Any) -> None:
             kind, inputs, outputs = "Scan", [*given, x], [*ends, y]
             way = {f"scan_{end}_directions": [reverse] for end in ("input", "output")}
             attributes = {"body": body, "num_scan_inputs": 1, **way}
-        made = ir.node(kind, inputs, attributes, num_outputs=len(outputs), name=name)
+        made = ir.node(
+            kind, inputs, attributes, num_outputs=len(outputs), name=name, metadata_props=node.metadata_props
+        )
         ir.convenience.replace_nodes_and_values(node.graph, node, [node], [made], outputs, made.outputs)
     model.opset_imports.pop(DOMAIN, None)
     ir.passes.common.RemoveUnusedNodesPass()(model)

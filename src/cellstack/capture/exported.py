@@ -53,6 +53,10 @@ REMEDIES = (
 )  # fmt: skip
 
 
+class ExportError(FormatError):
+    """PyTorch can't export a module."""
+
+
 def export(
     module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, Any], one_step: bool = False
 ) -> list[str]:
@@ -71,7 +75,7 @@ def export(
         depends on them.
 
     Raises:
-        FormatError: PyTorch can't export the module; the message gives the reason in one line.
+        ExportError: PyTorch can't export the module; the message gives the reason in one line.
         ModuleNotFoundError: the export needs a package that isn't installed.
     """
     logs = torch._C._jit_is_onnx_log_enabled()  # some versions turn it on during an export, and leave it on
@@ -110,7 +114,7 @@ def export(
         raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FormatError(f"PyTorch can't export it: {first}") from error
+        raise ExportError(f"PyTorch can't export it: {first}") from error
     finally:
         torch._C._jit_set_onnx_log_enabled(logs)
         if handle is not None:

@@ -118,11 +118,12 @@ class Operators(TorchFunctionMode):
     Args:
         cut: whether unpacking returns the steps of the longest row, as in PyTorch, and not all steps. Other tensors
             may have all steps, and `torch.export` doesn't know whether the longest row has all.
+        steps: whether single steps of cells call the op too; else they stay equations.
     """
 
-    def __init__(self, cut: bool = True) -> None:
+    def __init__(self, cut: bool = True, steps: bool = True) -> None:
         super().__init__()
-        self.cut = cut
+        self.cut, self.steps = cut, steps
         self.packed: dict[int, Padded] = {}  # by id of batch_sizes
         self.packs = False
         self.lists = {kind: kind.tolist for kind in (FakeTensor, FunctionalTensor)}
@@ -181,7 +182,7 @@ class Operators(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if name in MODES and not kwargs:
             return self._recurrent(MODES[name], *args)
-        if name.removesuffix("_cell") in MODES and not kwargs:
+        if self.steps and name.removesuffix("_cell") in MODES and not kwargs:
             return _step(MODES[name.removesuffix("_cell")], *args)
         if func == Tensor.data.__get__:  # type: ignore[attr-defined] # which would be a constant
             return args[0].detach()

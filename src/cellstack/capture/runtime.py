@@ -27,12 +27,12 @@ from cellstack.capture.complexes import with_real_ends
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import GraphEnds, difference, drawn
 from cellstack.capture.export import example_values, recorded, write
-from cellstack.capture.exported import export, first_reason, without_console
-from cellstack.capture.nested import fresh
+from cellstack.capture.exported import first_reason, without_console
 from cellstack.capture.operators import with_checks
 from cellstack.capture.packing import packs
 from cellstack.capture.prepared import Prepared
 from cellstack.capture.probes import compared_sizes, steps_repeated
+from cellstack.capture.routes import by_trace
 from cellstack.capture.unrolled import rolled
 from cellstack.cells.errors import FormatError
 from cellstack.formats.onnx.runtime import RuntimeModel
@@ -185,11 +185,9 @@ def _opened(axes: Sequence[Axes], inputs: int) -> list[list[int]]:
     return [sorted(axis for m, axis, _ in frozenset().union(*axes) if m == n) for n in range(inputs)]
 
 
-def _by_trace(module: Any, given: Any, opened: Sequence[Axes], path: str, names: Any, outs: Any) -> list[str]:
+def _by_trace(module: Any, given: Any, axes: Sequence[Axes], path: str, names: Any, outs: Any) -> list[str]:
     """Write what PyTorch's older exporter traces of a module; return where its code reads values."""
-    own = zip(names, _opened(opened, len(names)), strict=True)
-    axes = {name: {axis: f"{name}_{axis}" for axis in one} for name, one in own}
-    return export(module, fresh(given), path, {"input_names": names, "output_names": outs, "dynamic_axes": axes})
+    return by_trace(module, given, _opened(axes, len(names)), path, names, outs)
 
 
 def _notes(network: RuntimeModel, ends: GraphEnds, reason: str, left: list[str]) -> list[str]:

@@ -35,6 +35,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cellstack.capture.axes import Axes, resized
+from cellstack.capture.corrections import as_entry
 from cellstack.cells.errors import FormatError
 
 ATEN = torch.ops.aten
@@ -112,7 +113,7 @@ def _plain(program: Any, decomposed: bool) -> GraphModule:
     graph = made.graph
     for node in list(graph.nodes):
         if node.target is operator.getitem and isinstance(node.args[0], Node):
-            _as_entry(graph, node)
+            as_entry(graph, node)
         elif node.target in JOINS:
             _as_cat(node)
         elif node.target is ATEN._assert_scalar.default:  # that a branch is the example's
@@ -181,24 +182,6 @@ def _as_stack(graph: Graph, node: Any) -> None:
     with graph.inserting_before(last):
         every = [parts[n] if n in parts else _add(graph, SELECT, node, axis, n) for n in range(int(size))]
         last.replace_all_uses_with(_add(graph, STACK, every, axis))
-
-
-def _as_entry(graph: Graph, node: Any) -> None:
-    """Make an entry of a list that splits a tensor a `select` or a `slice`."""
-    whole, n = node.args
-    x, *given = whole.args
-    if whole.target is ATEN.unbind.int:
-        target, args = SELECT, (x, *(given or [0]), n)
-    elif whole.target is ATEN.split.Tensor and isinstance(given[0], int):
-        size, axis = (*given, 0)[:2]
-        target, args = SLICE, (x, axis, n * size, (n + 1) * size)
-    else:
-        return
-    with graph.inserting_before(node):
-        made = graph.call_function(target, args)
-    made.meta = node.meta
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
 
 
 # ── Loops ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
