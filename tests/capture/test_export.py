@@ -162,6 +162,43 @@ def test_a_tensor_that_is_two_inputs_stays_two(tmp_path):
     np.testing.assert_allclose(y, module(x, (h, c))[0].detach().numpy(), atol=tolerances.NETWORK)
 
 
+def transposed_after_a_view(y):
+    y = y.clone()
+    view = y.view(len(y), -1, 2, 3)
+    y.transpose_(0, 1)
+    return view.view(len(view), -1, 6)
+
+
+def written_entry(y):
+    first, _, last = y.clone().split(2, dim=-1)
+    first.mul_(3)
+    return torch.cat([last, first], -1)
+
+
+VIEWS = {
+    "transposed": transposed_after_a_view,
+    "written": written_entry,
+    "entries": lambda y: torch.stack([n * one for n, one in enumerate(y.unbind(dim=-1))], -1),
+    "short last": lambda y: torch.cat([part.cumsum(-1) for part in y.split(4, dim=2)[::-1]], -1),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_and_entries_of_lists(name, tmp_path):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(4, 6, batch_first=True)
+
+        def forward(self, x):
+            return VIEWS[name](self.rnn(x)[0])
+
+    module, path = drawn(Views()), tmp_path / "model.onnx"
+    with torch.no_grad():
+        export_onnx(module, (torch.randn(2, 5, 4),), path, dynamic_shapes=({0: B, 1: T},))
+        compared(module, lambda batch, steps: (torch.randn(batch, steps, 4),), path)
+
+
 @pytest.mark.parametrize("name", some_slow(sorted(MODULES.keys() - {"projected"}), ("states", "time first")))
 def test_a_file_takes_any_size(name, tmp_path):
     module, path = drawn(MODULES[name]()), tmp_path / "net.onnx"

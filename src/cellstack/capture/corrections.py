@@ -25,8 +25,8 @@ def corrected(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is operator.getitem:
             as_entry(graph, node)
-        elif node.target is VIEW and getattr(node.args[0], "target", None) is VIEW:
-            node.args = node.args[0].args[0], node.args[1]  # type: ignore[union-attr]
+        elif node.target is VIEW and _is_view_of_unchanged(node.args[0]):
+            node.args = node.args[0].args[0], node.args[1]
         elif node.target in (math.ceil, math.floor) and isinstance(node.args[0].meta["val"], (int, torch.SymInt)):
             node.replace_all_uses_with(node.args[0])
         elif node.target is SLICE and getattr((*node.args, None)[3], "target", "") is operator.neg:
@@ -42,6 +42,14 @@ def corrected(graph: Graph) -> None:
             size = value.meta["val"].shape[axis]
             if not isinstance(size, int) or size != 1:
                 node.target, node.args = ATEN.clone.default, (value,)
+
+
+def _is_view_of_unchanged(node: Any) -> bool:
+    """Whether a node is a view of a tensor that no operator changes in place, such as `transpose_`."""
+    users = node.args[0].users if getattr(node, "target", None) is VIEW else ()
+    return bool(users) and not any(
+        getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in users
+    )
 
 
 def as_entry(graph: Graph, node: Any) -> None:
