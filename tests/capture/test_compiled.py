@@ -1,5 +1,7 @@
 """Whole PyTorch modules as networks: they agree with the module, or are refused."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -70,11 +72,12 @@ def test_known_modules_are_read_directly(monkeypatch):
 def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_first():
     with pytest.raises(cs.FormatError) as raised:
         compile_network(Sine(), torch.randn(2, 7, 4))
-    assert str(raised.value) == (
+    line = Sine.forward.__code__.co_firstlineno + 1
+    assert re.fullmatch(
         "compile: Sine can't be a Network: ONNX has no such operator: compute that part outside the module; "
-        "exported to ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 "
-        f"is not supported (test_compiled.py:{Sine.forward.__code__.co_firstlineno + 1}); "
-        "read directly: load: the module (Sine): a custom class without to_nodes()"
+        rf"exported to ONNX: PyTorch can't export it: .*erf_inv.* \(test_compiled\.py:{line}\); "
+        r"read directly: load: the module \(Sine\): a custom class without to_nodes\(\)",
+        str(raised.value),
     )
 
 
@@ -148,17 +151,11 @@ def flat(value):
     return [value] if isinstance(value, torch.Tensor) else [t for part in value if part is not None for t in flat(part)]
 
 
-@pytest.mark.parametrize(
-    ("parts", "why"),
-    [
-        (lambda m, x, y, state: y * float(x.shape[1]), "with more steps output 0 differs"),
-        (lambda m, x, y, state: y * float(x.shape[0]), "with one more row output 0 differs"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")  # of tracing
-def test_missing_outputs_and_outputs_fixed_by_the_example_are_refused(parts, why):
-    with pytest.raises(cs.FormatError, match=why):
-        compile_network(Parts(parts), torch.randn(2, 7, 3))
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sizes_in_outputs_are_refused(axis):
+    module = Parts(lambda m, x, y, state: y * float(x.shape[axis]))
+    with pytest.raises(cs.FormatError, match=r"found a number of steps or rows \(test_compiled.py:\d+\)"):
+        compile_network(module, torch.randn(2, 7, 3))
 
 
 def test_invalid_nested_and_additional_inputs_are_refused_with_a_remedy():

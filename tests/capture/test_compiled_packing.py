@@ -239,6 +239,6 @@ def test_packed_sequences_may_be_nested_and_keep_other_inputs():
 
 
 def test_other_values_of_integers_are_compared_too():
-    module = LastStep(lambda y, lengths: y[:, : int(lengths.max())]).eval()
-    with pytest.raises(cs.FormatError, match=r"reads values of tensors .*has the shape"):
+    module = LastStep(lambda y, lengths: y * (2 if int(lengths.max()) > 3 else 1)).eval()
+    with pytest.raises(cs.FormatError, match=r"reads values of tensors .*: output 0 differs"):
         compile_network(module, (torch.randn(3, 5, 3), LENGTHS))

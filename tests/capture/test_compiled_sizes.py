@@ -129,11 +129,10 @@ def test_chunks_of_steps_are_warned_of():
     assert "test_compiled_sizes.py" in cs.verify(net, module, streams=False).verdict()
 
 
-def test_a_size_as_a_key_is_warned_of():
-    module, place = twice_where(lambda x: x.shape[1] in {600, 601})
-    with pytest.warns(UserWarning, match=rf"^compile: Layer .* can't be checked: .*it uses a size as a key, .*{place}"):
-        net = cs.compile(module, X)
-    assert not cs.verify(net, module, streams=False).ok()
+def test_a_size_as_a_key_is_refused():
+    module, _ = twice_where(lambda x: x.shape[1] in {600, 601})
+    with pytest.raises(cs.FormatError, match="it uses a size of its input as a key, as in"):
+        cs.compile(module, X)
 
 
 def test_loops_over_steps_and_states_of_as_many_rows_are_no_plain_numbers():

@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import cellstack as cs
 from cellstack.capture import compile_network, export_onnx
 from cellstack.capture.axes import axes_in_groups
-from cellstack.capture.export import example_values, recorded
 from cellstack.capture.nested import array_of
+from cellstack.capture.recording import example_values, recorded
 from cellstack.formats.onnx.runtime import RuntimeModel
 
 SIZES = ((2, 9), (3, 31), (1, 7), (5, 1))  # the first is that of the example
@@ -482,7 +482,7 @@ def test_an_example_of_one_row_and_one_step_has_open_sizes_too():
 
 
 class Branch(nn.Module):
-    """A branch on values, which torch.export refuses, and of which a trace contains one side."""
+    """A branch on values, of which a graph contains one side."""
 
     def __init__(self, limit):
         super().__init__()
@@ -505,7 +505,7 @@ REFUSED = {
         Model(lambda m, x: m.head(x.repeat(1, 1, 2)[..., :6]).cumsum(1)),
         "no recurrent layer.*without a loop over time, ONNX Runtime would run all of it: call torch.onnx.export",
     ),
-    "a branch on values": (Branch(1e-3), r"torch\.jit\.trace: output 0 differs from the module's by"),
+    "a branch on values": (Branch(1e-3), r"torch\.export: output 0 differs from the module's by"),
 }
 
 

@@ -287,7 +287,7 @@ def ncps_ltc():
     return LTC(6, 16, return_sequences=False), lambda rows, steps: (torch.randn(rows, steps, 6),)
 
 
-@program("flood_forecast: VanillaGRU", *NEEDS["flood_forecast"], runtime=True)
+@program("flood_forecast: VanillaGRU", *NEEDS["flood_forecast"])
 def flood_gru():
     skip_init("flood_forecast")
     from flood_forecast.basic.gru_vanilla import VanillaGRU

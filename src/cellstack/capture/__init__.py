@@ -63,7 +63,7 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
         ValueError: the example is empty, the module itself rejects it, or returns NaN or no tensor for it.
         FormatError: no way leads to a network with the module's outputs; the message gives the reason for each. Or the
             module can't be copied.
-        ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
+        ModuleNotFoundError: the export needs onnxscript, of the extra `[compile]`, which isn't installed.
 
     >>> import numpy as np
     >>> import torch

@@ -108,7 +108,7 @@ def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
             why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES)
         except (TypeError, ValueError, FormatError) as error:
             network, why = None, str(error)
-            missing = re.search(r"'aten::(\w+)'", why)
+            missing = re.search(r"'(?:aten|prims)(?:::|\.)(\w+)'", why)
             line = line_of_call(module, inputs, missing[1]) if missing else ""
             why += f" ({line})" if line else ""
         if network is not None and why is None and ready.again:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 ATEN = torch.ops.aten
 SLICE, VIEW = ATEN.slice.Tensor, ATEN.view.default
+WHOLE = (0, sys.maxsize), (None, sys.maxsize)  # starts and ends of slices of all entries
 
 
 def corrected(graph: Graph) -> None:
@@ -19,15 +23,18 @@ def corrected(graph: Graph) -> None:
     - A squeeze of an axis that is longer than 1 keeps it: a copy.
     - Rounding an integer, which ONNX doesn't, keeps it.
     - The end of a slice such as `x[..., :-n]` may be 0 at other sizes, where code has a branch for it: the size less n.
+    - The bounds of a clamp of floats are floats: the exporter refuses an integer beside a float.
     - An entry of a list that splits a tensor is taken from the tensor: ONNX has another type for lists.
-    - A view of a view is one view.
+    - A view of a view is one view; a view of the same shape, and a slice of all entries, are the tensor itself.
     """
     for node in list(graph.nodes):
         if node.target is operator.getitem:
             as_entry(graph, node)
-        elif node.target is VIEW and _is_view_of_unchanged(node.args[0]):
+        elif node.target is VIEW and _is_unchanged(node) and _keeps_shape(node):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is VIEW and node.args[0].target is VIEW and _is_unchanged(node.args[0].args[0]):
             node.args = node.args[0].args[0], node.args[1]
-        elif node.target in (math.ceil, math.floor) and isinstance(node.args[0].meta["val"], (int, torch.SymInt)):
+        elif node.target is SLICE and node.args[2:] in WHOLE and _is_unchanged(node):
             node.replace_all_uses_with(node.args[0])
         elif node.target is SLICE and getattr((*node.args, None)[3], "target", "") is operator.neg:
             x, axis, start, minus = node.args
@@ -37,6 +44,10 @@ def corrected(graph: Graph) -> None:
             size.meta["val"] = x.meta["val"].shape[axis]
             end.meta["val"] = size.meta["val"] - minus.args[0].meta["val"]
             node.args = x, axis, start, end
+        elif node.target is ATEN.clamp.default and node.args[0].meta["val"].is_floating_point():
+            node.args = node.args[0], *(float(one) if isinstance(one, int) else one for one in node.args[1:])
+        elif node.target in (math.ceil, math.floor) and isinstance(node.args[0].meta["val"], (int, torch.SymInt)):
+            node.replace_all_uses_with(node.args[0])
         elif node.target is ATEN.squeeze.dim:
             value, axis = node.args
             size = value.meta["val"].shape[axis]
@@ -44,25 +55,31 @@ def corrected(graph: Graph) -> None:
                 node.target, node.args = ATEN.clone.default, (value,)
 
 
-def _is_view_of_unchanged(node: Any) -> bool:
-    """Whether a node is a view of a tensor that no operator changes in place, such as `transpose_`."""
-    users = node.args[0].users if getattr(node, "target", None) is VIEW else ()
-    return bool(users) and not any(
-        getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in users
-    )
+def _keeps_shape(view: Any) -> bool:
+    ours, theirs = view.meta["val"].shape, view.args[0].meta["val"].shape
+    return len(ours) == len(theirs) and all(map(statically_known_true, map(operator.eq, ours, theirs)))
+
+
+def _is_unchanged(node: Node) -> bool:
+    """Whether no operator changes a tensor in place, such as `transpose_`."""
+    return not any(user.target._schema.is_mutable for user in node.users if isinstance(user.target, OpOverload))
 
 
 def as_entry(graph: Graph, node: Any) -> None:
     """Make an entry of a list that splits a tensor a `select` or a `slice`; other nodes stay."""
     whole, n = node.args
-    if not isinstance(whole, Node):
+    if not isinstance(whole, Node) or not whole.args:
         return
-    x, *given = whole.args or (None,)
+    given: Any = (*whole.args, 0, 0)
+    x, count, axis = given[:3]
     if whole.target is ATEN.unbind.int:
-        target, args = ATEN.select.int, (x, *(given or [0]), n)
-    elif whole.target is ATEN.split.Tensor and isinstance(given[0], int):
-        size, axis = (*given, 0)[:2]
-        target, args = SLICE, (x, axis, n * size, (n + 1) * size)
+        target, args = ATEN.select.int, (x, count, n)
+    elif whole.target is ATEN.split.Tensor and isinstance(count, int):
+        target, args = SLICE, (x, axis, n * count, (n + 1) * count)
+    elif whole.target is ATEN.split_with_sizes.default and all(isinstance(size, int) for size in count):
+        target, args = SLICE, (x, axis, sum(count[:n]), sum(count[: n + 1]))
+    elif whole.target is ATEN.chunk.default and isinstance(size := x.meta["val"].shape[axis], int):
+        target, args = SLICE, (x, axis, n * -(-size // count), min(size, (n + 1) * -(-size // count)))
     else:
         return
     with graph.inserting_before(node):

@@ -79,7 +79,8 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
     """
     known = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves_in(inputs)]
     scripted, hooks = isinstance(module, torch.jit.ScriptModule), (*module._forward_pre_hooks, *module._forward_hooks)
-    if type(module).__call__ is torch.nn.Module.__call__ and not scripted and not hooks:  # hooks see nested tensors
+    own = [getattr(type(module), name) is getattr(torch.nn.Module, name) for name in ("__call__", "__setstate__")]
+    if all(own) and not scripted and not hooks:  # hooks see nested tensors, and a copy would lose its forward
         module.forward = partial(_flat_forward, module.forward, inputs, known)  # keeps the names of its parameters
         return module
 

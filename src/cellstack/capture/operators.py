@@ -32,14 +32,6 @@ LONG = 12  # operations in a size of a tensor, above which it becomes a symbol o
 MODES = {mode.lower(): mode for mode in KINDS}  # of PyTorch's modules, by the function that each calls
 
 
-# Functions that PyTorch's exporter to ONNX lacks, or of which torch.export fixes the size, by others.
-EQUAL = {
-    "_is_all_true": torch.all,
-    "linspace": lambda *args, **kwargs: _linspace(*args, **kwargs),
-    "masked_select": lambda x, mask: _selected(*torch.broadcast_tensors(x, mask)),
-}
-
-
 def _selected(x: Tensor, mask: Tensor) -> Tensor:
     return x[mask]
 
@@ -48,6 +40,36 @@ def _linspace(start: Any, end: Any, steps: Any, **kwargs: Any) -> Tensor:
     if isinstance(steps, int):
         return torch.linspace(start, end, steps, **kwargs)
     return start + torch.arange(steps, **kwargs) / torch.full((), steps - 1).clamp(min=1) * (end - start)
+
+
+def _diff(x: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None) -> Tensor:
+    x = torch.cat([part for part in (prepend, x, append) if part is not None], dim)
+    before = (slice(None),) * (dim % x.ndim)
+    for _ in range(n):
+        x = x[(*before, slice(1, None))] - x[(*before, slice(-1))]
+    return x
+
+
+def _pooled(pool: Any, reduce: str, x: Tensor, output_size: Any) -> Tensor:
+    """Pool to one entry along some axes, and leave the others."""
+    kept = output_size if isinstance(output_size, tuple) else ()
+    if set(kept) != {None, 1}:
+        return pool(x, output_size)
+    return getattr(x, reduce)([n - len(kept) for n, size in enumerate(kept) if size == 1], keepdim=True)
+
+
+# Functions that PyTorch's exporter to ONNX lacks, or of which torch.export fixes the size, by others.
+EQUAL = {
+    "_is_all_true": torch.all,
+    "diff": _diff,
+    "linspace": _linspace,
+    "masked_select": lambda x, mask: _selected(*torch.broadcast_tensors(x, mask)),
+    **{
+        (name := f"adaptive_{mode}_pool{n}d"): partial(_pooled, getattr(torch.nn.functional, name), reduce)
+        for mode, reduce in (("avg", "mean"), ("max", "amax"))
+        for n in (2, 3)
+    },
+}
 
 
 def _tensors(call: Any) -> list[Tensor]:
@@ -186,6 +208,8 @@ class Operators(TorchFunctionMode):
             return _step(MODES[name.removesuffix("_cell")], *args)
         if func == Tensor.data.__get__:  # type: ignore[attr-defined] # which would be a constant
             return args[0].detach()
+        if func == Tensor.nbytes.__get__:  # type: ignore[attr-defined] # which takes no open size
+            return args[0].numel() * args[0].itemsize
         if name in EQUAL:
             func = EQUAL[name]
         if (

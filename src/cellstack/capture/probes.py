@@ -89,7 +89,7 @@ def line_of_call(module: Any, inputs: tuple[Any, ...], name: str) -> str:
 
     class Look(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__name__", "").strip("_") == name.strip("_") and not found:
+            if getattr(func, "__name__", "").replace("_", "") == name.replace("_", "") and not found:
                 found.append(line_of(outside(sys._getframe(1), pytorch(), OURS)))
             return func(*args, **(kwargs or {}))
 

@@ -8,13 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from torch.export import Dim
 from torch.nn import RNNCellBase
 
 from cellstack.capture.axes import free_axes
-from cellstack.capture.export import example_values, recorded, write
-from cellstack.capture.exported import ExportError, export, without_console
-from cellstack.capture.nested import fresh
+from cellstack.capture.exported import export
 from cellstack.capture.probes import calls
 from cellstack.cells.errors import FormatError
 from cellstack.formats import onnx
@@ -44,28 +41,15 @@ def directly(module: Any, inputs: int) -> Network | Exception:
 def by_onnx(module: Any, inputs: tuple[Any, ...], answers: int, looks: list[str]) -> Network:
     """Return the network of a module's ONNX graph, for any batch size and number of steps if the graph allows it.
 
-    The graph comes from PyTorch's older exporter or, where that fails, from the current one. Its inputs and outputs are
-    named `input_n` and `output_n`, by their index among the tensors. The places where the module's code reads values
-    are added to `looks`.
+    The graph's inputs and outputs are named `input_n` and `output_n`, by their index among the tensors. The places
+    where the module's code reads values are added to `looks`.
 
     Raises:
-        FormatError: no exporter's graph can be read; the message gives the reason of the older one.
-        ModuleNotFoundError: see `export`.
+        FormatError: the module can't be exported, or its graph can't be read.
+        ModuleNotFoundError: the export needs a package that isn't installed.
     """
     cells = [part for part in module.modules() if isinstance(part, RNNCellBase)]
     one_step = inputs[0].ndim == 2 and calls(module, cells, inputs) == 1
-    try:
-        return _read(by_trace, module, inputs, answers, looks, one_step)
-    except ExportError as error:
-        try:
-            with without_console():
-                return _read(_by_export, module, inputs, answers, looks, one_step)
-        except Exception:  # the exporter fails in as many ways as there are modules
-            raise error from error.__cause__
-
-
-def _read(save: Any, module: Any, inputs: tuple[Any, ...], answers: int, looks: list[str], one_step: bool) -> Network:
-    """Return the network of the graph that a function writes; see `by_onnx`."""
     reasons = list[FormatError]()
     names = [f"input_{n}" for n in range(len(inputs))] if len(inputs) > 1 else ["input"]
     outs = [f"output_{n}" for n in range(answers)]
@@ -73,7 +57,8 @@ def _read(save: Any, module: Any, inputs: tuple[Any, ...], answers: int, looks: 
     for way in _ways(free_axes(module, inputs)):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "module.onnx")
-            looks += (line for line in save(module, inputs, way, path, names, outs, one_step) if line not in looks)
+            found = export(module, inputs, way, path, names, outs, one_step)
+            looks += (line for line in found if line not in looks)
             try:
                 network = onnx.read_whole(path, whole_loops=True, example=shapes)
                 break
@@ -85,40 +70,6 @@ def _read(save: Any, module: Any, inputs: tuple[Any, ...], answers: int, looks: 
     if KEY in network.metadata:
         network.metadata[KEY]["of"] = "module"
     return network
-
-
-def by_trace(
-    module: Any,
-    inputs: Any,
-    free: list[list[int]],
-    path: str,
-    names: list[str],
-    outs: list[str],
-    one_step: bool = False,
-) -> list[str]:
-    """Write what PyTorch's older exporter traces of a module; return where its code reads values.
-
-    Args:
-        module: the module.
-        inputs: the example.
-        free: the axes of each input that may change.
-        path: the file.
-        names, outs: the names of the inputs and the outputs.
-        one_step: see `export`.
-    """
-    axes = {name: {axis: f"{name}_{axis}" for axis in own} for name, own in zip(names, free, strict=True) if own}
-    options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
-    return export(module, fresh(inputs), path, options, one_step)
-
-
-def _by_export(
-    module: Any, inputs: Any, free: list[list[int]], path: str, names: list[str], outs: list[str], one_step: bool
-) -> list[str]:
-    """Write what PyTorch's current exporter records of a module; as `by_trace`."""
-    looks, shapes = list[str](), tuple(dict.fromkeys(own, Dim.AUTO) for own in free)
-    with example_values(looks):
-        write(recorded(module, inputs, None, (shapes,), served=False, steps=one_step), path, names, outs)
-    return looks
 
 
 def _ways(free: list[list[int]]) -> Iterator[list[list[int]]]:

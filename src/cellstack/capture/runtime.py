@@ -2,8 +2,8 @@
 
 Loops over time with other steps than those of cells run in ONNX Runtime, like all else.
 
-The graph comes from `torch.export`, or from PyTorch's older exporter where that fails, as with scripted modules. It is
-compared with the module like a Network.
+The graph comes from `torch.export`, that of a scripted module from PyTorch's older exporter. It is compared with the
+module like a Network.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from cellstack.capture.axes import Axes, axes_in_groups, longer, resized
 from cellstack.capture.complexes import with_real_ends
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import GraphEnds, difference, drawn
-from cellstack.capture.export import example_values, recorded, write
-from cellstack.capture.exported import first_reason, without_console
+from cellstack.capture.export import with_cells
+from cellstack.capture.exported import export, is_scripted, without_console
 from cellstack.capture.operators import with_checks
 from cellstack.capture.packing import packs
 from cellstack.capture.prepared import Prepared
 from cellstack.capture.probes import compared_sizes, steps_repeated
-from cellstack.capture.routes import by_trace
+from cellstack.capture.recording import example_values, recorded, served
 from cellstack.capture.unrolled import rolled
+from cellstack.capture.writing import first_reason, write
 from cellstack.cells.errors import FormatError
 from cellstack.formats.onnx.runtime import RuntimeModel
 from cellstack.layers import op
@@ -65,12 +66,14 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
     axes = axes_in_groups(strict, inputs, left)
     cut = "torch.export", _by_export, False
     whole = "torch.export of all steps", partial(_by_export, cut=False), True
-    cells = "torch.export of hand-written cells", partial(_by_export, cells=True), False
-    trace = "torch.jit.trace", _by_trace, False
+    cells = "torch.export of hand-written cells", partial(_by_export, serve=with_cells), False
+    script = "PyTorch's exporter of scripted modules", _by_script, False
     least, best, packed = math.inf, None, bool(packs(module, inputs))
     loops = "torch.export of loops", partial(_by_export, loops=True, cut=False), packed
-    routes = (cut, whole, cells, loops) if packed else (cut, cells, loops, trace)
-    if steps_repeated(module, inputs, axes):  # torch.export would record each step
+    routes = (cut, whole, cells, loops) if packed else (cut, cells, loops)
+    if is_scripted(module):
+        routes = (script,)
+    elif steps_repeated(module, inputs, axes):  # torch.export would record each step
         routes = sorted(routes, key=lambda route: route not in (cells, loops))
     for how, save, padded in routes:
         examples, random = list(_examples(inputs, axes)), None
@@ -93,7 +96,7 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
             if padded:
                 notes.append("packs rows: what it unpacks has all steps of the input, also where no row needs them")
             places = compared_sizes(ends, module, inputs)
-            if save is not _by_trace:
+            if save is not _by_script:
                 places.converted.clear()  # torch.export keeps such a size open, or fixes it in the graph's inputs
             looks = [line for line in looks if line not in places.compared]  # values that are computed from sizes
             made = network, [*notes, *caveats(module, inputs, looks, places)]
@@ -157,7 +160,7 @@ def _by_export(
     path: str,
     *names: Any,
     cut: bool = True,
-    cells: bool = False,
+    serve: Any = served,
     loops: bool = False,
 ) -> list[str]:
     """Write what `torch.export` records of a module; return where its code depends on values."""
@@ -166,7 +169,7 @@ def _by_export(
 
     def record(module: Any, given: Any, opened: Sequence[Axes] = axes, nested: bool = True) -> Any:
         shapes = tuple(dict.fromkeys(one, Dim.AUTO) for one in _opened(opened, len(given)))
-        return recorded(module, tuple(given), None, (shapes,) if nested else shapes, cut=cut, cells=cells)
+        return recorded(module, tuple(given), None, (shapes,) if nested else shapes, cut=cut, serve=serve)
 
     with example_values(looks):
         if loops:
@@ -185,9 +188,9 @@ def _opened(axes: Sequence[Axes], inputs: int) -> list[list[int]]:
     return [sorted(axis for m, axis, _ in frozenset().union(*axes) if m == n) for n in range(inputs)]
 
 
-def _by_trace(module: Any, given: Any, axes: Sequence[Axes], path: str, names: Any, outs: Any) -> list[str]:
-    """Write what PyTorch's older exporter traces of a module; return where its code reads values."""
-    return by_trace(module, given, _opened(axes, len(names)), path, names, outs)
+def _by_script(module: Any, given: Any, axes: Sequence[Axes], path: str, *names: Any) -> list[str]:
+    """Write a scripted module."""
+    return export(module, given, _opened(axes, len(given)), path, *names)
 
 
 def _notes(network: RuntimeModel, ends: GraphEnds, reason: str, left: list[str]) -> list[str]:

@@ -14,8 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+from torch.jit import ScriptFunction
 from torch.overrides import TorchFunctionMode
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -37,6 +39,15 @@ class Places(NamedTuple):
     compared: list[str]
     converted: list[str]
     failed: str = ""
+
+
+def unscripted() -> Any:
+    """Return a context in which functions of `torch.jit.script` run as the Python functions they were made from."""
+    return mock.patch.object(ScriptFunction, "__call__", _run_source)
+
+
+def _run_source(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function._torchdynamo_inline(*args, **kwargs)
 
 
 class Renamed:
@@ -230,7 +241,7 @@ def _follow(renamed: Renamed) -> Callable[[Callable[[Any], Any], Any], Uses]:
 
     def uses_in(run: Callable[[Any], Any], inputs: Any) -> Uses:
         seen.clear()
-        with torch.no_grad(), Watch():
+        with torch.no_grad(), Watch(), unscripted():
             run(inputs)
         return dict(seen)
 

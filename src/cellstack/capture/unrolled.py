@@ -112,7 +112,7 @@ def _plain(program: Any, decomposed: bool) -> GraphModule:
     made = program.module(check_guards=False)
     graph = made.graph
     for node in list(graph.nodes):
-        if node.target is operator.getitem and isinstance(node.args[0], Node):
+        if node.target is operator.getitem:
             as_entry(graph, node)
         elif node.target in JOINS:
             _as_cat(node)

@@ -134,7 +134,7 @@ def _exported(module: nn.Module, call: ModuleCall, values: Mapping[str, np.ndarr
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "module.onnx")
         try:
-            export(flat, inputs, path, {"input_names": [f"input_{n}" for n in range(len(inputs))]})
+            export(flat, inputs, [[]] * len(inputs), path, [f"input_{n}" for n in range(len(inputs))])
             return cells_of_module(path, len(inputs) - 1)
         except FormatError as error:
             raise FormatError(str(error).replace(f"{path}: ", "").replace(path, "its graph")) from error

@@ -176,8 +176,8 @@ class Scope:
     producers: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     known: dict[str, Constant | None] = field(default_factory=dict)
-    alike: dict[Any, str] = field(default_factory=dict)  # first name of each constant, by its values
-    first_alike: dict[str, str] = field(default_factory=dict)
+    alike: dict[Any, tuple[str, bool]] = field(default_factory=dict)  # each matrix's first name, and if transposed
+    first_alike: dict[tuple[str, bool], tuple[str, bool]] = field(default_factory=dict)  # the same by name
     unbound: dict[str, dict[str, int]] = field(default_factory=dict)  # by a Split's first output: each output's step
     counting: int = 0  # depth of nested lists of lengths
     rows: dict[str, int] = field(default_factory=dict)  # length of constants that are one row; else 0

@@ -196,8 +196,10 @@ class Reader:
         self.builder.make(new.parameters)  # each node has its own copy, even of shared weights
         name = node if isinstance(node, str) else label(node)
         wire = self.builder.add(name, new, x.wire, *(other.wire for other in others))
-        same = axes is None
-        return Flowing(wire, x.axes if same else tuple(axes), self.shape(wire), x.batch, x.parts if same else ())
+        source = x.timed_by if "T" in x.axes and new.keeps_steps(len(x.shape)) else ""
+        if axes is None:
+            return Flowing(wire, x.axes, self.shape(wire), x.batch, x.parts, source)
+        return Flowing(wire, tuple(axes), self.shape(wire), x.batch, source=source)
 
     def shape(self, wire: str) -> Shape:
         """Return the shape of a wire."""
@@ -229,10 +231,13 @@ class Reader:
                 "after padding that depends on the number of steps, only a convolution over time is supported"
             )
         if not isinstance(value, Flowing):
-            kind = (
-                "none" if value is None else "a constant" if isinstance(value, (np.ndarray, Broadcast)) else "another"
-            )
-            raise Refused(f"{what} must be data, found {kind}")
+            known = {
+                type(None): "none",
+                np.ndarray: "a constant",
+                Broadcast: "a constant",
+                Symbols: "a number of steps or rows",
+            }
+            raise Refused(f"{what} must be data, found {known.get(type(value), 'another')}")
         return value
 
     def summed(self, squares: Squares) -> Flowing:

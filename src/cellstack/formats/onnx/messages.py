@@ -20,9 +20,11 @@ def label(node: Any) -> str:
 
 def line_of(node: Any) -> str:
     """Return the line of a module's code that calls an operator, as `file.py:12`; "" if the exporter didn't note it."""
-    for path, line, function in re.findall(r"^(.+)\((\d+)\): (.*)", node.doc_string, re.MULTILINE):
+    trace = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.stack_trace"), "")
+    calls = re.findall(r'^ *File "(.+)", line (\d+), in (.*)', trace, re.MULTILINE)[::-1]
+    for path, line, function in calls or re.findall(r"^(.+)\((\d+)\): (.*)", node.doc_string, re.MULTILINE):
         ours = path.startswith(OURS)
-        if ours and function == "export":
+        if ours and function == "export_scripted":
             break  # the following lines are those that call the exporter
         if not ours and not re.search(r"[\\/](site|dist)-packages[\\/]torch[\\/]", path):
             return f"{PureWindowsPath(path).name}:{line}"  # accepts / and \ as separators

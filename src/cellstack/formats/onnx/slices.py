@@ -84,7 +84,7 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     arguments = list(values[1:])
     if len(arguments) > 1 and isinstance(arguments[1], Symbols) and not isinstance(value, States):
         over = whole(arguments[2]) if len(arguments) > 2 and arguments[2] is not None else range(len(value.axes))
-        of = value.wire if filled is None else filled.length_of
+        of = value.timed_by if filled is None else filled.length_of
         arguments[1] = _ends(arguments[1], [value.axes[axis] for axis in over], of)
     constants = [v if v is None or isinstance(v, np.ndarray) else None for v in arguments]
     taken = slices(attributes, [value, *constants], len(value.axes))
@@ -275,7 +275,7 @@ def _filled(node: Any, x: Flowing, pads: Symbols, mode: str, value: float) -> Fi
         before, after = entries[at], entries[at + count]
         rest = [entry for n, entry in enumerate(entries) if n % count != at]
         whole_numbers = all(isinstance(entry, (int, np.integer)) for entry in (before, *rest))
-        if whole_numbers and not any(rest) and isinstance(after, Formula) and after.of == x.wire:
+        if whole_numbers and not any(rest) and isinstance(after, Formula) and after.of == x.timed_by:
             return Filled(x, int(before), after, mode, value, label(node))
     raise Refused("the pads must be constant, or fill up the last window of a convolution")
 

@@ -235,6 +235,7 @@ class Flowing:
         batch: the batch size that the file declares; None if open.
         parts: where the value has several feature axes: the label and length of each, in the order in which the wire's
             features hold them. There is no axis F then, so that operators that don't know parts refuse the value.
+        source: the first wire that has the same number of steps; "" = this one.
     """
 
     wire: str
@@ -242,6 +243,12 @@ class Flowing:
     shape: Shape
     batch: int | None = None
     parts: Parts = ()
+    source: str = ""
+
+    @property
+    def timed_by(self) -> str:
+        """The wire whose number of steps formulas use."""
+        return self.source or self.wire
 
     @property
     def layout(self) -> Layout:
@@ -271,7 +278,7 @@ class Flowing:
             **dict.fromkeys("NM", None if self.batch is None or self.steps is None else self.batch * self.steps),
             **dict(self.parts),
         }[label]
-        return Dim(("B", "T") if label in "NM" else (label,), of=self.wire) if known is None else known
+        return Dim(("B", "T") if label in "NM" else (label,), of=self.timed_by) if known is None else known
 
     @property
     def lengths(self) -> list[Length]:

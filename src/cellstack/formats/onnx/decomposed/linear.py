@@ -181,9 +181,8 @@ def _product(scope: Scope, node: Any, left: list[int]) -> Linear | None:
         return None
     transposed = not attributes.get("transB", 0)
     count = weights.shape[1 if transposed else 0]
-    term = Term(
-        node.input[0], first_alike(scope, node.input[1], weights), transposed, 0, count, flat=node.op_type == "Gemm"
-    )
+    first = _first_alike(scope, node.input[1], transposed, weights)
+    term = Term(node.input[0], *first, 0, count, flat=node.op_type == "Gemm")
     added = node.input[2] if len(node.input) > 2 else ""
     if added and scope.constant(added) is None:
         return None
@@ -193,12 +192,13 @@ def _product(scope: Scope, node: Any, left: list[int]) -> Linear | None:
     return Linear((term,), bias.biases)
 
 
-def first_alike(scope: Scope, name: str, array: Array) -> str:
-    """Return the first name of equal constants: exporters repeat a matrix for every step that uses it."""
-    if name not in scope.first_alike:
-        key = (array.shape, array.dtype.str, sha256(np.ascontiguousarray(array).data).digest())
-        scope.first_alike[name] = scope.alike.setdefault(key, name)
-    return scope.first_alike[name]
+def _first_alike(scope: Scope, name: str, transposed: bool, array: Array) -> tuple[str, bool]:
+    """Return the first name of equal matrices, and whether that one is transposed: exporters repeat a matrix."""
+    if (name, transposed) not in scope.first_alike:
+        rows = np.ascontiguousarray(array.T if transposed else array)
+        key = rows.shape, rows.dtype.str, sha256(rows.data).digest()
+        scope.first_alike[name, transposed] = scope.alike.setdefault(key, (name, transposed))
+    return scope.first_alike[name, transposed]
 
 
 def _by_vector(scope: Scope, node: Any, left: list[int]) -> Linear | None:

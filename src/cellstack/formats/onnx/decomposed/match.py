@@ -344,8 +344,12 @@ class Matcher:
                 yield from self._terms(terms, other_terms, rest, bound)
         else:
             other = self.scope.producers.get(theirs)
-            if other is not None and (other.op_type, len(other.input)) == (node.op_type, len(node.input)):
-                yield from self._all(self.match, [*zip(node.input, other.input, strict=True)], bound)
+            inputs = [] if other is None else list(other.input)
+            step = self.scope.constant(inputs[4]) if node.op_type == "Slice" and len(inputs) == 5 else None
+            if isinstance(step, np.ndarray) and (step == 1).all():
+                inputs.pop()
+            if other is not None and (other.op_type, len(inputs)) == (node.op_type, len(node.input)):
+                yield from self._all(self.match, [*zip(node.input, inputs, strict=True)], bound)
 
     def _with(self, key: str, value: Any, ours: str, theirs: str, bound: Bound) -> Iterator[Bound]:
         """Yield the matches of an operation's input, with one more setting known."""
