@@ -85,7 +85,8 @@ def export(
     """
     looks = list[str]()
     try:
-        with without_console():
+        with warnings.catch_warnings(record=True), without_console():
+            warnings.simplefilter("ignore")  # they are about exports
             if is_scripted(module):
                 _write_scripted(module, inputs, free, path, names, outs)
                 looks += [] if isinstance(module, ScriptModule) else ["code around scripted modules"]
@@ -112,9 +113,7 @@ def _write_scripted(module: Any, inputs: Any, free: list[list[int]], path: str, 
     options: dict[str, Any] = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
     logs = torch._C._jit_is_onnx_log_enabled()  # some versions turn it on during an export, and leave it on
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(module, fresh(inputs), path, **options, dynamo=False, verbose=True)
+        torch.onnx.export(module, fresh(inputs), path, **options, dynamo=False, verbose=True)
     finally:
         torch._C._jit_set_onnx_log_enabled(logs)
 
