@@ -284,6 +284,12 @@ def test_a_scripted_module_compiles_silently_and_keeps_its_name(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_scripted_module_in_another_one_is_refused():
+    module = Scripted(torch.jit.script(nn.Sequential(nn.Linear(4, 2), nn.Tanh())))
+    with pytest.raises(cs.FormatError, match=r"can't record .*: pass the module from which torch\.jit"):
+        cs.compile(module, X)
+
+
 def test_refusals_name_the_line_of_an_operator():
     def ends(y, state):
         return torch.sort(y, 1)[0]

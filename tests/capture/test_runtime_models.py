@@ -75,6 +75,12 @@ def of_selected_rows(m, x):
     return x.new_zeros(len(x), 6).masked_scatter_(some[:, None], h[-1])
 
 
+def pooled(m, x):
+    """Pool to one entry along one axis, and along both."""
+    y = m.rnn(x)[0][:, None]
+    return nn.functional.adaptive_max_pool2d(y, (None, 1)).cumsum(2), nn.AdaptiveMaxPool2d(1)(y)
+
+
 def two_lengths(m, x, lengths, more):
     first = m.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
     second = m.rnn(pack_padded_sequence(x.flip(1), more, batch_first=True, enforce_sorted=False))[1][1][-1]
@@ -219,6 +225,8 @@ MODELS = {
         x_of,
         {},
     ),
+    "pools": (pooled, x_of, {}),
+    "changes of booleans": (lambda m, x: (m.rnn(x)[0] > 0).diff(dim=1).cumsum(1), x_of, {}),
     "several inputs": (of_several, several, {}),
     "a squeeze that keeps its axis": (one_feature, with_ids, {}),
 }

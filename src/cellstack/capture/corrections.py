@@ -23,7 +23,7 @@ def corrected(graph: Graph) -> None:
     - A squeeze of an axis that is longer than 1 keeps it: a copy.
     - Rounding an integer, which ONNX doesn't, keeps it.
     - The end of a slice such as `x[..., :-n]` may be 0 at other sizes, where code has a branch for it: the size less n.
-    - The bounds of a clamp of floats are floats: the exporter refuses an integer beside a float.
+    - Integer bounds of a clamp of floats become floats: the exporter refuses one bound of each type.
     - An entry of a list that splits a tensor is taken from the tensor: ONNX has another type for lists.
     - A view of a view is one view; a view of the same shape, and a slice of all entries, are the tensor itself.
     """
@@ -74,12 +74,13 @@ def as_entry(graph: Graph, node: Any) -> None:
     x, count, axis = given[:3]
     if whole.target is ATEN.unbind.int:
         target, args = ATEN.select.int, (x, count, n)
-    elif whole.target is ATEN.split.Tensor and isinstance(count, int):
-        target, args = SLICE, (x, axis, n * count, (n + 1) * count)
     elif whole.target is ATEN.split_with_sizes.default and all(isinstance(size, int) for size in count):
         target, args = SLICE, (x, axis, sum(count[:n]), sum(count[: n + 1]))
+    elif whole.target is ATEN.split.Tensor and isinstance(count, int):
+        target, args = SLICE, (x, axis, n * count, (n + 1) * count)
     elif whole.target is ATEN.chunk.default and isinstance(size := x.meta["val"].shape[axis], int):
-        target, args = SLICE, (x, axis, n * -(-size // count), min(size, (n + 1) * -(-size // count)))
+        width = math.ceil(size / count)
+        target, args = SLICE, (x, axis, n * width, (n + 1) * width)
     else:
         return
     with graph.inserting_before(node):

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
-import torch
 from torch import nn
+from torch._ops import OpOverload
 
 from cellstack.capture.nested import has_packed
 from cellstack.capture.recognition import accelerate
@@ -68,12 +68,6 @@ def export_onnx(
         raise TypeError(f"export_onnx: expected a module of PyTorch and a tuple of its inputs, such as (x,), got {got}")
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module = module.module
-    for part in map(type, module.modules()):
-        if issubclass(part, torch.jit.ScriptModule) or ".quantized." in part.__module__:
-            raise ValueError(
-                f"export_onnx: torch.export can't record {part.__module__}.{part.__name__}: pass the module from which "
-                "torch.jit or quantisation made it"
-            )
     if has_packed(args):
         raise ValueError(
             "export_onnx: a packed sequence can't be an input: let forward take the padded one and its lengths, and "
@@ -93,7 +87,7 @@ def export_onnx(
 def _changed_buffers(program: Any) -> list[str]:
     """Return the names of the buffers that a recorded module writes to."""
     buffers = program.graph_signature.inputs_to_buffers
-    calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload) and node.args]
+    calls = [node for node in program.graph.nodes if isinstance(node.target, OpOverload) and node.args]
     written = [getattr(node.args[0], "name", "") for node in calls if node.target._schema.is_mutable]
     return list(dict.fromkeys(buffers[name] for name in written if name in buffers))
 

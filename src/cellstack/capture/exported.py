@@ -25,30 +25,30 @@ LISTED = 2  # problems that a message lists if it also gives a remedy; the rest 
 REMEDIES = (
     (r"size of a frame is unknown|found axes F 1 1|found T B 1|found axis F of B F(?! [A-Z1])", "it takes samples "
      "without an axis of features: let forward take [B, T, 1], without x[:, :, None], and pass such an example"),
-    (r"Scatter|aten::index_put|aten::copy_", "it writes into an existing tensor, as in out[:, t] = y: collect "
+    (r"Scatter|aten\W+index_put|aten\W+copy_", "it writes into an existing tensor, as in out[:, t] = y: collect "
      "the parts in a list and join them by torch.stack(parts, 1)"),
     (r"Dropout '", "its dropout is active in evaluation mode too: pass training=self.training to it"),
     (r"unhashable type: \S* ?SymInt", "it uses a size of its input as a key, as in n in {1, 2} or a cache: compare "
      "sizes by ==, and compute what depends on them at each call"),
-    (r"Random|Multinomial|Bernoulli|aten::normal|aten::rand", "it draws random numbers, which a Network can't: "
+    (r"Random|Multinomial|Bernoulli|aten\W+normal|aten\W+rand", "it draws random numbers, which a Network can't: "
      "return the distribution's parameters, and draw outside the module"),
     (r"division of ids", "it divides ids, which rounds: compute these ids outside the module"),
-    (r"ArgMax|ArgMin|TopK|aten::sort", "its output depends on comparing values: return the values, and choose outside "
+    (r"ArgMax|ArgMin|TopK|aten\W+sort", "its output depends on comparing values: return the values, and choose outside "
      "the module"),
     (r"a branch depends on the values", "its scripted code branches on values, as in if x.sum() > 0: compute both "
      "branches and select by torch.where, or decide outside the module"),
     (r"Greater|Less|Equal|Where '|NonZero", "its output depends on comparing values: return the values, and choose "
      "outside the module"),
-    (r"MatMul '[^']*': expected the weights to be constant|scaled_dot_product|aten::baddbmm", "it multiplies computed "
+    (r"MatMul '[^']*': expected the weights to be constant|scaled_dot_product|aten\W+baddbmm", "it multiplies computed "
      "values by each other, as attention does, but a Network only multiplies by weights: compile the part before it"),
     (r"Einsum", "write the einsum as x @ weight, or as nn.Linear"),
-    (r"aten::fft|aten::stft|STFT|DFT", "it computes a spectrum: compute it outside, and compile the module without it"),
+    (r"aten\W+(_?fft|stft)|STFT|DFT", "it computes a spectrum: compute it outside, and compile the module without it"),
     (r"dynamo-optimized", "it is compiled by torch.compile: pass the original module, module._orig_mod"),
     (r"Python operator|PythonOp|lift_fresh|numpy\(\) is not supported", "a part of it, such as an autograd.Function or "
      "NumPy code, doesn't use PyTorch's operators: write its forward with these"),
     (r"no input;|found: no input", "its output doesn't depend on the example: detach(), numpy() and .data break the "
      "graph, and so do values kept from another call"),
-    (r"aten::\w+' to ONNX|Unsupported|No ONNX function found", "ONNX has no such operator: compute that part outside "
+    (r"aten\W+\w+' to ONNX|Unsupported|No ONNX function found", "ONNX has no such operator: compute that part outside "
      "the module"),
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ def export(
 ) -> list[str]:
     """Write a module in evaluation mode as an ONNX file: what `torch.export` records of it.
 
-    A module with scripted ones in it, which `torch.export` doesn't record, is written by PyTorch's older exporter.
+    A scripted module, which `torch.export` doesn't record, is written by PyTorch's older exporter.
 
     Args:
         module: the module, which takes tensors as arguments, as `flattened` returns it.
@@ -87,9 +87,8 @@ def export(
     try:
         with warnings.catch_warnings(record=True), without_console():
             warnings.simplefilter("ignore")  # they are about exports
-            if is_scripted(module):
+            if isinstance(module, ScriptModule):
                 _write_scripted(module, inputs, free, path, names, outs)
-                looks += [] if isinstance(module, ScriptModule) else ["code around scripted modules"]
             else:
                 shapes = tuple(dict.fromkeys(own, Dim.AUTO) for own in free)
                 with example_values(looks):
@@ -101,11 +100,6 @@ def export(
         why = first_reason(error).removeprefix("export_onnx: ")
         raise FormatError(f"PyTorch can't export it: {why}") from error
     return looks
-
-
-def is_scripted(module: Any) -> bool:
-    """Return whether a module is scripted, or one in it."""
-    return any(isinstance(part, ScriptModule) for part in module.modules())
 
 
 def _write_scripted(module: Any, inputs: Any, free: list[list[int]], path: str, names: Any, outs: Any) -> None:

@@ -44,17 +44,17 @@ def _linspace(start: Any, end: Any, steps: Any, **kwargs: Any) -> Tensor:
 
 def _diff(x: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None) -> Tensor:
     x = torch.cat([part for part in (prepend, x, append) if part is not None], dim)
-    before = (slice(None),) * (dim % x.ndim)
+    before, less = (slice(None),) * (dim % x.ndim), torch.logical_xor if x.dtype is torch.bool else torch.sub
     for _ in range(n):
-        x = x[(*before, slice(1, None))] - x[(*before, slice(-1))]
+        x = less(x[(*before, slice(1, None))], x[(*before, slice(-1))])
     return x
 
 
-def _pooled(pool: Any, reduce: str, x: Tensor, output_size: Any) -> Tensor:
+def _pooled(pool: Any, reduce: str, x: Tensor, output_size: Any, return_indices: bool = False) -> Any:
     """Pool to one entry along some axes, and leave the others."""
     kept = output_size if isinstance(output_size, tuple) else ()
-    if set(kept) != {None, 1}:
-        return pool(x, output_size)
+    if set(kept) != {None, 1} or return_indices:
+        return pool(x, output_size, **({"return_indices": True} if return_indices else {}))
     return getattr(x, reduce)([n - len(kept) for n, size in enumerate(kept) if size == 1], keepdim=True)
 
 

@@ -67,6 +67,12 @@ def recorded(
     Raises:
         ValueError, Exception: see `export_onnx`.
     """
+    for part in map(type, module.modules()):
+        if issubclass(part, torch.jit.ScriptModule) or ".quantized." in part.__module__:
+            raise ValueError(
+                f"export_onnx: torch.export can't record {part.__module__}.{part.__name__}: pass the module from which "
+                "torch.jit or quantisation made it"
+            )
     # A tensor that is two inputs, as h in (h, h), would be one.
     args, named = tree_map_only(torch.Tensor, lambda one: one.detach().clone(), (args, dict(kwargs or {})))
     ready = duplicate(module)

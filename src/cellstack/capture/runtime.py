@@ -27,7 +27,7 @@ from cellstack.capture.complexes import with_real_ends
 from cellstack.capture.copied import duplicate
 from cellstack.capture.equality import GraphEnds, difference, drawn
 from cellstack.capture.export import with_cells
-from cellstack.capture.exported import export, is_scripted, without_console
+from cellstack.capture.exported import export, without_console
 from cellstack.capture.operators import with_checks
 from cellstack.capture.packing import packs
 from cellstack.capture.prepared import Prepared
@@ -71,7 +71,7 @@ def runtime_model(ready: Prepared, tolerance: float, reason: str) -> tuple[Runti
     least, best, packed = math.inf, None, bool(packs(module, inputs))
     loops = "torch.export of loops", partial(_by_export, loops=True, cut=False), packed
     routes = (cut, whole, cells, loops) if packed else (cut, cells, loops)
-    if is_scripted(module):
+    if isinstance(module, torch.jit.ScriptModule):
         routes = (script,)
     elif steps_repeated(module, inputs, axes):  # torch.export would record each step
         routes = sorted(routes, key=lambda route: route not in (cells, loops))

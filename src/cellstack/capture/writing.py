@@ -114,11 +114,9 @@ def first_reason(error: BaseException) -> str:
 
 def _decomposed(decompose: Any, program: Any, registry: Any) -> Any:
     """Decompose operators where the exporter lacks one, or one changes a tensor: this takes longer than all else."""
-    for node in (node for graph in program.graph_module.modules() for node in graph.graph.nodes):
-        op = node.target
-        if isinstance(op, OperatorBase) and not registry.is_registered(op):
-            return decompose(program, registry)
-        if isinstance(op, OpOverload) and op._schema.is_mutable:
+    for target in (node.target for part in program.graph_module.modules() for node in part.graph.nodes):
+        changes = isinstance(target, OpOverload) and target._schema.is_mutable
+        if changes or (isinstance(target, OperatorBase) and not registry.is_registered(target)):
             return decompose(program, registry)
     return program
 
