@@ -59,6 +59,7 @@ def export_onnx(
         ModuleNotFoundError: onnxscript, of the extra `[compile]`, isn't installed.
         Exception: whatever `torch.export.export` and `torch.onnx.export` raise.
 
+    >>> import torch
     >>> time = torch.export.Dim("time")
     >>> export_onnx(nn.LSTM(3, 4), (torch.zeros(5, 1, 3),), "lstm.onnx", dynamic_shapes=({0: time},))  # doctest: +SKIP
     """
