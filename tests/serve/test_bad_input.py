@@ -250,6 +250,18 @@ def test_the_end_of_a_server_whose_client_does_not_read(model_file, monkeypatch,
     assert not caplog.records
 
 
+def test_the_end_of_a_server_whose_client_still_sends(model_file):
+    with running(model_file) as served, raw(served, handshake()) as connection:
+        connection.recv(4096)
+        served.server.should_exit = True
+        assert b"the server is stopping" in connection.recv(4096)
+        for _ in range(5):  # a closed connection would be reset by the first
+            connection.sendall(b"\x81\x80\0\0\0\0")
+            time.sleep(0.05)
+        connection.sendall(b"\x88\x80\0\0\0\0")
+        assert connection.recv(4096) == b""
+
+
 @contextlib.contextmanager
 def upgraded(served):
     """Open a WebSocket that reads nothing: yield a function that sends data until the server reads no longer."""

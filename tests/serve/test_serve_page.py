@@ -2,21 +2,15 @@
 
 import asyncio
 import re
-import threading
 
 import numpy as np
 import pytest
-import uvicorn
 from playwright.sync_api import expect
-from serving import wait_until
+from serving import running, wait_until
 
 from cellstack import CellSpec, Network
 from cellstack.nodes import Bidirectional, Cell, Recurrent
-from cellstack.serve import Limits, Models
-from cellstack.serve.app import application
-from cellstack.serve.clients import Clients
-from cellstack.serve.http import Http
-from cellstack.serve.websocket import WebSocket
+from cellstack.serve import Limits
 
 WIDTH, H = 3, 12
 
@@ -26,53 +20,24 @@ def cell(width, units):
     return Cell(spec, **{name: (0.5 * new(shape)).astype(np.float32) for name, shape in spec.shapes.items()})
 
 
-class Running:
-    """A server of three models in a thread of its own."""
-
-    def __init__(self, folder, tokens=()):
-        networks = {
-            "both_ways": Network(
-                [Bidirectional(Recurrent((cell(WIDTH, 2),)), Recurrent((cell(WIDTH, 2),), go_backwards=True))]
-            ),
-            "states": Network([Recurrent((cell(WIDTH, H),))]),
-            "voice": Network([Recurrent((cell(160, 4),))], ["an_output_whose_name_is_wider_than_a_small_screen"]),
-        }
-        self.models = Models(Limits(sessions=8))
-        for name, network in networks.items():
-            network.save(folder / f"{name}.safetensors")
-            self.models.add(folder / f"{name}.safetensors")
-        app = application(self.models, tokens)
-        of = {"clients": Clients(100)}
-        http, ws = type("OwnHttp", (Http,), of), type("OwnWebSocket", (WebSocket,), of)
-        options = {"http": http, "ws": ws, "ws_per_message_deflate": False}
-        config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", **options)
-        self.server, self.started = uvicorn.Server(config), threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.run()))
-        self.thread.start()
-        assert self.started.wait(60)
-
-    async def run(self):
-        for model in self.models.all():
-            model.start(asyncio.get_running_loop())
-        serving = asyncio.ensure_future(self.server.serve())
-        while not self.server.started:
-            await asyncio.sleep(0.01)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/"
-        self.started.set()
-        await serving
-
-    def stop(self):
-        self.server.should_exit = True
-        self.thread.join()
-        for model in self.models.all():
-            model.stop()
+def serving(folder, **settings):
+    """Serve three models."""
+    networks = {
+        "both_ways": Network(
+            [Bidirectional(Recurrent((cell(WIDTH, 2),)), Recurrent((cell(WIDTH, 2),), go_backwards=True))]
+        ),
+        "states": Network([Recurrent((cell(WIDTH, H),))]),
+        "voice": Network([Recurrent((cell(160, 4),))], ["an_output_whose_name_is_wider_than_a_small_screen"]),
+    }
+    for name, network in networks.items():
+        network.save(folder / f"{name}.safetensors")
+    return running(*(folder / f"{name}.safetensors" for name in networks), limits=Limits(sessions=8), **settings)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    running = Running(tmp_path_factory.mktemp("models"))
-    yield running
-    running.stop()
+    with serving(tmp_path_factory.mktemp("models")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +57,7 @@ def screen(page, server):
         "pageerror": lambda error: said.append(str(error)),
     }
 
-    def opened(url=server.url, width=1200, scheme="light", expected=()):
+    def opened(url=server.http, width=1200, scheme="light", expected=()):
         allowed.extend(expected)
         for event, listener in listeners.items():
             page.on(event, listener)
@@ -231,22 +196,18 @@ def test_a_session_that_the_server_closes(screen, server):
 
 
 def test_a_server_that_stops(screen, tmp_path):
-    running = Running(tmp_path)
-    try:
-        page = screen(running.url, expected=["ERR_CONNECTION_REFUSED"])
+    with serving(tmp_path) as server:
+        page = screen(server.http, expected=["ERR_CONNECTION_REFUSED"])
         page.get_by_role("button", name="Start").click()
         answered(page, re.compile(r"[1-9]"))
-    finally:
-        running.stop()
-    page.get_by_text("the server closed the connection with code 1012").wait_for()
+    page.get_by_text("the server is stopping").wait_for()
     page.get_by_role("button", name="Start").click()
     page.get_by_text("the server can't be reached, or refuses the connection").wait_for()
 
 
 def test_a_server_with_tokens(screen, tmp_path):
-    running = Running(tmp_path, ["the-right-token"])
-    try:
-        page = screen(running.url, expected=["401"])
+    with serving(tmp_path, tokens=("the-right-token",)) as server:
+        page = screen(server.http, expected=["401"])
         for token in ("wrong", "the-right-token"):
             page.get_by_label("Token").fill(token)
             page.get_by_role("button", name="Continue").click()
@@ -254,5 +215,3 @@ def test_a_server_with_tokens(screen, tmp_path):
         page.get_by_role("button", name="Send one").click()
         answered(page, 1)
         page.get_by_role("button", name="New session").click()
-    finally:
-        running.stop()

@@ -83,6 +83,15 @@ class WebSocket(WebSocketsSansIOProtocol):
         """Close the connection, as others need its place."""
         self.transport.abort()
 
+    def shutdown(self) -> None:
+        """Close the connection as the server stops, unless the client still has to answer its close.
+
+        A connection that is closed before all was read is reset, and a client that is told so while it sends may not
+        read why.
+        """
+        if self.close_timer is None:
+            super().shutdown()
+
     def handshake(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """Call the application with a request to connect, which it answers."""
         known = Headers()
