@@ -179,6 +179,7 @@ VIEWS = {
     "transposed": transposed_after_a_view,
     "written": written_entry,
     "entries": lambda y: torch.stack([n * one for n, one in enumerate(y.unbind(dim=-1))], -1),
+    "count": lambda y: y / (1 + y[y > 0].numel()),
     "short last": lambda y: torch.cat([part.cumsum(-1) for part in y.split(4, dim=2)[::-1]], -1),
 }
 

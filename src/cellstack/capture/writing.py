@@ -68,6 +68,7 @@ def write(
         table = {
             op.recurrent: _translated,
             torch.ops.cellstack.with_new_size.default: lambda x, axis: onnx.Identity(x),
+            torch.ops.aten.sym_numel.default: onnx.Size,
             # The exporter's Log(Sigmoid(x)) is never below -18 in ONNX Runtime.
             torch.ops.aten.log_sigmoid.default: lambda x: onnx.Neg(onnx.Softplus(onnx.Neg(x))),
         }
