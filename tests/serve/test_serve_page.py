@@ -1,6 +1,5 @@
 """The page of a server in a real browser, with the server in a thread."""
 
-import asyncio
 import re
 
 import numpy as np
@@ -190,7 +189,7 @@ def test_a_session_that_the_server_closes(screen, server):
     page.get_by_role("button", name="Start").click()
     answered(page, re.compile(r"[1-9]"))
     session = session_of(server, "states")
-    asyncio.run_coroutine_threadsafe(session.model.close(session), session.model._loop).result(10)
+    server.call(session.model.close(session))
     page.get_by_text("the session was closed; the next frame begins a new session").wait_for()
     page.get_by_role("button", name="Start").wait_for()
 

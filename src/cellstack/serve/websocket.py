@@ -86,8 +86,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     def shutdown(self) -> None:
         """Close the connection as the server stops, unless the client still has to answer its close.
 
-        A connection that is closed before all was read is reset, and a client that is told so while it sends may not
-        read why.
+        If it were closed while the client sends, TCP would reset it, and the client might not get the close frame.
         """
         if self.close_timer is None:
             super().shutdown()
