@@ -12,10 +12,11 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
 BUILD_NEEDS := 'pip>=22.2' 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 DEPENDENCIES := $(BIN)/python tests/packaging/dependencies.py
-FAST_TESTS := $(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters and not devices" \
-	-n auto --dist loadfile --no-loadscope-reorder
+OWN_TARGET := models or web or clusters or devices
+TESTS := $(CACHED) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+FAST_TESTS := $(TESTS) -m "not (long or slow or $(OWN_TARGET))"
 
-.PHONY: help demo test check test-all test-models web test-web test-clusters test-devices test-versions lint format stubs site bench sanitize guard check-platforms sbom clean
+.PHONY: help demo test test-long check test-all test-models web test-web test-clusters test-devices test-versions lint format stubs site bench sanitize guard check-platforms sbom clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -23,14 +24,17 @@ help:  ## this list
 demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
-test: $(VENV)/tested  ## the tests, without the slow ones
+test: $(VENV)/tested  ## the tests, without those that take seconds
 	$(FAST_TESTS)
+
+test-long: $(VENV)/tested  ## those that take seconds
+	$(TESTS) -m "long and not (slow or $(OWN_TARGET))"
 
 check: $(VENV)/checked  ## those of them that a change affects; the first run records it, and takes longer than make test
 	$(FAST_TESTS) --testmon --testmon-forceselect
 
 test-all: $(VENV)/tested  ## all tests, except those that download or have their own target
-	$(CACHED) $(BIN)/python -m pytest -m "not models and not web and not clusters and not devices"
+	$(CACHED) $(BIN)/python -m pytest -m "not ($(OWN_TARGET))"
 
 test-models: $(VENV)/tested  ## published models, downloaded, compared with their own runtimes
 	$(CACHED) $(BIN)/python -m pytest -m models -s

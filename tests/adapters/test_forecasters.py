@@ -28,6 +28,7 @@ def forecaster(**more):
     return sktime.SequenceForecaster(quick(**more))
 
 
+@pytest.mark.long
 def test_the_examples_in_the_docstrings():
     from cellstack.adapters import sktime
 
@@ -121,6 +122,7 @@ def test_dates_without_a_frequency_of_pandas_are_refused():
         forecaster().fit(pd.Series(SEASON, fifteenth), fh=[1]).predict()
 
 
+@pytest.mark.long
 def test_whole_numbers_count_steps():
     y = pd.Series(SEASON, np.arange(ROWS) + 1900)
     whole = forecaster().fit(y, fh=[1, 3])
@@ -199,6 +201,7 @@ def test_columns_known_in_advance_of_a_panel():
         forecaster().fit(y, X=X[5:], fh=[1])
 
 
+@pytest.mark.long
 def test_newer_values_with_the_same_network_or_with_a_new_one(days):
     model = forecaster().fit(days[:50], fh=[1, 2])
     network = model.estimator_.network_

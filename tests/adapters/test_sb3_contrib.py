@@ -58,6 +58,7 @@ def test_a_batch_of_episodes_equals_the_step_by_step_run(layers, where):
         assert (unlike[0] - expected[0]).abs().max() > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [{}, {"n_lstm_layers": 2}, {"enable_critic_lstm": False}, {"shared_lstm": True, "enable_critic_lstm": False}],

@@ -212,6 +212,7 @@ def test_packages_are_imported_only_where_allowed():
     assert wrong == []
 
 
+@pytest.mark.long
 def test_import_cellstack_is_fast_and_imports_no_framework(tmp_path):
     code = (
         "from time import process_time as now; start = now(); import numpy; middle = now(); import cellstack\n"
@@ -237,6 +238,7 @@ def run_python(code):
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_dir_shows_the_public_names_and_nothing_else():
     code = (
         "import sys, cellstack as cs\nfrom cellstack import train\n"
@@ -291,6 +293,7 @@ def test_help_works_without_torch():
     assert min(map(int, sizes.split())) > 10_000
 
 
+@pytest.mark.long
 def test_no_torch_free_module_imports_torch():
     with_torch = ("capture", "layers", "keras", "train", "adapters", "cli", "__main__", *FOLDERS)
     names = [name for name in FILES if part_of(name) not in with_torch and name != "cellstack.views.torch"]

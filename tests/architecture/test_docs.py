@@ -44,6 +44,7 @@ def blocks_of(page):
 # ── code ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's with NumPy 2
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks_of(page)], ids=name_of)  # README: below
 def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
@@ -52,6 +53,7 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block, name_of(page), "exec"), {"__name__": "block"})
 
 
+@pytest.mark.long
 def test_the_readme_is_short_and_its_code_runs_the_part_for_deployment_without_torch(tmp_path, monkeypatch, capfd):
     assert len(text_of(ROOT / "README.md").splitlines()) <= 100
     monkeypatch.chdir(tmp_path)
@@ -71,6 +73,7 @@ def run(arguments, folder):
     return done.stdout
 
 
+@pytest.mark.long
 def test_the_example_of_state_and_gates(tmp_path):
     said = run([ROOT / "examples" / "state_and_gates.py"], tmp_path)
     assert "cut in two, bit-identical: True" in said

@@ -57,6 +57,7 @@ def in_script(source):
             yield number
 
 
+@pytest.mark.long
 def test_no_other_file_compares_the_name_of_a_kind():
     found = []
     for path in [*PYTHON, *SCRIPTS]:

@@ -35,6 +35,7 @@ def run(folder, *options, **environment):
     return subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [(), ("-n1",)], ids=["one process", "xdist"])
 def test_the_last_line_says_how_many_were_skipped_and_what_to_install(tmp_path, options):
     done = run(tmp_path, *options)

@@ -69,6 +69,7 @@ def test_known_modules_are_read_directly(monkeypatch):
     np.testing.assert_allclose(cs.compile(module, x)(x.numpy()), module(x)[0].detach().numpy(), atol=1e-6)
 
 
+@pytest.mark.long
 def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_first():
     with pytest.raises(cs.FormatError) as raised:
         compile_network(Sine(), torch.randn(2, 7, 4))
@@ -93,6 +94,7 @@ class Loud(nn.Module):
         return y * 2 if bool(x.abs().max() > 1e-3) else y
 
 
+@pytest.mark.long
 def test_a_network_with_other_outputs_is_refused():
     with pytest.raises(cs.FormatError, match=r"exported to ONNX: output 0 differs from the module's by "):
         compile_network(Loud(), torch.zeros(2, 7, 4))
@@ -315,6 +317,7 @@ def test_an_encoder_that_returns_only_its_last_state(ends, options):
         np.testing.assert_allclose(np.stack([state.c for state in states]), expected[1].detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "change",
     [lambda y, h, c: (y, h, c * 1.01), lambda y, h, c: (y, c, h), lambda y, h, c: (y, h + y[:, -1], c)],
@@ -335,6 +338,7 @@ def test_several_inputs():
     np.testing.assert_allclose(net((x.numpy(), x.numpy())), module(x, x).detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_module_that_rejects_other_inputs_is_compared_on_the_example():
     def parts(m, x, y, state):
         if x.shape != (2, 7, 3) or x.abs().max() > 1:
@@ -356,6 +360,7 @@ def test_half_precision_is_converted_to_float32(dtype):
     np.testing.assert_allclose(net(x.numpy()), module.float()(x).detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_example_is_not_modified():
     module, x = Parts(lambda m, x, y, state: m.head(y)), torch.randn(2, 7, 3)
     module.register_forward_pre_hook(lambda m, args: (args[0].mul_(2),))
@@ -423,6 +428,7 @@ def turn(x):
     return x.transpose(0, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(2, 5, 3), (4, 4, 3), (1, 1, 3)])
 def test_batch_first_is_not_advised_where_forward_permutes(shape):
     with pytest.raises(cs.FormatError) as raised:
@@ -442,6 +448,7 @@ def test_a_module_with_time_first_becomes_a_network_with_batch_first(after, trac
     np.testing.assert_allclose(net(turn(x).numpy()), (turn(y) if y.ndim == 3 else y).numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [4, 5])
 def test_batch_first_is_not_advised_where_forward_permutes_and_takes_a_state(steps):
     class Steps(TimeFirst):

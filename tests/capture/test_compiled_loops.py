@@ -139,6 +139,7 @@ def given(name, rows, steps):
     return torch.randn(rows, steps) if name == "columns" else torch.randn(rows, steps, 3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_over_cells_becomes_a_network_over_any_number_of_steps(name):
     forward, parts = LOOPS[name]
@@ -150,6 +151,7 @@ def test_a_loop_over_cells_becomes_a_network_over_any_number_of_steps(name):
     assert len(net.cells) <= 2 or name == "decoder"
 
 
+@pytest.mark.long
 def test_a_loop_takes_and_returns_its_state():
     def forward(m, x, h, c):
         ys = []
@@ -312,6 +314,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_name_a_remedy_and_nothing_is_printed(name, capfd, caplog):
     forward, why = REFUSED[name]

@@ -122,6 +122,7 @@ def same(found, expected):
         assert np.array_equal(one, other) if not isinstance(one, tuple) else one == other
 
 
+@pytest.mark.long
 def test_a_refused_module_is_not_changed_and_no_random_number_is_taken():
     module = Net(lambda y, state: torch.erfinv(y) + torch.rand(()))
     weight_norms(module)
@@ -214,6 +215,7 @@ class Backwards(nn.Module):
         return self.layer(self.first(x).flip(1))
 
 
+@pytest.mark.long
 def test_layers_of_xlstm():
     with pytest.raises(cs.FormatError, match="found T T F"):  # its attention
         compile_network(Backwards(layers.MLSTM), X)
@@ -259,6 +261,7 @@ def value(y):
     return y
 
 
+@pytest.mark.long
 def test_branches_on_ranks_and_sizes_are_resolved_and_those_on_values_refused(capfd):
     agrees(cs.compile(Scripted(torch.jit.script(rank)), X), Scripted(rank))
     with pytest.warns(UserWarning, match=r"compares sizes of its input \(.*\), and the network does what it did for"):
@@ -313,6 +316,7 @@ def test_a_size_that_is_changed_in_place_is_a_number():
     agrees(cs.compile(Net(takes=takes), X), Net(takes=takes))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "takes", [lambda x: x.diff(2, 1), lambda x: torch.diff(x, dim=-2, prepend=x[:, :1], append=x[:, 2:4])]
 )

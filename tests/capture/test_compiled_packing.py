@@ -65,6 +65,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_a_module_that_packs_becomes_a_network_that_takes_lengths(case, capfd):
     how, given, options = CASES[case]
@@ -86,6 +87,7 @@ def test_a_module_that_packs_becomes_a_network_that_takes_lengths(case, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.long
 def test_lengths_that_follow_from_the_input_are_passed_to_the_network():
     module, x = Packs(lambda x: (x, (x != 0).any(-1).sum(1), None)).eval(), torch.randn(3, 5, 3) * MASK[..., None]
     with pytest.warns(UserWarning, match=r"pass the lengths, which it computes, .* net\(x, lengths=\.\.\.\)"):
@@ -93,6 +95,7 @@ def test_lengths_that_follow_from_the_input_are_passed_to_the_network():
     np.testing.assert_allclose(net(x.numpy(), lengths=LENGTHS.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_network_whose_module_computes_lengths_needs_them(tmp_path):
     class Tokens(nn.Module):
         def __init__(self):
@@ -120,6 +123,7 @@ def test_a_network_whose_module_computes_lengths_needs_them(tmp_path):
     assert cs.verify(net, tmp_path / "net.safetensors", streams=False).ok()
 
 
+@pytest.mark.long
 def test_a_convolution_before_the_packing_makes_the_lengths_an_input_of_flags():
     class Front(nn.Module):
         def __init__(self):
@@ -137,6 +141,7 @@ def test_a_convolution_before_the_packing_makes_the_lengths_an_input_of_flags():
     np.testing.assert_allclose(net((x.numpy(), MASK.numpy())), module(x, LENGTHS).detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ends", "why"),
     [
@@ -186,6 +191,7 @@ def indexed(y, lengths):
     return y[torch.arange(len(y)), lengths.long() - 1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [gathered, indexed])
 def test_a_module_that_selects_the_last_step_by_lengths_becomes_a_network_that_takes_lengths(how):
     module = LastStep(how).eval()
@@ -195,6 +201,7 @@ def test_a_module_that_selects_the_last_step_by_lengths_becomes_a_network_that_t
     np.testing.assert_allclose(net(x.numpy(), lengths=lengths.numpy()), module(x, lengths).detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "options"),
     [
@@ -209,6 +216,7 @@ def test_other_uses_of_lengths_are_refused(how, options):
         compile_network(LastStep(how, **options), (torch.randn(3, 5, 3), LENGTHS))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:compile. LSTM packs sequences")
 def test_packed_sequences_count_as_padded_ones_with_their_lengths():
     module = nn.LSTM(3, 4, bidirectional=True)
@@ -238,6 +246,7 @@ def test_packed_sequences_may_be_nested_and_keep_other_inputs():
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_other_values_of_integers_are_compared_too():
     module = LastStep(lambda y, lengths: y * (2 if int(lengths.max()) > 3 else 1)).eval()
     with pytest.raises(cs.FormatError, match=r"reads values of tensors .*: output 0 differs"):

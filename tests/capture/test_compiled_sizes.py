@@ -135,6 +135,7 @@ def test_a_size_as_a_key_is_refused():
         cs.compile(module, X)
 
 
+@pytest.mark.long
 def test_loops_over_steps_and_states_of_as_many_rows_are_no_plain_numbers():
     class Loop(nn.Module):
         def __init__(self):
@@ -157,6 +158,7 @@ def test_loops_over_steps_and_states_of_as_many_rows_are_no_plain_numbers():
     assert globals().keys() == before  # where `compile` replaces functions for a while
 
 
+@pytest.mark.long
 def test_a_branch_on_the_number_of_a_step_is_refused():
     class Loop(nn.Module):
         def __init__(self):
@@ -245,6 +247,7 @@ class Filled(nn.Module):
         return y[..., 1 : y.shape[-1] - 2].transpose(1, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["constant", "reflect", "replicate"])
 def test_windows_that_are_filled_up(mode):
     module = Filled(mode).eval()

@@ -220,6 +220,7 @@ def example(run, rows, steps):
     return x.flatten(1) if run is of_steps_within_features else x, *more
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", LOOPS, ids=lambda one: one.__name__)
 def test_a_loop_takes_any_length(run):
     module = Loop(run).eval()
@@ -242,6 +243,7 @@ def test_a_loop_takes_any_length(run):
             np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_model_of_loops_alone_can_be_saved_and_loaded(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -48,6 +48,7 @@ def co2(co2_table, tmp_path_factory):
     return f"{path}.safetensors"
 
 
+@pytest.mark.long
 def test_train_on_sequences_and_measure(capsys, tmp_path):
     output = str(tmp_path / "net")
     status, out, _ = run(capsys, "train", VOWELS, VOWELS_TEST, "-o", output, *SMALL, "--json")
@@ -60,6 +61,7 @@ def test_train_on_sequences_and_measure(capsys, tmp_path):
     assert report["history"][0].keys() >= {"loss", "validation_loss", "accuracy"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("cell", "summary"),
     [
@@ -79,6 +81,7 @@ def test_train_with_another_cell(capsys, tmp_path, cell, summary):
     assert measured["accuracy"] == pytest.approx(json.loads(out)["test"]["accuracy"])
 
 
+@pytest.mark.long
 def test_train_inspects_its_layers(capsys, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -113,6 +116,7 @@ def test_a_training_that_cannot_be_inspected_leaves_no_folder(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_train_says_that_tensorboard_is_not_installed(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # makes its import fail
     output = tmp_path / "net"
@@ -127,6 +131,7 @@ def test_train_says_that_tensorboard_is_not_installed(capsys, tmp_path, monkeypa
     assert "train --inspect needs matplotlib: pip install 'cellstack[torch]'" in err
 
 
+@pytest.mark.long
 def test_run_gives_the_scores_of_training(capsys, vowels):
     status, out, err = run(capsys, "run", vowels, VOWELS_TEST)
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -141,6 +146,7 @@ def test_run_gives_the_scores_of_training(capsys, vowels):
     assert f"accuracy {report['accuracy']:.4f}" in err
 
 
+@pytest.mark.long
 def test_the_task_may_be_given_although_it_can_be_inferred(capsys, co2_table):
     status, out, err = run(capsys, "train", co2_table, "--task", "forecast", "--dry-run")
     assert (status, err) == (0, "")
@@ -150,6 +156,7 @@ def test_the_task_may_be_given_although_it_can_be_inferred(capsys, co2_table):
     assert "expected a table to forecast, with one of the suffixes .csv, .tsv, .parquet" in err
 
 
+@pytest.mark.long
 def test_forecast(capsys, co2, co2_table):
     status, out, _ = run(capsys, "run", co2, co2_table)
     rows = list(csv.reader(io.StringIO(out)))
@@ -307,6 +314,7 @@ def test_invalid_values_of_options_are_explained(capsys):
         assert (end.value.code, said in capsys.readouterr().err) == (2, True)
 
 
+@pytest.mark.long
 def test_the_decimal_separator_by_name_and_as_the_character(capsys, tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("y;z\n" + "".join(f"1,{n % 7:03d};{n}\n" for n in range(120)), encoding="utf-8")
@@ -536,6 +544,7 @@ def test_targets_for_a_classifier_and_classes_for_a_regressor_are_refused(capsys
     assert (status, "classes.ts: expected numbers, found classes" in err) == (2, True)
 
 
+@pytest.mark.long
 def test_resume_of_another_model_is_refused_in_one_line(capsys, tmp_path):
     common = ["train", VOWELS, *SMALL, "-o", str(tmp_path / "a"), "--checkpoint", str(tmp_path / "c")]
     assert run(capsys, *common)[0] == 0
@@ -578,6 +587,7 @@ def test_memory_that_torch_can_t_allocate_is_one_line(capsys, monkeypatch, tmp_p
     assert err.startswith("cellstack train: error: not enough memory: you tried to allocate 1152921504606846976 bytes")
 
 
+@pytest.mark.long
 def test_training_continues_on_a_full_disk(tmp_path):
     """Files may have 20 kB: the network is smaller, the checkpoint, with Adam's state, is larger."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
@@ -603,6 +613,7 @@ def test_training_continues_on_a_full_disk(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["net.safetensors"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_the_network_is_saved_elsewhere_on_a_full_disk(capsys, tmp_path, monkeypatch, co2_table):
     """The network is saved elsewhere; if another file can't be written, the network and the report aren't lost."""
@@ -632,6 +643,7 @@ def test_the_network_is_saved_elsewhere_on_a_full_disk(capsys, tmp_path, monkeyp
     assert load(tmp_path / "co2.safetensors").metadata["task"] == "forecast"
 
 
+@pytest.mark.long
 def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):
     from cellstack_demo import demo
 
@@ -654,6 +666,7 @@ def test_characters_that_a_terminal_can_t_show(vowels, tmp_path):
     assert "p_Zo" in done.stdout or "Zo" in done.stderr
 
 
+@pytest.mark.long
 def test_run_and_info_need_no_torch(vowels, co2, co2_table):
     code = (
         "import sys; from cellstack.cli.main import main; codes = [main(words.split('|')) for words in sys.argv[1:]]; "
@@ -672,6 +685,7 @@ def test_a_reader_that_closes_the_pipe_early(vowels):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_output_to_a_full_disk(vowels):
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -687,6 +701,7 @@ def test_output_to_a_full_disk(vowels):
     assert (done.returncode, done.stderr) == (2, "cellstack: error: No space left on device\n")
 
 
+@pytest.mark.long
 def test_closed_standard_output_and_input(vowels):
     cases = (
         ("cellstack", ["--version"], ">&-"),
@@ -701,6 +716,7 @@ def test_closed_standard_output_and_input(vowels):
         assert done.stderr.startswith(f"{program}: error: expected standard {closed} to be open")
 
 
+@pytest.mark.long
 def test_resume_from_the_command_line(capsys, tmp_path):
     common = ["train", VOWELS, "--units", "6", "--threads", "1", "--quiet", "--epochs", "2"]
     assert run(capsys, *common, "-o", str(tmp_path / "a"), "--checkpoint", str(tmp_path / "c"))[0] == 0

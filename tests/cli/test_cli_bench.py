@@ -79,6 +79,7 @@ def test_the_option_before(before, light, capsys):
     assert json.loads(out)["before"] == before
 
 
+@pytest.mark.long
 def test_a_report_has_every_engine_the_machine_and_plots(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verb, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(verb, "QUICK_SECONDS", 0.0)
@@ -152,6 +153,7 @@ def test_a_swapped_direction_is_found(monkeypatch):
     assert set(record["differs"]) == {"torch"}
 
 
+@pytest.mark.long
 def test_the_option_bidirectional(light, capsys, tmp_path):
     status, out, _ = run(capsys, "--bidirectional", "--units", "5", "--batch", "2", "--steps", "4", "-o", str(tmp_path))
     assert status == 0

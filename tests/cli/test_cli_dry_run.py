@@ -34,6 +34,7 @@ def series(tmp_path):
     return file
 
 
+@pytest.mark.long
 def test_a_forecast_names_the_test_span_the_baselines_and_the_networks(capsys, series):
     words = ["train", series, "--members", "2", "--units", "4", "--epochs", "2", *QUICK]
     status, out, err = run(capsys, *words, "--dry-run")
@@ -55,6 +56,7 @@ def test_a_forecast_names_the_test_span_the_baselines_and_the_networks(capsys, s
     assert report["plan"] == {name: value for name, value in planned.items() if name != "seconds"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [["--bidirectional", "--cell", "gru"], ["--units", "5"]])
 def test_the_weights_and_steps_are_those_of_the_training(capsys, tmp_path, more):
     words = ["train", VOWELS, "--epochs", "1", "--noise", "0", *more, *QUICK, "--json"]
@@ -64,6 +66,7 @@ def test_the_weights_and_steps_are_those_of_the_training(capsys, tmp_path, more)
     assert planned["steps"] == report["steps"]
 
 
+@pytest.mark.long
 def test_the_expected_time_is_about_that_of_the_training(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", time.process_time)  # which other processes hardly change
     words = ["train", VOWELS, "--epochs", "10", "--patience", "0", *QUICK, "--json"]

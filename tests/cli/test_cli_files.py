@@ -167,6 +167,7 @@ def test_a_node_that_c_doesn_t_support_is_named(capsys, tmp_path):
     assert not (tmp_path / "net.c").exists()
 
 
+@pytest.mark.long
 def test_a_bidirectional_network_becomes_c_from_weights_in_an_order(capsys, tmp_path):
     need("cc")
     rnn = torch.nn.LSTM(3, 4, batch_first=True, bidirectional=True)
@@ -277,6 +278,7 @@ def test_a_user_s_sample(capsys, tmp_path, model, suffix):
     assert parity["streams"][1]["mean"] == pytest.approx(apart.mean())
 
 
+@pytest.mark.long
 def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
     rng = np.random.default_rng(0)
     target = str(tmp_path / "net.onnx")

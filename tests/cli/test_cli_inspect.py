@@ -189,6 +189,7 @@ def test_invalid_characters_in_the_metadata(run, saved, tmp_path, characters):
     assert "expected characters in the metadata as a string or a list of characters" in run("model", "t.txt")[2]
 
 
+@pytest.mark.long
 def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatch, co2_table):
     data = files("cellstack_demo") / "data"
     words = ["train", data / "JapaneseVowels_TRAIN.ts", "--epochs", 1, "--units", 6, "--quiet", "-o", "vowels"]

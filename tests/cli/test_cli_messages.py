@@ -33,11 +33,13 @@ def options(*words):
     return parser().parse_args(words)
 
 
+@pytest.mark.long
 def test_no_module_below_the_command_line_names_an_option():
     named = {(path.name, text) for path in BELOW for text in texts(path) if re.search(r"(?<![\w-])--[a-z]", text)}
     assert named == set()
 
 
+@pytest.mark.long
 def test_every_argument_that_a_message_names_has_an_option():
     args = options("train", "a.csv")
     found = {match[0] for path in BELOW for text in texts(path) for match in NAMED.finditer(text)}

@@ -224,6 +224,7 @@ def test_one_epoch_and_the_test_score_are_said_once(capsys, machines, tmp_path):
     assert len(re.findall(r"accuracy [01]", out)) == 2  # the network's, and the baseline's
 
 
+@pytest.mark.long
 def test_it_ends_with_a_sentence(capsys, tmp_path):
     _, out, _ = run(capsys, "train", VOWELS, "-o", tmp_path / "net", *SMALL)
     assert re.search(
@@ -236,6 +237,7 @@ def test_it_ends_with_a_sentence(capsys, tmp_path):
     assert re.search(r"\n\d+ steps in [\d.]+ s, on 1 thread\n", out)
 
 
+@pytest.mark.long
 def test_history_picture_log_and_warm_start(capsys, tmp_path):
     words = ["train", VOWELS, "-o", tmp_path / "net", *SMALL, "--noise", 0]
     more = ["--history", tmp_path / "h.csv", "--picture", tmp_path / "h.svg", "--log", tmp_path / "log.csv"]
@@ -249,6 +251,7 @@ def test_history_picture_log_and_warm_start(capsys, tmp_path):
     assert json.loads(out)["history"][0]["loss"] < report["history"][0]["loss"]
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_overwritten_or_resumed_only_on_request(capsys, tmp_path):
     words = ["train", VOWELS, "-o", tmp_path / "net", *SMALL, "--checkpoint", tmp_path / "c"]
     assert run(capsys, *words)[0] == 0

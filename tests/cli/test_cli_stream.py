@@ -311,6 +311,7 @@ def test_signals_stop_it_and_the_state_is_saved(run, model, net, tmp_path, numbe
     assert np.array_equal(numbers(done.stdout), expected[4:])
 
 
+@pytest.mark.long
 def test_repeated_signals_leave_a_state_between_two_steps(model, net, tmp_path):
     x, state = frames(400), str(tmp_path / "state")
     expected = answers(net, x)
@@ -347,6 +348,7 @@ def test_a_reader_that_closes_the_pipe(model, net, tmp_path):
     assert all(map(np.array_equal, load_state(state, net.stream())[0], stream.state[0]))
 
 
+@pytest.mark.long
 def test_a_reader_that_doesn_t_read_delays_the_end_only_briefly(model, net, tmp_path):
     state = tmp_path / "state"
     with Running(model, "--state", str(state)) as running:
@@ -364,6 +366,7 @@ def test_a_reader_that_doesn_t_read_delays_the_end_only_briefly(model, net, tmp_
     assert state.exists()
 
 
+@pytest.mark.long
 def test_a_state_that_can_t_be_written_is_reported_before_the_first_step(model, tmp_path):
     (tmp_path / "folder").mkdir()
     for state, message in (("nowhere/state", "there is no folder"), ("folder", "it exists and isn't a regular file")):

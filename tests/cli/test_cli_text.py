@@ -93,6 +93,7 @@ def book(tmp_path):
     return path
 
 
+@pytest.mark.long
 def test_a_dry_run_describes_the_text(run, tmp_path):
     status, out, err = run("train", ALICE, "--dry-run")
     assert (status, err, list(tmp_path.iterdir())) == (0, "", [])
@@ -109,6 +110,7 @@ def test_a_dry_run_describes_the_text(run, tmp_path):
     assert (report["unit"], report["length"], report["streams"], report["test"]) == ("bytes", 147815, 32, 7391)
 
 
+@pytest.mark.long
 def test_from_a_book_to_characters(run, book, tmp_path):
     status, out, err = run("train", book, "-o", "model", *SMALL)
     assert status == 0

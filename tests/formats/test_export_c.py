@@ -180,6 +180,7 @@ def test_all_flags_are_covered():
     assert all(own[kind] <= seen for kind, seen in flags.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "seeds"),
     [

@@ -587,6 +587,7 @@ def loads(path, content):
     return True
 
 
+@pytest.mark.long
 def test_every_bit_of_the_header(tmp_path):
     """A flipped bit raises an error or gives a network (a name may change), never anything else."""
     path, rng = tmp_path / "net.safetensors", np.random.default_rng(0)
@@ -608,6 +609,7 @@ def test_deep_and_too_deep_metadata(depth, expected, blob, tmp_path):
     assert loads(tmp_path / "net.safetensors", deep(blob)) in expected
 
 
+@pytest.mark.long
 @given(data=st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_damage(data, blob, tmp_path):
@@ -619,6 +621,7 @@ def test_random_damage(data, blob, tmp_path):
     loads(tmp_path / "net.safetensors", spoilt)
 
 
+@pytest.mark.long
 @given(
     header=st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=9),
@@ -671,6 +674,7 @@ def measured(*paths):
     return [(outcome, int(memory), float(seconds)) for outcome, memory, seconds in rows]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the most memory of a process, as Linux counts it")
 def test_hostile_files_take_little_memory_and_time(blob, tmp_path):
     limit = 1 << 22

@@ -372,6 +372,7 @@ def test_the_graph_itself_loads(blob, tmp_path):
         assert np.array_equal(one, other)
 
 
+@pytest.mark.long
 def test_every_bit_of_a_graph_s_header(blob, tmp_path):
     """A flipped bit (in each fifth byte) raises an error or gives a network that runs, never anything else."""
     path, passed = tmp_path / "net.safetensors", 0
@@ -390,6 +391,7 @@ def test_every_bit_of_a_graph_s_header(blob, tmp_path):
     assert passed < size / 25  # most bits matter
 
 
+@pytest.mark.long
 def test_large_graphs_are_fast(tmp_path):
     """Thousands of nodes, wires, inputs or outputs are read, or refused, in seconds."""
     path, count = tmp_path / "net.safetensors", 8_000

@@ -553,6 +553,7 @@ def test_onnx_files_that_can_t_be_run(tmp_path):
 # ── Keras ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_a_keras_file(tmp_path):
     import keras
 
@@ -632,6 +633,7 @@ def stand_in(tmp_path, monkeypatch, package, code):
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
 
+@pytest.mark.long
 def test_a_runtime_that_crashes(tmp_path):
     """Files on which ONNX Runtime crashes, by signal 11 and by abort(), if it still does."""
     rng = np.random.default_rng(0)
@@ -685,6 +687,7 @@ def test_a_damaged_native_file_is_not_verified(tmp_path):
     assert verify(make_net(), tmp_path / "net.safetensors", streams=False).runtime is None
 
 
+@pytest.mark.long
 def test_the_process_is_kept_and_ends_with_ours(tmp_path):
     make_net().save(tmp_path / "net.onnx")
     code = (

@@ -40,6 +40,7 @@ def keras_models(keras):
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["stack", "pair", "stateful", "backwards", "masking", "two inputs", "no time", "shared", "nested"]
 )

@@ -4,8 +4,10 @@ import json
 import sys
 
 import compiler
+import pytest
 
 
+@pytest.mark.long
 def test_a_process_is_measured_and_its_exit_status_passed_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     take = "import sys; memory = bytearray(300 << 20); sys.exit(7)"

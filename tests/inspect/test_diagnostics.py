@@ -268,6 +268,7 @@ def test_a_plot_has_a_map_for_each_gate_and_state():
         t.plot("layer_1", ["f"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [1, 200])
 def test_the_labels_of_a_plot_do_not_overlap(steps):
     rng = rng_of(0)

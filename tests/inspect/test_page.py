@@ -247,6 +247,7 @@ def make_classifier(rng, **metadata):
     return Network(nodes, ["standardise", "layer_0", "pool", "head"], metadata)
 
 
+@pytest.mark.long
 def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
     net = make_classifier(rng, task="classify", labels=CLASSES, columns=CHANNELS, observed=[])
     x = rng.normal(size=(2, 10, 3)) * [5, 10, 0.5] + [20, 50, 0.5]
@@ -309,6 +310,7 @@ def test_the_predicted_class_its_probability_and_the_true_class(open_page, rng):
     assert after == [round(float(value), 3) for value in sorted(p)[::-1]]
 
 
+@pytest.mark.long
 def test_a_class_at_each_step_a_number_and_a_character(open_page, rng):
     nodes = [Recurrent((make_cell(rng, 3, 4),)), Dense(rng.normal(size=(4, 3)), None, "softmax")]
     t = Network(nodes, metadata={"task": "classify", "labels": [1, 2, 5], "columns": []}).trace(
@@ -428,6 +430,7 @@ CUT_COLUMNS = """() => [...document.getElementById("page").shadowRoot.querySelec
     .map((one) => `${one.className}: ${one.scrollWidth} in ${one.clientWidth}`)"""
 
 
+@pytest.mark.long
 def test_everything_fits_into_1280_pixels(open_page, rng):
     lower = make_cell(rng, 12, 48)
     lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # small weights have long numbers: -0.001234
@@ -450,6 +453,7 @@ def test_everything_fits_into_1280_pixels(open_page, rng):
     assert lone_controls(screen) == []
 
 
+@pytest.mark.long
 def test_the_input_row_and_the_wires_are_visible_at_390_pixels(open_page, rng):
     layers = [Recurrent((make_cell(rng, 3, 3),)) for _ in range(24)]
     screen = open_page(Network(layers).trace(rng.normal(size=(2, 10, 3))), width=390, height=800, touch=True)
@@ -471,6 +475,7 @@ def test_the_input_row_and_the_wires_are_visible_at_390_pixels(open_page, rng):
     assert texts == []
 
 
+@pytest.mark.long
 def test_nothing_is_cut_or_covered_at_390_pixels(open_page, net, x, rng):
     screen = open_page(net.trace(x), width=390, height=800, touch=True)
     inside = "(one) => one.scrollWidth - one.clientWidth"
@@ -541,6 +546,7 @@ def test_tab_goes_through_the_wiring_from_left_to_right(open_page, rng, kind):
 # ── traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t, labels="a text of ")
@@ -773,6 +779,7 @@ def test_the_lines_of_a_unit(open_page, net, x):
     assert screen.text("#panel-unit .readout") == pointed
 
 
+@pytest.mark.long
 def test_contributions_of_each_step(open_page, rng):
     for flags, name in (({"zoneout_cell": 0.2}, "c"), ({"kind": "gru", "zoneout": 0.1}, "h")):
         net = Network([Recurrent((make_cell(rng, 2, 3, learn_initial_state=True, **flags),), go_backwards=name == "h")])
@@ -808,6 +815,7 @@ def test_masks_and_resets_are_visible(open_page, net, x):
     assert "mask" not in screen.text(".legend")
 
 
+@pytest.mark.long
 def test_steps_and_units_are_selected_by_number(open_page, rng):
     t = Network([Recurrent((make_cell(rng, 2, 60),))]).trace(rng.normal(size=(1, 500, 2)))
     screen = open_page(t)
@@ -886,6 +894,7 @@ def test_names_are_shown_unchanged(open_page, rng):
     assert f'cs.Patch("{names[0]}", gate="f"' in screen.text("pre")
 
 
+@pytest.mark.long
 def test_find_similar_steps(open_page, rng):
     t = Network([Recurrent((make_cell(rng, 3, 8),))]).trace(rng.normal(size=(3, 50, 3)))
     h = t["layer_0"].h
@@ -995,6 +1004,7 @@ def patched_run(net, x, gate, unit, steps, value):
     return Network(net.nodes[1:])(out)
 
 
+@pytest.mark.long
 def test_what_if_a_gate_is_patched(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
@@ -1069,6 +1079,7 @@ def test_what_if_a_state_is_changed_in_other_ways(open_page, net, x, how, value)
     assert f'how="{how}"' in screen.text("pre")
 
 
+@pytest.mark.long
 def test_what_if_an_input_is_dragged(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
@@ -1091,6 +1102,7 @@ def test_what_if_an_input_is_dragged(open_page, net, x):
     assert close(outputs_shown(screen)[1, 1], t.y[1, 3, 1], 5)
 
 
+@pytest.mark.long
 def test_what_if_the_line_of_an_input_is_dragged(open_page, net, x):
     screen = open_page(net.trace(x))
     screen.tab("whatif")
@@ -1113,6 +1125,7 @@ def test_what_if_the_line_of_an_input_is_dragged(open_page, net, x):
     assert close(outputs_shown(screen)[1, 1], ran["t"].y[0, step, 1], 5)
 
 
+@pytest.mark.long
 def test_what_if_the_state_is_reset_and_a_weight_edited(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
@@ -1142,6 +1155,7 @@ def test_what_if_the_state_is_reset_and_a_weight_edited(open_page, net, x):
     assert "· 0.75" in screen.text(".popover")
 
 
+@pytest.mark.long
 def test_the_gradient_back_over_the_inputs(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
@@ -1173,6 +1187,7 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
     assert "h of unit 0 of lower" in screen.text("#panel-gradient h3")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "before",
     [
@@ -1211,6 +1226,7 @@ def memory_trace(rng, net, x):
     return net.trace(x, (state,), mask=mask, reset=reset)
 
 
+@pytest.mark.long
 def test_the_fields_of_an_mlstm_are_those_of_the_trace(open_page, rng, x):
     net = make_memory_net(rng, output_gate=True)
     t = memory_trace(rng, net, x)
@@ -1240,6 +1256,7 @@ def test_the_fields_of_an_mlstm_are_those_of_the_trace(open_page, rng, x):
         assert close(parsed(shown_values[name]), array[1, 4, unit], 4)
 
 
+@pytest.mark.long
 def test_the_formulas_of_an_mlstm(open_page, rng, x):
     net = make_memory_net(rng, output_gate=True)
     t = memory_trace(rng, net, x)
@@ -1305,6 +1322,7 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
         assert f"This step is masked: {said}" in screen.text(".popover")
 
 
+@pytest.mark.long
 def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):
     net = make_memory_net(rng)
     t = memory_trace(rng, net, x)
@@ -1341,6 +1359,7 @@ def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):
     assert "query of head 0 reads, step 7" in panel.locator("h3").inner_text()
 
 
+@pytest.mark.long
 def test_what_if_and_gradients_of_an_mlstm(open_page, rng, x):
     net = make_memory_net(rng, output_gate=True)
     t = net.trace(x)
@@ -1416,6 +1435,7 @@ BLUE = """(canvas) => {
 }"""
 
 
+@pytest.mark.long
 def test_the_playground_learns(open_page, net, x):
     screen = open_page(net.trace(x))
     screen.tab("playground")
@@ -1457,6 +1477,7 @@ def test_the_playground_learns(open_page, net, x):
             said.filter(has_text="after 1 batch:").wait_for()
 
 
+@pytest.mark.long
 def test_a_graph_of_every_kind_of_layer(open_page, rng):
     ahead = Recurrent((make_cell(rng, 5, 6, kind="gru", reset_after=False),))
     back = Recurrent((make_cell(rng, 5, 6, kind="gru"),), go_backwards=True)
@@ -1550,6 +1571,7 @@ def test_expensive_runs_are_not_computed(open_page, net, x, monkeypatch, name, m
     assert screen.page.get_by_role("button", name="Add patch").is_visible() != alone
 
 
+@pytest.mark.long
 def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
     patches = [
         Patch("lower", gate="f", units=[1], rows=[1], steps=slice(2, 6, 2), value=1.0),
@@ -1704,6 +1726,7 @@ def test_light_and_dark(open_page, net, x):
     assert page.get_attribute("data-theme") == "dark"
 
 
+@pytest.mark.long
 def test_on_a_phone(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t, width=390, height=800, touch=True, labels="characters")
@@ -1754,6 +1777,7 @@ def steps_drawn(screen):
     return [int(re.findall(r"\d+", name)[0]) for name in names]
 
 
+@pytest.mark.long
 def test_the_drawing_of_the_network_has_as_many_steps_as_fit(open_page, net, rng):
     t = net.trace(rng.normal(size=(1, 15, 3)))
     screen = open_page(t, width=890)
@@ -1774,6 +1798,7 @@ def test_the_drawing_of_the_network_has_as_many_steps_as_fit(open_page, net, rng
     assert "LSTM cell of upper, unit 0, step 10" in screen.text("#panel-cell h3")
 
 
+@pytest.mark.long
 def test_steps_in_the_drawing_have_their_labels_if_they_fit(open_page, net, rng):
     t = net.trace(rng.normal(size=(1, 4, 3)))
     for width, labels, names in (
@@ -1818,6 +1843,7 @@ def test_selections_and_numbers_are_not_cut_off(open_page, rng):
     assert screen.page.evaluate(CUT_OFF) == []
 
 
+@pytest.mark.long
 def test_the_keyboard_alone_reaches_everything(open_page, net, x):
     screen = open_page(net.trace(x))
     screen.page.locator("#tab-cell").focus()

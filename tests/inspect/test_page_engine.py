@@ -194,6 +194,7 @@ def networks(seeds):
         yield {"network": net, "inputs": inputs_of(net, x), "options": options}
 
 
+@pytest.mark.long
 def test_random_networks_are_run_as_the_reference_runs_them(page):
     made = list(networks(range(60)))
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):
@@ -236,6 +237,7 @@ def referred(net, spec, case):
     return arrays, reference.forward(spec, arrays, case["x"], case["state"], **given)
 
 
+@pytest.mark.long
 def test_gates_and_states_are_those_of_the_reference_for_every_flag(page):
     made = list(members(range(240)))
     answers = evaluated(page, RUN, [sent_of(net, spec, case) for _, net, spec, case in made])
@@ -258,6 +260,7 @@ def test_gates_and_states_are_those_of_the_reference_for_every_flag(page):
 # ── backward ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_gradients_of_cells_are_those_of_the_reference_for_every_flag(page):
     made, seeds = list(members(range(1000, 1120))), []
     for rng, net, spec, case in made:
@@ -278,6 +281,7 @@ def test_gradients_of_cells_are_those_of_the_reference_for_every_flag(page):
             near(found["state"][0][part], array)
 
 
+@pytest.mark.long
 def test_the_gradient_of_one_number_of_a_cell_is_that_of_the_reference(page):
     made, cases, wanted = list(members(range(2000, 2120))), [], []
     for rng, net, spec, case in made:
@@ -471,6 +475,7 @@ def make_stacked(rng, inputs, sequences=True, **flags):
     return Recurrent(tuple(cells), sequences, residual=True, **flags)
 
 
+@pytest.mark.long
 def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
     made = every_node()
     kinds = {node.file_type for case in made for node in case["network"].nodes}
@@ -492,6 +497,7 @@ def test_masking_compares_in_the_dtype_of_the_network(page):
     assert found["values"]["layer_1"].ravel().tolist() == [0.0, 2.0]
 
 
+@pytest.mark.long
 def test_gradients_of_every_kind_of_node_are_their_differences(page):
     rng, made = np.random.default_rng(1), []
     for case in every_node():
@@ -696,6 +702,7 @@ def patched_cases(seeds):
         yield rng, net, spec, case, patches, sent
 
 
+@pytest.mark.long
 def test_patches_act_where_specified(page):
     made = list(patched_cases(range(4000, 4300)))
     answers = evaluated(page, RUN, [sent for *_, sent in made])
@@ -773,6 +780,7 @@ def test_patches_of_a_network_act_before_those_of_a_run(page):
     assert page.evaluate(work, payload) == ["The network's heads aren't supported."]
 
 
+@pytest.mark.long
 def test_gradients_through_patches_are_their_differences(page):
     made = []
     for rng, _, spec, case, _, sent in patched_cases(range(5000, 5060)):
@@ -892,6 +900,7 @@ def test_nan_and_infinity_propagate_except_at_masked_steps(page):
 # ── unsupported networks and invalid inputs ───────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_unsupported_parts_are_named_and_never_run(page):
     rng = np.random.default_rng(0)
     net = Network([make_stacked(rng, 3), Dense(floats(rng, 4, 2))], ["stack", "head"], inputs=["x"])
@@ -1071,6 +1080,7 @@ TRAINED = """([options, steps]) => {
 }"""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "kind", "steps", "bound"),
     [

@@ -38,6 +38,7 @@ def test_in_noise_it_needs_its_memory(tmp_path):
     assert heard[1] > 2 * heard[0]
 
 
+@pytest.mark.long
 def test_what_is_missing_is_named(tmp_path):
     done = run(folder=tmp_path)
     assert done.returncode == 1

@@ -59,6 +59,7 @@ def test_a_large_trace_is_not_sent_at_the_end_of_every_cell(t, monkeypatch):
     assert "save_html(path)" in text
 
 
+@pytest.mark.long
 def test_bytes_from_a_kernel_are_drawn_as_those_of_a_file(browser, t):
     """The front end gets the arrays as DataViews, as ipywidgets sends bytes, at nonzero offsets."""
     pytest.importorskip("anywidget")

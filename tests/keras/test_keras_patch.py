@@ -341,6 +341,7 @@ def data(rng):
     return x, rng.normal(size=(16, 2)).astype("float32")
 
 
+@pytest.mark.long
 def test_fit_predict_and_save_work_as_in_keras(rng, tmp_path):
     x, y = data(rng)
     theirs = model()

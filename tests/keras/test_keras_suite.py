@@ -56,6 +56,7 @@ def all_pass_that_pass_on_keras_itself(files, folder):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_keras_s_tests_of_the_layers():
     """In this process: a new one would take far longer than the tests."""

@@ -64,6 +64,7 @@ def output_of():
         process.stdin.close()
 
 
+@pytest.mark.long
 def test_the_kernel_uses_the_threads_of_pytorch(output_of):
     created = []
     for _ in range(100):  # PyTorch's threads count as asleep while other processes run on their processors
@@ -118,6 +119,7 @@ print(os.waitpid(child, 0)[1])
 """) == ["0"]
 
 
+@pytest.mark.long
 def test_callers_in_several_threads_of_python(output_of):
     assert output_of("""
 from concurrent.futures import ThreadPoolExecutor

@@ -638,6 +638,7 @@ torch.save((model(torch.ones(5, 2, 3))[0].detach(), torch.load({weights!r})), {o
 """
 
 
+@pytest.mark.long
 def test_saved_modules_load_with_and_without_cellstack(tmp_path):
     _, ours = pair(nn.LSTM, 3, 4)
     model = nn.Sequential(ours)

@@ -143,6 +143,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_runs_on_the_kernel_with_the_parameters_that_it_has(name, monkeypatch):
     torch.manual_seed(0)
@@ -173,6 +174,7 @@ def test_a_loop_runs_on_the_kernel_with_the_parameters_that_it_has(name, monkeyp
     assert type(cs.restore(module)) is kind
 
 
+@pytest.mark.long
 def test_results_may_be_changed_in_place_before_the_backward_pass():
     module = cs.accelerate(Loop(), cells=True)
     y, _ = module(torch.randn(2, 3, 3))
@@ -181,6 +183,7 @@ def test_results_may_be_changed_in_place_before_the_backward_pass():
     assert all(weights.grad is not None for weights in module.parameters())
 
 
+@pytest.mark.long
 def test_copies_are_accelerated_and_pickles_hold_the_original_class():
     module = cs.accelerate(Loop(), cells=True)
     x = torch.randn(2, 3, 3)
@@ -192,6 +195,7 @@ def test_copies_are_accelerated_and_pickles_hold_the_original_class():
     torch.testing.assert_close(loaded(x)[0], module(x)[0])
 
 
+@pytest.mark.long
 def test_calls_of_another_form_and_hooks_inside_run_the_modules_own_forward(monkeypatch):
     module = cs.accelerate(Loop(), cells=True)
     x = torch.randn(2, 4, 3)
@@ -209,6 +213,7 @@ def test_calls_of_another_form_and_hooks_inside_run_the_modules_own_forward(monk
         module(torch.randn(2, 3, 5))
 
 
+@pytest.mark.long
 def test_a_module_that_draws_random_numbers_in_training_is_accelerated_in_evaluation_only():
     module = Loop(dropout=0.5)
     before = copy.deepcopy(module)
@@ -253,6 +258,7 @@ def test_a_module_that_is_passed_itself_is_refused_with_the_reason_whatever_its_
         cs.accelerate(Step(4, 4), cells=True)
 
 
+@pytest.mark.long
 def test_other_modules_are_left_alone_and_the_plan_says_why():
     class ResidualLSTMCell(Cell):
         def forward(self, x, state):
@@ -274,6 +280,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("place", "how"), [pytest.param(*one, marks=[pytest.mark.slow] if n % 3 else [])
                                             for n, one in enumerate(MUTANTS)])  # fmt: skip
 def test_a_cell_with_one_changed_sign_factor_or_gate_is_not_replaced(place, how):
@@ -312,6 +319,7 @@ class OtherLoop(Loop):
         return y, after
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "why"),
     [
@@ -356,6 +364,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_module_changed_afterwards_runs_its_own_forward(change, monkeypatch):
     module, x = SettingLoop(), torch.randn(2, 6, 3)
@@ -369,6 +378,7 @@ def test_a_module_changed_afterwards_runs_its_own_forward(change, monkeypatch):
     assert len(seen) == 2
 
 
+@pytest.mark.long
 def test_a_buffer_may_change():
     class Buffer(GRULoop):
         def __init__(self):
@@ -392,6 +402,7 @@ def test_a_buffer_may_change():
     check_same(ours, module, torch.randn(2, 6, 3))
 
 
+@pytest.mark.long
 def test_a_difference_is_reported_with_its_size(monkeypatch):
     theirs = comparison.result_of
     monkeypatch.setattr(comparison, "result_of", lambda *args: theirs(*args) + 0.25)

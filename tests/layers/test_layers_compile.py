@@ -126,6 +126,7 @@ def test_compiled_with_pieces():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [lstm, gru])
 def test_compiled_stateful(make):
     layer = make(stateful=True)

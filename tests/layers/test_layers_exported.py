@@ -63,6 +63,7 @@ def test_the_older_onnx_exporter(model, batch):
 
 
 # "both" has LSTMs and GRUs.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "model", ["both", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lstm", "gru"))], indirect=True
 )

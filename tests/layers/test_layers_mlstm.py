@@ -102,6 +102,7 @@ def test_refusals():
         own.to(torch.bfloat16)(x.to(torch.bfloat16))
 
 
+@pytest.mark.long
 def test_second_derivatives_and_transforms():
     """Of the input and the state, with a mask and resets; a torch loop computes them."""
     own = layer(key_size=3, return_sequences=True, return_state=True, dtype="float64")

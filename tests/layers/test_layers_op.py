@@ -289,6 +289,7 @@ def test_opcheck_is_clean(names, save, sequences, there):
     torch.library.opcheck(op.recurrent, (*g[:6], [spec.text for spec in g.specs], g.reverse, sequences, save, 1, False))
 
 
+@pytest.mark.long
 def test_opcheck_of_the_backward_op_is_clean():
     g = given(in_a_row(["lstm, all", "gru"]), grad=False, masked=True, started=True)
     out = fused(g)

@@ -2,6 +2,7 @@
 
 import importlib
 
+import pytest
 import tolerances
 import torch
 import torch.distributed as dist
@@ -45,6 +46,7 @@ def train(rank, folder):
     torch.save([p.grad for p in parallel.parameters()], f"{folder}/{rank}.pt")
 
 
+@pytest.mark.long
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     mp.spawn(work, args=(str(tmp_path),), nprocs=2)
     one = model()

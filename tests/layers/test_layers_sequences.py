@@ -376,6 +376,7 @@ def test_masks_and_resets_are_split_into_chunks(make, with_lengths, x):
     assert_close(found, grads_of(layer))
 
 
+@pytest.mark.long
 def test_memory_is_that_of_one_chunk():
     class Saved:
         living = most = 0

@@ -323,6 +323,7 @@ def test_verify_allows_for_rounding(tmp_path):
     assert verify(net, tmp_path / "net.safetensors", X).tolerance == 1e-4
 
 
+@pytest.mark.long
 def test_the_command_line(tmp_path, capsys):
     example().save(tmp_path / "net.safetensors")
     source, target = str(tmp_path / "net.safetensors"), str(tmp_path / "small.safetensors")

@@ -563,6 +563,7 @@ def test_a_plan_says_what_a_step_costs(tmp_path, capsys):
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 @pytest.mark.skipif(safetensors.__version__ < "0.8", reason="safetensors raised an OSError without the file's name")
 def test_a_memory_error_names_the_file(tmp_path):
     path = tmp_path / "large.safetensors"

@@ -276,6 +276,7 @@ def upgraded(served):
         yield send_all
 
 
+@pytest.mark.long
 def test_a_client_that_reads_no_answers_blocks_only_itself(short, other):
     def messages():
         text = b'{"id": 1, "open": "lstm"}'

@@ -204,6 +204,7 @@ def test_a_server_without_the_session_says_so(model_file, rng):
         proxy.end()
 
 
+@pytest.mark.long
 def test_a_restart_with_stored_sessions_only_delays_answers(model_file, tmp_path, rng):
     def serve(port):
         options = ["--durable", str(tmp_path / "sessions"), "--port", str(port)]

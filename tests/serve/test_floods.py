@@ -11,6 +11,7 @@ from websockets.sync.client import connect
 QUICK = ("handshake with a long line", "pipelined requests", "empty fragments")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "loop"),
     [(name, "uvloop") if name in QUICK else pytest.param(name, "uvloop", marks=pytest.mark.slow) for name in FLOODS]

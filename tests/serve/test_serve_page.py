@@ -92,6 +92,7 @@ def end(page, server, name):
     wait_until(lambda: not server.models.model(name).sessions)
 
 
+@pytest.mark.long
 def test_frames_from_sliders_are_answered_as_by_a_stream(screen, server):
     page = screen()
     assert page.locator("[data-model=states]").get_attribute("aria-pressed") == "true"  # the first with sessions
@@ -204,6 +205,7 @@ def test_a_server_that_stops(screen, tmp_path):
     page.get_by_text("the server can't be reached, or refuses the connection").wait_for()
 
 
+@pytest.mark.long
 def test_a_server_with_tokens(screen, tmp_path):
     with serving(tmp_path, tokens=("the-right-token",)) as server:
         page = screen(server.http, expected=["401"])

@@ -430,6 +430,7 @@ def test_a_message_of_many_fragments_takes_no_more_memory_than_its_bytes(served)
     assert socket.protocol.close_rcvd.reason == "a message has at most 16384 fragments"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sent", [masked(0x8A) * 300, masked(0x02) + masked(0x00) * 299])
 def test_frames_that_complete_no_message_count_for_the_rate(model_file, sent):
     with running(model_file, limits=Limits(sessions=4, rate=100)) as served, multiplexed(served) as socket:
@@ -442,6 +443,7 @@ def test_frames_that_complete_no_message_count_for_the_rate(model_file, sent):
         assert time.monotonic() - begun > 1.8
 
 
+@pytest.mark.long
 def test_a_client_whose_frames_wait_for_the_rate_is_not_disconnected(model_file):
     """It can't answer pings meanwhile, since the answer comes after the frames."""
     with running(model_file, limits=Limits(sessions=4, rate=100)) as served, multiplexed(served, 1) as socket:
@@ -481,6 +483,7 @@ def test_messages_wait_for_those_before_them(served):
             assert (np.stack([found[1], found[2]]) == stepped(x)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", ["models/lstm/stream", "multiplex"])
 def test_a_client_that_reads_late_receives_every_answer_in_order(model_file, path):
     count, together, x = 0, 100, random(1, WIDTH)[0]

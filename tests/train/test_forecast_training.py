@@ -50,6 +50,7 @@ def found():
     return trained(waves(), build=Architecture((16,), members=2, dropout=0.0), options=replace(TWO_EPOCHS, epochs=6))
 
 
+@pytest.mark.long
 def test_it_beats_every_rule_where_there_is_more_to_learn(found):
     errors = found.result.scores["targets"]["y"]
     assert {"naive", "drift", "seasonal naive, 12", "seasonal naive with drift, 12"} < set(errors)
@@ -122,6 +123,7 @@ def test_too_few_rows_are_refused_with_the_number_needed(found):
         predict.forecast(found.result.network, read_table(waves(5)), "model")
 
 
+@pytest.mark.long
 def test_several_series_one_new_and_one_too_short_to_train_on():
     whole = pd.concat([waves(seed=n).assign(shop=name) for n, name in enumerate("ab")])
     whole = pd.concat([whole, waves(20, seed=5).assign(shop="short")])
@@ -152,6 +154,7 @@ def test_inputs_known_in_advance_are_used():
     assert (b - a)[frame["promotion"][488:] == 0].mean() > 2.0
 
 
+@pytest.mark.long
 def test_two_targets_and_a_category():
     frame = waves()
     frame["z"] = -2.0 * frame["y"].shift(1).bfill()
@@ -195,6 +198,7 @@ def test_a_season_that_makes_forecasts_worse_is_dropped(monkeypatch, error, aske
     assert len(cut.training) == 325 - 12 - (11 if seasons else 0)  # the first season can be used for training again
 
 
+@pytest.mark.long
 def test_the_final_smoothing_uses_the_validation_part(monkeypatch):
     original, known = training.smoothings, []
 
@@ -306,6 +310,7 @@ def test_a_target_without_values_is_refused():
         trained(waves().assign(z=np.nan), ForecastOptions(("z",)))
 
 
+@pytest.mark.long
 def test_a_constant_series_has_a_constant_forecast():
     done = trained(waves().assign(y=3.0))
     np.testing.assert_allclose(
@@ -313,6 +318,7 @@ def test_a_constant_series_has_a_constant_forecast():
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("on", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatch, on):
     monkeypatch.setattr(training, "takes_long", lambda *_: on)
@@ -395,6 +401,7 @@ def command(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_the_command_describes_the_table_and_compares_with_baselines(command):
     out = (command / "printed.txt").read_text()
     assert "300 rows, monthly from 1980-01-01" in out
@@ -403,6 +410,7 @@ def test_the_command_describes_the_table_and_compares_with_baselines(command):
     assert "of the actual values are in the 80% prediction interval" in out
 
 
+@pytest.mark.long
 def test_dry_run_trains_nothing(command, capsys):
     assert main(["train", str(command / "y.csv"), "--dry-run"]) == 0
     assert "forecasting `y` 12 steps ahead" in capsys.readouterr().out
@@ -434,6 +442,7 @@ def hourly(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_the_dates_of_a_column_have_one_format(hourly, capsys):
     capsys.readouterr()
     assert main(["run", str(hourly / "y"), str(hourly / "y.csv")]) == 0
@@ -564,6 +573,7 @@ def test_a_recipe_of_an_older_version_says_to_train_again(command):
         predict.trained(changed, "old")
 
 
+@pytest.mark.long
 def test_the_function_and_the_command_give_the_same_network(command):
     done = train.fit_forecast(str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, target="y")
     net = cellstack.load(command / "y.safetensors")

@@ -93,6 +93,7 @@ def test_predictions_are_a_sequence_of_labels_with_probabilities(ragged, classif
     assert scored.scores["confusion"].sum() == 40
 
 
+@pytest.mark.long
 def test_a_network_knows_its_task_its_classes_and_its_channels(classifier, of_frame, forecaster, writer):
     net = classifier.network
     assert (net.task, net.labels, net.channels) == ("classify", ("busy", "calm"), ("a", "b", "c"))
@@ -364,6 +365,7 @@ def test_what_the_parts_of_a_forecast_show(shops, forecaster):
         forecaster.predict(shops, origin="2023-01-01")
 
 
+@pytest.mark.long
 def test_a_table_with_one_forecast_per_day_has_days():
     days = pd.DataFrame({"day": pd.date_range("2024-01-01", periods=200), "y": np.sin(np.arange(200))})
     how = {"members": 1, "units": 4, "epochs": 1, "threads": 1}
@@ -375,6 +377,7 @@ def test_a_table_with_one_forecast_per_day_has_days():
     assert rows.columns()["step"].tolist() == [1, 2]
 
 
+@pytest.mark.long
 def test_warnings_of_a_forecast_name_the_line_of_the_caller(shops, forecaster):
     how = {"members": 1, "units": 4, "epochs": 1, "threads": 1}
     done = train.fit_forecast(train.read_table(shops, id="shop"), "sales", horizon=5, known=("rain",), **how)
@@ -387,6 +390,7 @@ def test_warnings_of_a_forecast_name_the_line_of_the_caller(shops, forecaster):
 QUICK = {"members": 1, "units": 4, "epochs": 1, "threads": 1, "horizon": 5}
 
 
+@pytest.mark.long
 def test_a_column_or_a_number_alone_is_accepted_for_several(shops):
     one = train.fit_forecast(shops, "sales", id="shop", known="rain", inputs="kind", seasons=24, quantiles=0.9, **QUICK)
     recipe = one.recipe
@@ -394,6 +398,7 @@ def test_a_column_or_a_number_alone_is_accepted_for_several(shops):
     assert [category.name for category in recipe.categories] == ["kind"]
 
 
+@pytest.mark.long
 def test_options_of_reading_are_passed_on(shops, tmp_path):
     later = shops.rename(columns={"time": "when"})
     later.to_csv(tmp_path / "shops.csv", index=False, sep=";", decimal=",")

@@ -53,6 +53,7 @@ def in_a_notebook(code, tmp_path, monkeypatch):
     return "".join(out.get("text", "") for out in notebook.cells[0].outputs)
 
 
+@pytest.mark.long
 def test_a_terminal_shows_a_bar_by_default():
     shown = in_a_terminal(FIT.format("") + "print('another')" + FIT.format(", progress=False"))
     shown, without = shown.split("another")

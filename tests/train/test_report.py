@@ -61,6 +61,7 @@ def check_page(page):
     return " ".join(parsed.text)
 
 
+@pytest.mark.long
 def test_a_page_of_synthetic_results(rng):
     labels = ["a", "<b>", "c"]
     so_far = rng.dirichlet(np.ones(3), size=5)
@@ -118,6 +119,7 @@ def test_the_demo_runs_and_reports(tmp_path, capsys):
     assert len(replay["microseconds"]) == len(replay["frame"])
 
 
+@pytest.mark.long
 def test_a_short_demo(tmp_path, capsys):
     assert cli.main(["demo", "-o", str(tmp_path), "--epochs", "1"]) == 0
     out = capsys.readouterr().out
@@ -161,6 +163,7 @@ def test_the_accuracy_that_the_documentation_states(tmp_path, capsys):
     assert forward >= 0.95, found
 
 
+@pytest.mark.long
 def test_the_page_of_a_training_has_its_layers_and_findings():
     def record(epoch, left):
         figures = {"gates": {"f": 0.7}, "weights": {"all": 2.0}, "gradients": {"all": 0.0}, "reach": {"half": np.inf}}

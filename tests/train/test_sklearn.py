@@ -66,6 +66,7 @@ def test_an_epoch_is_chosen_only_where_there_is_enough_to_choose_by(ragged):
     assert "validation_loss" in many.history_[0]
 
 
+@pytest.mark.long
 def test_small_changes_on_large_swings_are_seen(rng):
     """Whether a wave rises in small steps or smoothly is less than noise to its level, and plain in its changes."""
     n = np.arange(40)
@@ -85,6 +86,7 @@ def test_answers_of_steps_are_averaged_and_states_are_not(ragged):
     np.testing.assert_allclose(kinds[1].predict_proba(X).sum(1), 1, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_the_forms_of_one_and_the_same_sequences(ragged, table):
     same = np.stack([x[:5] for x in ragged[0]])  # [60, 5, 2]
     y = ragged[1]
@@ -169,6 +171,7 @@ def masked(x, at):
     return x
 
 
+@pytest.mark.long
 def test_a_mask_says_what_is_missing(ragged, table, rng):
     def same(X, Y, y):
         """Both are fitted and answered alike."""
@@ -227,6 +230,7 @@ def test_targets_that_float32_cannot_hold_are_named(rng):
         assert model.history_[-1]["rmse"] / scale == pytest.approx(expected.history_[-1]["rmse"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_numbers_one_or_several(rng):
     X = rng.normal(size=(80, 6, 2))
     y = np.stack([X[:, :, 0].sum(1), 100 + 10 * X[:, :, 1].mean(1)], 1)
@@ -266,6 +270,7 @@ def test_a_warm_start_goes_on_from_a_network(table):
         SequenceClassifier(**QUICK | {"units": 7}, init=first.network_).fit(X, y)
 
 
+@pytest.mark.long
 def test_weights_of_samples_and_classes(table):
     X, _ = table
     y = np.arange(60) % 3 == 0  # nothing to be learned: what comes out are the classes' shares
@@ -306,6 +311,7 @@ def test_clones_and_parameters():
     assert repr(model) == "SequenceClassifier(cell='gru', class_weight='balanced', units=(3, 4))"
 
 
+@pytest.mark.long
 def test_a_pickle_is_run_without_torch(ragged, tmp_path):
     X, y = ragged
     model = SequenceClassifier(**QUICK).fit(X, y)

@@ -26,6 +26,7 @@ def table(rng):
     return pd.DataFrame({"date": dates, "sales": 10 + np.sin(month * np.pi / 6) + 0.02 * month + noise, "noise": noise})
 
 
+@pytest.mark.long
 def test_a_frame_a_file_and_numbers(table, tmp_path):
     model = SequenceForecaster(**QUICK, target="sales").fit(table)
     came = model.predict()
@@ -46,6 +47,7 @@ def test_a_frame_a_file_and_numbers(table, tmp_path):
     assert alone.predict().shape == alone.predict(table["sales"].tolist()).shape == (3,)
 
 
+@pytest.mark.long
 def test_masked_values_are_missing(table):
     values, gaps = table["sales"].to_numpy(), np.arange(120) % 7 == 3
     with_nan = np.where(gaps, np.nan, values)
@@ -57,6 +59,7 @@ def test_masked_values_are_missing(table):
     np.testing.assert_array_equal(rows.predict(), columns.predict())
 
 
+@pytest.mark.long
 def test_quantiles_between_those_of_the_fit(table):
     model = SequenceForecaster(**QUICK, target="sales").fit(table)
     known, levels = model.predict_quantiles(), model.predict_quantiles(quantiles=(0.9, 0.3, 0.5, 0.1))
@@ -71,6 +74,7 @@ def test_quantiles_between_those_of_the_fit(table):
     np.testing.assert_array_equal(alone.predict_quantiles(quantiles=[0.5])[:, 0], alone.predict())
 
 
+@pytest.mark.long
 def test_quantiles_stay_apart_where_few_rows_are_held_out(rng):
     series = np.sin(np.arange(60) * np.pi / 6) + 5 + rng.normal(size=60) * 0.1
     model = SequenceForecaster(**QUICK | {"epochs": 12}).fit(series)
@@ -79,6 +83,7 @@ def test_quantiles_stay_apart_where_few_rows_are_held_out(rng):
     assert (high > middle + 0.02).all()
 
 
+@pytest.mark.long
 def test_forecasts_have_names_and_times(table):
     both = pd.concat([table.assign(shop="a"), table[:-2].assign(shop="b")])
     model = SequenceForecaster(**QUICK, target="sales", id="shop").fit(both)
@@ -88,6 +93,7 @@ def test_forecasts_have_names_and_times(table):
     np.testing.assert_array_equal(came.median[..., 0], model.predict())
 
 
+@pytest.mark.long
 def test_series_too_short_to_hold_some_of_it_out(table):
     model = SequenceForecaster(**QUICK | {"horizon": 6}, target="sales").fit(table[:30])
     assert (
@@ -103,6 +109,7 @@ def test_series_too_short_to_hold_some_of_it_out(table):
     assert "no validation part" not in " ".join(held.understood_)
 
 
+@pytest.mark.long
 def test_several_series_and_targets(table):
     both = pd.concat([table.assign(shop="a"), table.assign(shop="b", sales=table["sales"] * 3)])
     model = SequenceForecaster(**QUICK, target=("sales", "noise"), id="shop").fit(both)
@@ -132,6 +139,7 @@ def test_a_search_over_splits_in_time(table):
     assert search.predict(table).shape == (3,)
 
 
+@pytest.mark.long
 def test_it_repeats_is_cloned_and_runs_without_torch(table, tmp_path):
     model = SequenceForecaster(**QUICK, target="sales")
     assert clone(model).get_params() == model.get_params()

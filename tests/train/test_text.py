@@ -145,6 +145,7 @@ def test_the_most_likely_characters_are_those_of_one_pass(rng, ids, logits):
     assert "".join(LETTERS[n] for n in y.argmax(-1)[1:-1]) == text
 
 
+@pytest.mark.long
 def test_characters_are_sampled_with_their_probabilities(rng):
     table = np.log(np.array([[0.5, 0.3, 0.15, 0.04, 0.01]] * 5, "f4"))
     for activation, temperature in (("linear", 1.0), ("softmax", 0.5)):

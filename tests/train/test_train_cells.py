@@ -114,6 +114,7 @@ def test_forecasts(sales, tmp_path, cell, heads):
     assert (kinds.count("MLSTM"), kinds.count("Recurrent")) == ((4, 0) if cell == "mlstm" else (0, 2))
 
 
+@pytest.mark.long
 def test_estimators(toy, sales):
     x, y = toy
     quick = {"units": 4, "epochs": 2, "random_state": 0, "heads": 2}

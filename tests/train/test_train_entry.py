@@ -606,6 +606,7 @@ class Attention(nn.Module):
         return self.out((self.score(y).softmax(1) * y).sum(1) if self.pools else y)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("pools", "numbers"), [(True, False), (True, True), (False, False)])
 def test_a_module_of_ones_own(pools, numbers, tmp_path):
     rng = np.random.default_rng(0)
@@ -629,6 +630,7 @@ def test_a_module_of_ones_own(pools, numbers, tmp_path):
         np.testing.assert_allclose(answer, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.long
 def test_invalid_modules_of_ones_own(toy):
     class Odd(nn.Module):
         def forward(self, x):
@@ -728,6 +730,7 @@ def test_a_warm_start_that_doesn_t_fit(toy, tmp_path):
 # ── output files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_logs_and_the_history_as_files_and_as_a_picture(toy, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

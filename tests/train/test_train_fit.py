@@ -564,6 +564,7 @@ def test_settings_out_of_range(name, value):
         record(**{name: value})
 
 
+@pytest.mark.long
 def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
     """A SIGINT to a `cellstack train` process: it stops soon, reports that, and writes a network that runs."""
     from importlib.resources import files
@@ -892,6 +893,7 @@ def test_a_network_sees_changes_and_holds_values_over_gaps(rng, tmp_path):
     assert train.fit(x, y + 0.5, units=3, epochs=1, every_step=True, baseline=False).network.names[1] == "layer_0"
 
 
+@pytest.mark.long
 def test_a_channel_that_spans_orders_of_magnitude_is_seen_in_finer_units(rng, tmp_path):
     """Where a few large sequences determine the standard deviation, the others are classified by their size."""
     size = np.array([1e-4, 1e-4, 3e-2, 3.0] * 15)

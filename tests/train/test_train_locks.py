@@ -127,6 +127,7 @@ def test_a_forecast_locks_the_checkpoint_of_all_its_members(tmp_path, monkeypatc
     assert not list(tmp_path.glob(".cellstack-*"))
 
 
+@pytest.mark.long
 def test_the_command_line_trains_once_to_an_output_and_a_checkpoint(tmp_path, capsys):
     """And a training stopped by SIGKILL can be resumed."""
     output, checkpoint = tmp_path / "net.safetensors", tmp_path / "run.ckpt"

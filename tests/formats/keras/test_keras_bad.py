@@ -72,6 +72,7 @@ def test_flipped_bits(tmp_path, good, suffix):
         seed, tried = seed + 1, tried + 1
 
 
+@pytest.mark.long
 def test_changed_descriptions(tmp_path, good):
     """Values of the description are replaced, one at a time; the archive stays intact."""
     with zipfile.ZipFile(io.BytesIO(good[".keras"])) as archive:

@@ -321,6 +321,7 @@ def test_a_product_of_groups_without_time(tmp_path):
     compared(net, module, torch.randn(3, 4, 5))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bmm", "bmm, time in between", "rows", "einsum"])
 def test_a_product_of_groups_in_a_file_for_any_batch(name, tmp_path):
     """PyTorch's newer exporter writes the other lengths as numbers: the graph doesn't say which axis is which."""

@@ -317,6 +317,7 @@ def test_long_loops_and_many(tmp_path, steps, chains, broken):
         assert time.process_time() - start < 60
 
 
+@pytest.mark.long
 def test_sums_within_sums(tmp_path):
     """A product's bias may be another product, and so on; none of these is recognised, and none overflows."""
     nodes, name = [helper.make_node("MatMul", ["X", "W"], ["v"])], "v"
@@ -361,6 +362,7 @@ def test_windows_as_large_as_a_file_says(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.long
 def test_many_nodes_of_one_name(tmp_path):
     count = 4000
     names = ["X", *(f"v{n}" for n in range(count - 1)), "Y"]
@@ -372,6 +374,7 @@ def test_many_nodes_of_one_name(tmp_path):
     assert (*net.names[:3], net.names[-1]) == ("tanh", "tanh.2", "tanh.3", f"tanh.{count}")
 
 
+@pytest.mark.long
 def test_lengths_within_lengths(tmp_path):
     """The length of a list may depend on another list's, and so on; the recursion is bounded."""
     make, end = helper.make_node, "ones"
@@ -383,6 +386,7 @@ def test_lengths_within_lengths(tmp_path):
     refuses(tmp_path, made, "expected W to be constant|expected W of shape")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("operator", "shapes", "axes", "reads"),
     [

@@ -126,6 +126,7 @@ def shown(net):
     return [(type(node).__name__, *(cell.spec.kind for cell in node.cells)) for node in net.nodes]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_loop_over_joined_values_is_a_network(cell):
     module = Loop(cell).eval()
@@ -137,6 +138,7 @@ def test_a_loop_over_joined_values_is_a_network(cell):
         np.testing.assert_allclose(net(x.numpy()), array_of(module(x)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cell", CELLS)
 def test_accelerate_finds_a_cell_of_joined_values(cell):
     module = Loop(cell).eval()
@@ -161,6 +163,7 @@ def test_a_file_of_a_loop(tmp_path, cell):
     assert (part.spec.kind, part.spec.input_size, part.spec.units) == (cell.kind, INPUTS, UNITS)
 
 
+@pytest.mark.long
 def test_a_joined_input_with_a_matrix_of_its_own():
     module = Loop(JoinedInput).eval()
     net = cs.compile(module, (torch.randn(2, 6, INPUTS),))
@@ -169,6 +172,7 @@ def test_a_joined_input_with_a_matrix_of_its_own():
     np.testing.assert_allclose(net(x.numpy()), array_of(module(x)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dynamo", [False, True])
 @pytest.mark.parametrize("cell", [Lstm, FourMatrices, CutLstm])
 def test_a_file_of_one_step_is_a_stream(tmp_path, cell, dynamo):

@@ -337,6 +337,7 @@ def test_a_file_that_onnxruntime_refuses_raises_the_first_reason(tmp_path):
         cs.load(path)
 
 
+@pytest.mark.long
 def test_without_onnxruntime_a_call_names_what_needs_it(tmp_path):
     path = graph(path=tmp_path / "model.onnx")
     code = (

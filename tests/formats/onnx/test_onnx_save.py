@@ -394,6 +394,7 @@ def test_a_scan_is_read_from_its_body(tmp_path, what):
 QUICK = ("all", "gru")  # "all" has every operator that the flags of an LSTM add
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FLAGS]
 )
@@ -554,6 +555,7 @@ def test_zeros_at_masked_steps_are_read_back(tmp_path, kind, sequences):
         near(again.run(x, lengths=lengths)[0], net.run(x, lengths=lengths)[0])
 
 
+@pytest.mark.long
 def test_onnx_runtime_does_not_warn_of_a_file(tmp_path, capfd):
     """Except that an initial state, if requested as an optional input, isn't a constant."""
     path = str(tmp_path / "net.onnx")

@@ -198,6 +198,7 @@ class Unbound(nn.Module):
         return torch.stack(outputs, 1)
 
 
+@pytest.mark.long
 def test_long_loops_over_what_a_split_gives(tmp_path):
     torch.manual_seed(2)
     path, feeds = export(tmp_path / "net.onnx", Unbound(), (torch.randn(2, 40, 3),), fixed=("in0",))

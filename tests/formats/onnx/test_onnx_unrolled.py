@@ -125,6 +125,7 @@ class Layers(nn.Module):
         return self.head(torch.relu(self.norm(y))), state[0] if isinstance(state, tuple) else state
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "layers", "both", "batch_first", "fixed"),
     [

@@ -474,6 +474,7 @@ def test_truncated_anywhere(tmp_path, case):
         assert attempt(tmp_path / "file", data[:length]), f"{length} bytes of {len(data)} were taken for a whole file"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CORPUS)
 def test_fuzz(tmp_path, case):
     """Seeded damage of every kind."""
@@ -498,6 +499,7 @@ def test_fuzz(tmp_path, case):
     assert refusals > 50
 
 
+@pytest.mark.long
 def test_fuzzed_pickles():
     """Without a checksum: random bytes after a valid start."""
     data, dice = zipfile.ZipFile(io.BytesIO(CORPUS["module"])).read("archive/data.pkl"), random.Random(7)

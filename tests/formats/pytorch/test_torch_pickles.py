@@ -28,6 +28,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(value=VALUES, protocol=st.integers(2, 5), shared=st.booleans())
 def test_plain_data_is_read_as_by_python(value, protocol, shared):

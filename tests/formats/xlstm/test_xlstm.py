@@ -364,6 +364,7 @@ def test_hooks_and_unknown_activations_are_refused():
 # ── acceleration ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "cell", "text"),
     [
@@ -397,6 +398,7 @@ def test_accelerated_cells(settings, cell, text):
     assert type(getattr(model.blocks[0].xlstm, cell)) is before_class
 
 
+@pytest.mark.long
 @needs_large
 @pytest.mark.parametrize(
     "settings", [{}, pytest.param({"weight_mode": "fused", "mode": "train"}, marks=pytest.mark.slow)]
@@ -433,6 +435,7 @@ def flat(states):
     return [part for layer in states.values() for part in layer]
 
 
+@pytest.mark.long
 @needs_large
 def test_a_large_model_with_sigmoid_input_gates_is_not_accelerated():
     model = large_model(num_blocks=1)
@@ -441,6 +444,7 @@ def test_a_large_model_with_sigmoid_input_gates_is_not_accelerated():
         cs.accelerate(model, cells=True)
 
 
+@pytest.mark.long
 def test_other_functions_of_a_cell_are_not_accelerated():
     model = shaken(xLSTMBlockStack, stack_config(mlstm=False, blocks=1, cell={"function": "lstm"}))
     with pytest.raises(ValueError, match="function='lstm' isn't supported, only 'slstm'"):
