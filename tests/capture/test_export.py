@@ -169,6 +169,13 @@ def transposed_after_a_view(y):
     return view.view(len(view), -1, 6)
 
 
+def cast_and_changed(y):
+    """A cast to the tensor's own type is the tensor itself, one to another type is a copy."""
+    (same := y.to(torch.float32)).mul_(2)
+    (copied := y.to(torch.float64)).add_(1)
+    return same + y + copied.float() + (3 - y) + torch.rsub((y > 0).long(), 1.5, alpha=2)
+
+
 def written_entry(y):
     first, _, last = y.clone().split(2, dim=-1)
     first.mul_(3)
@@ -179,6 +186,8 @@ VIEWS = {
     "transposed": transposed_after_a_view,
     "written": written_entry,
     "entries": lambda y: torch.stack([n * one for n, one in enumerate(y.unbind(dim=-1))], -1),
+    "cast": cast_and_changed,
+    "number": lambda y: y / (1 + (y > 0).sum().item()),
     "count": lambda y: y / (1 + y[y > 0].numel()),
     "short last": lambda y: torch.cat([part.cumsum(-1) for part in y.split(4, dim=2)[::-1]], -1),
 }
@@ -495,6 +504,7 @@ class Mixed(nn.Module):
         return self.second(self.first(x)[0])
 
 
+@pytest.mark.long
 def test_a_class_of_the_users_own(tmp_path):
     module, path = drawn(Mixed()), tmp_path / "net.onnx"
     export_onnx(module, (torch.randn(2, 9, 4),), path, dynamic_shapes=({0: B, 1: T},))
@@ -528,6 +538,7 @@ class Packed(nn.Module):
         return {"argument": (ids, lengths), "mask": (ids, mask), "ids": (ids,)}[self.lengths]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("lengths", "total", "ordered"), [("argument", True, True), ("mask", False, False), ("ids", True, False)]
 )
@@ -564,6 +575,7 @@ def test_what_padded_rows_would_change_is_refused(tmp_path):
         )
 
 
+@pytest.mark.long
 def test_the_table_of_operators_is_built_once_and_stays_as_pytorch_has_it(tmp_path, monkeypatch):
     own, tables, sizes = ONNXRegistry.from_torchlib, [], []
 

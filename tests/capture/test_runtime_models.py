@@ -282,6 +282,7 @@ class BothDirections(nn.Module):
         return (ahead - 2 * back.flip(1)).topk(2, dim=-1).indices, last.reshape(4, last.shape[0], 3)
 
 
+@pytest.mark.long
 def test_hand_written_cells_run_on_the_kernel():
     module = BothDirections().eval()
     with (
@@ -349,6 +350,7 @@ def test_an_axis_may_change_by_multiples_only():
     assert axes_in_groups(steps, (torch.ones(3, 8), torch.zeros(3)), []) == [rows, frozenset({(0, 1, 4)})]
 
 
+@pytest.mark.long
 def test_an_axis_for_which_too_many_combinations_would_be_tried_is_named():
     def tables(m, x, *others):
         *fixed, h = others
@@ -384,6 +386,7 @@ def greatest_of_used_steps(m, x, mask):
     return y.masked_fill(~mask[..., None], -1e9).max(1).values
 
 
+@pytest.mark.long
 def test_a_sequence_changes_with_a_mask_that_it_may_be_longer_than():
     def example(rows, steps):
         x, lengths = with_lengths(rows, steps)
@@ -407,6 +410,7 @@ def test_a_mask_may_have_more_rows_where_they_are_sorted_by_length():
     assert {(0, 0, 1), (1, 0, 1)} in axes_in_groups(module, (x, torch.arange(9) < lengths[:, None]), [])
 
 
+@pytest.mark.long
 def test_features_may_change_as_far_as_packed_rows_keep_their_width():
     module = Strided().eval()
     net: Any = ran_in_part(module, (torch.randn(2, 1, 9, 8), torch.tensor([8, 5])))
@@ -416,6 +420,7 @@ def test_features_may_change_as_far_as_packed_rows_keep_their_width():
         np.testing.assert_allclose(found, module(x, lengths).detach(), atol=tolerances.NETWORK, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*reads values of tensors")  # PyTorch 2.11 compares sizes in its convolutions
 def test_sizes_may_be_computed_at_length_from_those_of_the_input():
     module = Wave().eval()
@@ -430,6 +435,7 @@ def test_sizes_may_be_computed_at_length_from_those_of_the_input():
             np.testing.assert_allclose(found, expected.detach(), atol=tolerances.NETWORK, rtol=0)
 
 
+@pytest.mark.long
 def test_an_export_writes_hand_written_cells_as_single_operators(tmp_path):
     torch.manual_seed(0)
     module, path, time = Loop().eval(), str(tmp_path / "loop.onnx"), torch.export.Dim("time")
@@ -440,6 +446,7 @@ def test_an_export_writes_hand_written_cells_as_single_operators(tmp_path):
     np.testing.assert_allclose(net(x.numpy()), module(x).detach(), atol=tolerances.NETWORK, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_every_size_has_the_outputs_of_the_module(name):
     if name in ("complex numbers", "spectra") and ONNX_RUNTIME < [1, 28]:
@@ -458,6 +465,7 @@ def test_every_size_has_the_outputs_of_the_module(name):
             np.testing.assert_allclose(ours, theirs, atol=tolerances.NETWORK, rtol=0)
 
 
+@pytest.mark.long
 def test_a_branch_on_values_that_random_ones_do_not_take_is_warned_of():
     for run, inputs in (
         (by_ids, lambda rows, steps: (torch.randn(steps, 4), torch.arange(steps) * rows // steps)),
@@ -476,6 +484,42 @@ def test_a_branch_on_values_that_random_ones_do_not_take_is_warned_of():
             np.testing.assert_allclose(ours, module(*given).detach().numpy(), atol=tolerances.NETWORK, rtol=0)
 
 
+def reversed_within_lengths(m, x, mask):
+    """As PyHealth's RETAIN, whose last product only takes masks of which one row is full."""
+    lengths, turned = mask.sum(-1), torch.zeros_like(x)
+    for row, n in enumerate(lengths):
+        turned[row, :n] = x[row, :n].flip(0)
+    packed = pack_padded_sequence(turned, lengths, batch_first=True, enforce_sorted=False)
+    y, _ = pad_packed_sequence(m.rnn(packed)[0], batch_first=True)
+    return (y * x[..., :1]).sum(1)
+
+
+def halved_if_the_second_is_longer(m, x, mask):
+    lengths = mask.sum(-1)
+    return reversed_within_lengths(m, x, mask) / (2 if lengths[1] > lengths[0] + 5 else 1)
+
+
+@pytest.mark.long
+def test_values_are_those_of_the_example_in_another_order_where_a_module_takes_no_others():
+    def inputs(*lengths):
+        used = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return torch.randn(len(lengths), max(lengths), 4), used.int()
+
+    module = Model(reversed_within_lengths).eval()
+    with (
+        pytest.warns(UserWarning, match="ONNX Runtime runs"),
+        pytest.warns(UserWarning, match="takes sizes that its graph doesn't have"),  # the loop over rows has two
+    ):
+        net = cs.compile(module, inputs(20, 10))
+    for lengths in ((20, 15), (3, 20), (33, 33), (2, 7)):
+        given = inputs(*lengths)
+        ours = net(tuple(one.numpy() for one in given))
+        np.testing.assert_allclose(ours, module(*given).detach().numpy(), atol=tolerances.NETWORK, rtol=0)
+    with pytest.raises(cs.FormatError, match="output 0 differs from the module's"):
+        cs.compile(Model(halved_if_the_second_is_longer).eval(), inputs(20, 10))
+
+
+@pytest.mark.long
 def test_a_network_can_be_insisted_on():
     for make in (cs.compile, compile_network):
         assert isinstance(make(Model(lambda m, x: m.rnn(x)[0]), x_of(2, 9)), cs.Network)
@@ -483,6 +527,7 @@ def test_a_network_can_be_insisted_on():
         compile_network(Model(attended), x_of(2, 9))
 
 
+@pytest.mark.long
 def test_an_example_of_one_row_and_one_step_has_open_sizes_too():
     module = Model(attended).eval()
     net, (x,) = ran_in_part(module, x_of(1, 1)), x_of(3, 8)
@@ -517,6 +562,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_graph_does_not_contain_is_refused(name):
     module, why = REFUSED[name]
@@ -524,6 +570,7 @@ def test_what_the_graph_does_not_contain_is_refused(name):
         cs.compile(module, torch.zeros(2, 9, 4))
 
 
+@pytest.mark.long
 def test_what_a_module_does_for_shorter_rows_is_compared_although_the_example_has_none():
     def of_lengths(m, x, lengths):
         y = m.rnn(x)[0].cumsum(1)
@@ -534,6 +581,7 @@ def test_what_a_module_does_for_shorter_rows_is_compared_although_the_example_ha
         cs.compile(Model(of_lengths), (torch.randn(2, 9, 4), torch.full((2,), 9)))
 
 
+@pytest.mark.long
 def test_a_refusal_names_the_operator_that_onnx_lacks():
     with pytest.raises(
         cs.FormatError, match=r"torch\.export: No ONNX function found for <OpOverload\(op='aten\.linalg_qr'"
@@ -542,12 +590,14 @@ def test_a_refusal_names_the_operator_that_onnx_lacks():
     assert "\x1b" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_reads_of_values_that_change_nothing_are_warned_of():
     with pytest.warns(UserWarning, match=r"reads values of tensors \(test_runtime_models\.py:\d+\)"):
         net = cs.compile(Branch(1e9).eval(), torch.zeros(2, 9, 4))
     assert isinstance(net, RuntimeModel)
 
 
+@pytest.mark.long
 def test_a_graph_that_fails_at_an_open_size_is_refused(monkeypatch):
     own = RuntimeModel.compute
 
@@ -561,6 +611,7 @@ def test_a_graph_that_fails_at_an_open_size_is_refused(monkeypatch):
         cs.compile(Model(attended), x_of(2, 9))
 
 
+@pytest.mark.long
 def test_steps_of_cells_run_as_loops_of_any_length():
     def loop(m, x):
         h, hs = x.new_zeros(x.shape[0], 6), []
@@ -587,6 +638,7 @@ def test_steps_of_cells_run_as_loops_of_any_length():
         np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=tolerances.NETWORK, rtol=0)
 
 
+@pytest.mark.long
 def test_a_size_that_is_fixed_by_a_value_is_fixed_in_the_graph_and_warned_of():
     def steps_in_a_loop(m, x, lengths):
         y, count = m.rnn(x)[0], int(lengths.max())
@@ -608,6 +660,7 @@ def test_without_onnxruntime_the_message_names_the_extra(monkeypatch):
         cs.compile(Model(attended), x_of(2, 9))
 
 
+@pytest.mark.long
 def test_a_runtime_model_saves_and_does_not_stream(tmp_path):
     module, (x,) = Model(attended).eval(), x_of(3, 8)
     net = ran_in_part(module, x_of(2, 9))
@@ -620,12 +673,14 @@ def test_a_runtime_model_saves_and_does_not_stream(tmp_path):
         net.stream()
 
 
+@pytest.mark.long
 def test_nothing_is_printed(capfd):
     ran_in_part(Model(attended), x_of(2, 9))
     sys.stdout.flush()
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.long
 def test_a_size_may_be_the_first_that_a_file_asks_for():
     module = Model(lambda m, x: m.rnn(x)[0])
     names: dict = {"attended": attended}

@@ -151,7 +151,7 @@ def caveats(module: Any, inputs: tuple[Any, ...], looks: list[str], places: Plac
     if looks and reads_values(module, inputs):
         notes.append(
             f"reads values of tensors ({some(looks)}), and the network does what it did for the example: the outputs "
-            "for other values that were tried agree, but not all values can be tried"
+            "agree for the values that were tried, but not all values can be tried"
         )
     if failed:
         notes.append(f"may compare sizes of its input, which can't be checked: {failed}")

@@ -25,6 +25,8 @@ def corrected(graph: Graph) -> None:
     - The end of a slice such as `x[..., :-n]` may be 0 at other sizes, where code has a branch for it: the size less n.
     - Integer bounds of a clamp of floats become floats: the exporter refuses one bound of each type.
     - An entry of a list that splits a tensor is taken from the tensor: ONNX has another type for lists.
+    - Operators that consist of one, `item` and `to`, are that one: the exporter would record the graph again for them.
+    - A size that became fixed while the module was recorded is a tensor where it is an operand, as the exporter asks.
     - A view of a view is one view; a view of the same shape, and a slice of all entries, are the tensor itself.
     """
     for node in list(graph.nodes):
@@ -46,6 +48,16 @@ def corrected(graph: Graph) -> None:
             node.args = x, axis, start, end
         elif node.target is ATEN.clamp.default and node.args[0].meta["val"].is_floating_point():
             node.args = node.args[0], *(float(one) if isinstance(one, int) else one for one in node.args[1:])
+        elif node.target is ATEN.item.default:
+            node.target = ATEN._local_scalar_dense.default
+        elif node.target is ATEN._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is ATEN.to.dtype and len(node.args) == 2:
+            x, dtype = node.args
+            if x.meta["val"].dtype is dtype:
+                node.target, node.args = ATEN.alias.default, (x,)
+            else:
+                node.target, node.args, node.kwargs = ATEN._to_copy.default, (x,), {"dtype": dtype}
         elif node.target in (math.ceil, math.floor) and isinstance(node.args[0].meta["val"], (int, torch.SymInt)):
             node.replace_all_uses_with(node.args[0])
         elif node.target is ATEN.squeeze.dim:
@@ -53,6 +65,23 @@ def corrected(graph: Graph) -> None:
             size = value.meta["val"].shape[axis]
             if not isinstance(size, int) or size != 1:
                 node.target, node.args = ATEN.clone.default, (value,)
+        elif isinstance(node.target, OpOverload):
+            _with_tensors(graph, node)
+
+
+def _with_tensors(graph: Graph, node: Any) -> None:
+    """Let an operator of tensors take a tensor where it takes a size that became fixed."""
+    for place, (one, taken) in enumerate(zip(node.args, node.target._schema.arguments, strict=False)):
+        if (
+            isinstance(one, Node)
+            and isinstance(taken.type, torch.TensorType)
+            and isinstance(size := one.meta["val"], (int, torch.SymInt))
+            and str(size).isdigit()
+        ):
+            with graph.inserting_before(node):
+                made = graph.call_function(ATEN.scalar_tensor.default, (one,), {"dtype": torch.int64})
+            made.meta["val"] = node.meta["val"].new_empty((), dtype=torch.int64)
+            node.update_arg(place, made)
 
 
 def _keeps_shape(view: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -59,23 +59,14 @@ def difference(
     ends = ends or Ends(network, len(example))
 
     first = list(example)
-
-    def times(given: list[Any], factor: float) -> list[Any]:
-        return [value * factor if value.is_floating_point() else value for value in given]
-
-    tries = [Size("", first), *(Size("", times(drawn(first, generator), factor)) for factor in scales)]
-    for what, given, one, long in (
-        *tries,
-        *(size._replace(given=drawn(size.given, generator)) for size in ends.longer(first)),
-    ):
+    answers = functools.partial(ends.answers, module)
+    tries = [(Size("", first), None), *((Size("", first), factor) for factor in scales)]
+    for (what, given, one, long), factor in (*tries, *((size, 1.0) for size in ends.longer(first))):
+        options = [first] if factor is None else _values(given, first, factor, generator)
         try:
-            with torch.no_grad():
-                expected = ends.answers(module, given)
-                if any(value.is_floating_point() and not value.isfinite().all() for value in expected):
-                    given = _with_signs(given, first)
-                    expected = ends.answers(module, given)
+            given, expected = _accepted(answers, options)
         except Exception:
-            if given is first:
+            if factor is None:
                 raise
             continue  # the module doesn't accept these values or this shape
         try:
@@ -110,12 +101,40 @@ def drawn(given: Sequence[Any], generator: torch.Generator) -> list[Any]:
     return list(map(draw, given))
 
 
-def _with_signs(given: Sequence[Any], example: Sequence[Any]) -> list[Any]:
-    """Return tensors without negative values where the example has none: weights of edges, or durations."""
-    return [
-        value.abs() if value.is_floating_point() and bool((one >= 0).all()) else value
-        for value, one in zip(given, example, strict=True)
-    ]
+def _values(given: list[Any], example: list[Any], factor: float, generator: torch.Generator) -> Iterator[list[Any]]:
+    """Yield tensors of random values, of which a module may only accept some.
+
+    The second have no negative values where the example has none: weights of edges, or durations. The last ones have
+    the integers that are given, in another order of rows and as they are: masks of which one row is full.
+    """
+    random = [one * factor if one.is_floating_point() else one for one in drawn(given, generator)]
+    yield random
+    pairs = list(zip(random, example, strict=True))
+    yield [one.abs() if one.is_floating_point() and bool((known >= 0).all()) else one for one, known in pairs]
+    for shift in (1, 0) if any(not (one.is_floating_point() or one.is_complex()) for one in given) else ():
+        integers = [one.roll(shift, 0) if one.ndim else one for one in given]
+        yield [a if a.is_floating_point() or a.is_complex() else b for a, b in zip(random, integers, strict=True)]
+
+
+def _accepted(answers: Any, options: Iterable[list[Any]]) -> tuple[list[Any], list[Any]]:
+    """Return the first inputs for which a module returns finite values, or the last that it accepts, and its outputs.
+
+    Raises:
+        Exception: it accepts none of the inputs.
+    """
+    accepted, errors = [], []
+    for given in options:
+        try:
+            with torch.no_grad():
+                accepted.append((given, answers(given)))
+        except Exception as error:
+            errors.append(error)
+            continue
+        if all(value.isfinite().all() for value in accepted[-1][1] if value.is_floating_point()):
+            break
+    if not accepted:
+        raise errors[-1]
+    return accepted[-1]
 
 
 def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> bool:

@@ -18,6 +18,7 @@ from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +51,10 @@ def _diff(x: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, a
     return x
 
 
+def _less_from(x: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
+    return torch.sub(other if isinstance(other, Tensor) else torch.full((), other), x, alpha=alpha)
+
+
 def _pooled(pool: Any, reduce: str, x: Tensor, output_size: Any, return_indices: bool = False) -> Any:
     """Pool to one entry along some axes, and leave the others."""
     kept = output_size if isinstance(output_size, tuple) else ()
@@ -63,6 +68,8 @@ EQUAL = {
     "_is_all_true": torch.all,
     "diff": _diff,
     "linspace": _linspace,
+    "rsub": _less_from,
+    "__rsub__": _less_from,
     "masked_select": lambda x, mask: _selected(*torch.broadcast_tensors(x, mask)),
     **{
         (name := f"adaptive_{mode}_pool{n}d"): partial(_pooled, getattr(torch.nn.functional, name), reduce)
@@ -204,8 +211,8 @@ class Operators(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if name in MODES and not kwargs:
             return self._recurrent(MODES[name], *args)
-        if self.steps and name.removesuffix("_cell") in MODES and not kwargs:
-            return _step(MODES[name.removesuffix("_cell")], *args)
+        if name.removesuffix("_cell") in MODES and not kwargs:
+            return (_step if self.steps else _equations)(MODES[name.removesuffix("_cell")], *args)
         if func == Tensor.data.__get__:  # type: ignore[attr-defined] # which would be a constant
             return args[0].detach()
         if func == Tensor.nbytes.__get__:  # type: ignore[attr-defined] # which takes no open size
@@ -231,8 +238,8 @@ class Operators(TorchFunctionMode):
             return first.rows
         if name in ("as_tensor", "tensor") and isinstance(args[0], SYMBOLS):  # which would be a number
             return torch.full((), args[0], **(kwargs or {}))  # type: ignore[arg-type]
-        if name == "__getitem__":
-            args = args[0], _with_sizes(args[1])
+        if name in ("__getitem__", "__setitem__"):
+            args = args[0], _with_sizes(args[1]), *args[2:]
         if name == "batch_norm":  # of another tensor, torch.export records other strides than those of the result
             args = contiguous(args[0]), *args[1:]
         y = func(*args, **(kwargs or {}))
@@ -318,3 +325,19 @@ def _step(mode: str, x: Tensor, hx: Any, *weights: Any) -> Any:
     _, ends = run_stack(mode, x[:, None], arrays, states, None, len(arrays) > 2, 1, False)
     ends = [end[0] for end in ends]
     return tuple(ends) if len(ends) > 1 else ends[0]
+
+
+def _equations(mode: str, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Any) -> Any:
+    """Run the same as equations: PyTorch's exporter would write them for its operators, after recording all again."""
+    h, *c = hx if isinstance(hx, (tuple, list)) else (hx,)
+    b_ih, b_hh = biases or (None, None)
+    of_x, of_h = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)
+    if c:
+        i, f, g, o = (of_x + of_h).chunk(4, 1)
+        after = f.sigmoid() * c[0] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * after.tanh(), after
+    if mode == "GRU":
+        (xr, xz, xn), (hr, hz, hn) = of_x.chunk(3, 1), of_h.chunk(3, 1)
+        n = (xn + (xr + hr).sigmoid() * hn).tanh()
+        return (h - n) * (xz + hz).sigmoid() + n
+    return getattr(torch, mode.removeprefix("RNN_").lower())(of_x + of_h)

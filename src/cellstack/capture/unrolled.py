@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,9 @@ def _plain(program: Any, decomposed: bool) -> GraphModule:
     """
     schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
     if decomposed or any(program.graph_module.children()) or any(one and one.is_mutable for one in schemas):
-        program = program.run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch warns about its own code
+            program = program.run_decompositions({})
     made = program.module(check_guards=False)
     graph = made.graph
     for node in list(graph.nodes):
