@@ -54,6 +54,7 @@ def panel(*ends):
     return pd.concat(parts, names=["shop", "day"])
 
 
+@pytest.mark.long
 def test_forecasts_equal_those_of_the_estimator(days, fitted):
     alone = quick(horizon=5, target="sales").fit(days.rename_axis("time").reset_index())
     np.testing.assert_array_equal(fitted.predict(), alone.predict()[[0, 1, 4]])
@@ -174,6 +175,7 @@ def test_inputs_are_not_required_for_the_horizon(days):
     assert len(model.predict()) == 2
 
 
+@pytest.mark.long
 def test_one_network_for_all_series_of_a_panel():
     y = panel(60, 60, 55)
     model = forecaster().fit(y, fh=[1, 3])
@@ -190,6 +192,7 @@ def test_one_network_for_all_series_of_a_panel():
     assert list(same.predict().index.get_level_values(1)) == [60, 62, 60, 62, 55, 57]
 
 
+@pytest.mark.long
 def test_columns_known_in_advance_of_a_panel():
     y = panel(57, 57)
     X = panel(60, 60).rename(columns={"sales": "price"})

@@ -170,6 +170,7 @@ def circles():
     return sorted(map(sorted, found - {frozenset()}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("below", "levels"), [("cellstack", LEVELS), ("cellstack.formats", LEVELS_OF_FORMATS)], ids=["cellstack", "formats"]
 )

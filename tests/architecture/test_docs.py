@@ -87,6 +87,7 @@ def test_the_example_of_a_stream(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_the_example_of_the_forget_bias_on_less(tmp_path, monkeypatch, capsys):
     example = runpy.run_path(str(ROOT / "examples" / "forget_bias.py"))
     small = {"BIASES": (0.0, 3.0), "DELAYS": (5, 9), "SEEDS": (0,), "STEPS": 30, "EVERY": 10}

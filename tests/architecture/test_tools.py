@@ -45,6 +45,7 @@ def test_the_last_line_says_how_many_were_skipped_and_what_to_install(tmp_path, 
     assert last == SAID
 
 
+@pytest.mark.long
 def test_they_fail_in_continuous_integration(tmp_path):
     done = run(tmp_path, CI="true")
     assert done.returncode == 1

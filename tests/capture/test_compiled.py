@@ -45,6 +45,7 @@ class Sine(nn.Module):
         return torch.erfinv(self.lstm(x)[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize(("kind", "width"), [(Tagger, 5), (Last, 4)])
 def test_a_custom_class_becomes_a_network(kind, width, accelerated):

@@ -129,6 +129,7 @@ def test_chunks_of_steps_are_warned_of():
     assert "test_compiled_sizes.py" in cs.verify(net, module, streams=False).verdict()
 
 
+@pytest.mark.long
 def test_a_size_as_a_key_is_refused():
     module, _ = twice_where(lambda x: x.shape[1] in {600, 601})
     with pytest.raises(cs.FormatError, match="it uses a size of its input as a key, as in"):
@@ -260,6 +261,7 @@ def test_windows_that_are_filled_up(mode):
     assert not hasattr(torch.Tensor, "__ceil__")
 
 
+@pytest.mark.long
 def test_pads_that_no_window_needs_are_refused():
     def more(m, x, y):
         return nn.functional.pad(y.transpose(1, 2), (0, math.ceil(y.shape[1] / 4) * 4 - y.shape[1]))

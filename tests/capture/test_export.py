@@ -438,6 +438,7 @@ def turned(module, x):
     return module.rnn(torch.view_as_real(1 - (z * 2j + module.turn)).flatten(2))[0]
 
 
+@pytest.mark.long
 def test_complex_numbers_and_buffers(tmp_path):
     module = Model(turned, drawn(nn.GRU(4, 5, batch_first=True)))
     module.register_buffer("turn", torch.randn(2, dtype=torch.complex64))

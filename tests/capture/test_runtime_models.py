@@ -546,6 +546,7 @@ class Branch(nn.Module):
         return y * 2 if bool(x.abs().max() > self.limit) else y
 
 
+@pytest.mark.long
 def test_the_logarithm_of_a_sigmoid_is_exact_for_all_numbers():
     module = Model(lambda m, x: nn.functional.logsigmoid(m.rnn(x)[0] * 100).cumsum(1)).eval()
     net, (x,) = ran_in_part(module, x_of(2, 9)), x_of(3, 7)
@@ -654,6 +655,7 @@ def test_a_size_that_is_fixed_by_a_value_is_fixed_in_the_graph_and_warned_of():
     assert net.arguments(net.inputs)[0].shape[1:] == [9, 4]
 
 
+@pytest.mark.long
 def test_without_onnxruntime_the_message_names_the_extra(monkeypatch):
     monkeypatch.setattr("cellstack.capture.runtime.find_spec", lambda name: None)
     with pytest.raises(cs.FormatError, match=re.escape("pip install 'cellstack[onnxruntime]'")):

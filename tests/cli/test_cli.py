@@ -192,6 +192,7 @@ def test_a_forecast_warns_of_missing_inputs(capsys, tmp_path):
     assert len(said["new"][1].splitlines()) == len(said["ahead"][1].splitlines()) == 5
 
 
+@pytest.mark.long
 def test_unused_columns_are_named(capsys, tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("y,place,note\n" + "".join(f"{n % 7},north,n{n}\n" for n in range(120)), encoding="utf-8")
@@ -213,6 +214,7 @@ def test_a_column_without_values_is_named(capsys, tmp_path):
     assert "the target `y` is always 5, and so is its forecast\n" in out
 
 
+@pytest.mark.long
 def test_info(capsys, vowels):
     status, out, _ = run(capsys, "info", vowels)
     assert status == 0
@@ -418,6 +420,7 @@ def test_bad_usage_is_one_line_and_status_2(capsys, words):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_the_wrong_kind_of_file_or_model(capsys, vowels, co2, co2_table, tmp_path):
     assert run(capsys, "run", vowels, co2_table)[0] == 2
     assert run(capsys, "run", co2, VOWELS)[0] == 2
@@ -656,6 +659,7 @@ def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):
     assert err.splitlines()[-1] == "cellstack demo: error: the replay failed: OSError: no such thing"
 
 
+@pytest.mark.long
 def test_characters_that_a_terminal_can_t_show(vowels, tmp_path):
     path = rewritten(vowels, tmp_path, labels=["Zoë", *map(str, range(8))])
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -185,6 +185,7 @@ def test_a_bidirectional_network_becomes_c_from_weights_in_an_order(capsys, tmp_
     )
 
 
+@pytest.mark.long
 def test_a_forgotten_final_state_does_not_end_in_pass(capsys, tmp_path, pytorch_files):
     rnn = torch.nn.LSTM(3, 4, batch_first=True)
     torch.save(torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(4, 3)}).state_dict(), tmp_path / "net.pt")

@@ -701,6 +701,7 @@ def test_hostile_files_take_little_memory_and_time(blob, tmp_path):
         assert seconds < 20, path
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the most memory of a process, as Linux counts it")
 def test_loading_takes_little_more_memory_than_the_arrays(tmp_path):
     path, size = tmp_path / "net.safetensors", 1 << 22

@@ -400,6 +400,7 @@ def woven(seed):
     return builder.network(), plain, given
 
 
+@pytest.mark.long
 def test_random_graphs_give_the_same_outputs():
     fewer = compared = 0
     for seed in range(200):

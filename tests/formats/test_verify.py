@@ -289,6 +289,7 @@ def save_onnx(path, nodes, inputs, outputs, constants):
     onnx.save(model, path)
 
 
+@pytest.mark.long
 def test_an_onnx_graph_with_our_axes(tmp_path):
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 2)).astype("f4")
@@ -515,6 +516,7 @@ def in_order(order, end, kind, ways, states, sizes):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+@pytest.mark.long
 @pairs.parametrize("order, sizes", ORDERS, [{}, {"B": 2, "T": 4}, {"T": 1}], unpaired=[1])
 def test_inputs_in_any_order_of_axes(tmp_path, order, sizes):
     path = tmp_path / "net.onnx"
@@ -577,6 +579,7 @@ def test_a_keras_file(tmp_path):
         assert not verify(wrong, tmp_path / name).ok()
 
 
+@pytest.mark.long
 def test_a_keras_file_with_fixed_lengths(tmp_path):
     import keras
 

@@ -115,6 +115,7 @@ def test_every_activation(activation):
     check(Network([Dense(rng.normal(size=(4, 3)), rng.normal(size=3), activation), Activation(activation)]), x, unit=1)
 
 
+@pytest.mark.long
 def test_nodes_over_time():
     rng = rng_of(4)
     cell = make_cell(rng, 3, 4, "float64")

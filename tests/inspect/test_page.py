@@ -286,6 +286,7 @@ def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
     assert screen.text(".readout").startswith("step 0 · temperature · x = ")
 
 
+@pytest.mark.long
 def test_the_predicted_class_its_probability_and_the_true_class(open_page, rng):
     net = make_classifier(rng, task="classify", labels=CLASSES, columns=CHANNELS, observed=[])
     x = rng.normal(size=(2, 10, 3)) * [5, 10, 0.5] + [20, 50, 0.5]
@@ -340,6 +341,7 @@ def test_a_class_at_each_step_a_number_and_a_character(open_page, rng):
     assert "true" not in screen.text(".answer")
 
 
+@pytest.mark.long
 def test_a_forecast_in_its_units_at_the_steps_of_the_horizon(open_page, rng):
     recipe = {"targets": ["sales"], "quantiles": [0.1, 0.5, 0.9]}
     nodes = [Recurrent((make_cell(rng, 3, 4),)), Select(-4), Dense(rng.normal(size=(4, 3)))]
@@ -497,6 +499,7 @@ def test_nothing_is_cut_or_covered_at_390_pixels(open_page, net, x, rng):
         assert above or formula["y"] >= drawing["y"] + drawing["height"], port
 
 
+@pytest.mark.long
 def test_a_short_trace_fills_the_width_and_colours_are_explained(open_page, net, rng):
     screen = open_page(net.trace(rng.normal(size=(1, 5, 3))), width=1280)
     screen.settle()
@@ -571,6 +574,7 @@ FLAGS = named("flags") | {
 QUICK = (*KINDS, "lstm, all", "gru, layer norm")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [pytest.param(flags, marks=() if name in QUICK else pytest.mark.slow, id=name) for name, flags in FLAGS.items()],
@@ -640,6 +644,7 @@ def test_long_sums_show_their_largest_products(open_page, rng):
     assert close(parsed(rows[-1][-1]), products.sum(), 5)
 
 
+@pytest.mark.long
 def test_the_map_under_the_pointer_and_the_keys(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
@@ -683,6 +688,7 @@ def colour_at(screen, step, unit, of):
     )
 
 
+@pytest.mark.long
 def test_extremes_stay_visible_at_every_zoom(open_page, rng):
     cell = make_cell(rng, 1, 4, kind="rnn", activation="linear", use_bias=False)
     cell = replace_arrays(cell, kernel=np.ones((1, 4)), recurrent_kernel=np.zeros((4, 4)))
@@ -702,6 +708,7 @@ def replace_arrays(cell, **arrays):
     return Cell(cell.spec, **{**cell.arrays, **arrays})
 
 
+@pytest.mark.long
 def test_nan_and_infinities_are_distinguished(open_page, net, x):
     x[0, 4, 1], x[1, 3, 0] = np.nan, np.inf
     t = net.trace(x)
@@ -719,6 +726,7 @@ def test_nan_and_infinities_are_distinguished(open_page, net, x):
     assert "x = ∞" in screen.text(".readout")
 
 
+@pytest.mark.long
 def test_units_in_the_order_of_memory_variance_and_likeness(open_page, rng):
     cell = make_cell(rng, 3, 9)
     bias = np.array(cell.bias)
@@ -757,6 +765,7 @@ def test_units_in_the_order_of_memory_where_gates_are_negative(open_page):
     assert [int(row[0]) for row in screen.rows(".map .behind tbody tr")] == [2, 3, 0, 1]
 
 
+@pytest.mark.long
 def test_the_lines_of_a_unit(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
@@ -800,6 +809,7 @@ def test_contributions_of_each_step(open_page, rng):
             assert close(value, parts[1 + (11 - step if name == "h" else step)])
 
 
+@pytest.mark.long
 def test_masks_and_resets_are_visible(open_page, net, x):
     reset = np.zeros((2, 10), bool)
     reset[:, 3] = True
@@ -851,6 +861,7 @@ def test_steps_and_units_are_selected_by_number(open_page, rng):
     assert screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)") == 0
 
 
+@pytest.mark.long
 def test_cells_without_contributions_give_the_reason(open_page, rng):
     for flags, why in (({"kind": "rnn"}, "no gate that keeps"), ({"cell_clip": 1.0}, "clipped")):
         screen = open_page(Network([Recurrent((make_cell(rng, 2, 3, **flags),))]).trace(rng.normal(size=(1, 5, 2))))
@@ -859,6 +870,7 @@ def test_cells_without_contributions_give_the_reason(open_page, rng):
         assert why in screen.text("#panel-memory [data-sum]")
 
 
+@pytest.mark.long
 def test_labels_as_coloured_text(open_page, net, x):
     labels = ["<b>bold</b>", "<img src=x onerror=alert(1)>", '"&amp;', "\n", "</script>", *"plain"]
     t = net.trace(x)
@@ -945,6 +957,7 @@ def test_find_similar_steps(open_page, rng):
     assert f"from step {step - 1} " in screen.text("#panel-match .note")
 
 
+@pytest.mark.long
 def test_a_range_is_marked_with_the_mouse(open_page, net, x):
     screen = open_page(net.trace(x))
     box = screen.page.locator(".stack").bounding_box()
@@ -1056,6 +1069,7 @@ def test_what_if_a_gate_is_patched(open_page, net, x):
     assert screen.page.get_by_label("Show", exact=True).is_hidden()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "value"),
     [("add", 0.5), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("scale", -2.0), ("freeze", None)))],
@@ -1412,6 +1426,7 @@ def test_what_if_and_gradients_of_an_mlstm(open_page, rng, x):
     assert np.allclose(ran["t"].y[:1], after.y, rtol=0, atol=1e-12)
 
 
+@pytest.mark.long
 def test_a_part_of_the_run_of_an_mlstm(open_page, rng, x):
     net = make_memory_net(rng)
     t = memory_trace(rng, net, x)
@@ -1535,6 +1550,7 @@ def test_a_graph_of_every_kind_of_layer(open_page, rng):
 # ── what can't be shown, or can't be computed ─────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
     t = net.trace(x).select(steps=slice(4, 9), units=[0, 2])
     screen = open_page(t)
@@ -1636,6 +1652,7 @@ def test_traces_without_rows_or_steps(open_page, net, shape):
     screen.page.locator(".readout").filter(has_text="after 1 batch:").wait_for()
 
 
+@pytest.mark.long
 def test_a_network_without_gates(open_page, rng):
     screen = open_page(Network([Dense(rng.normal(size=(3, 2)))]).trace(rng.normal(size=(1, 6, 3))))
     assert "No cell here" in screen.text("#panel-cell h3")
@@ -1692,6 +1709,7 @@ def test_waves_of_any_size_have_one_spectrum(net, x, most):
     np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [pytest.param(np.float32, marks=pytest.mark.slow), np.float16])
 def test_large_traces_are_rounded_and_labelled(open_page, rng, net, x, monkeypatch, dtype):
     monkeypatch.setattr(contents, "ROUNDED", ((1 << 20, dtype),))
@@ -1708,6 +1726,7 @@ def test_large_traces_are_rounded_and_labelled(open_page, rng, net, x, monkeypat
 # ── appearance and accessibility ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_light_and_dark(open_page, net, x):
     screen = open_page(net.trace(x), scheme="dark")
     ground = "(page) => getComputedStyle(page).backgroundColor"
@@ -1748,6 +1767,7 @@ def test_on_a_phone(open_page, net, x):
         assert screen.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
+@pytest.mark.long
 def test_an_embedded_page_does_not_scroll_the_page_around_it(browser, net, x, tmp_path):
     inside = b"".join(html.page(net.trace(x), None, None, None, None)).decode()
     around = tmp_path / "around.html"
@@ -1826,6 +1846,7 @@ CUT_OFF = """() => {
 }"""
 
 
+@pytest.mark.long
 def test_selections_and_numbers_are_not_cut_off(open_page, rng):
     lower = make_cell(rng, 12, 48)
     lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # small weights have long numbers: -0.001234

@@ -489,6 +489,7 @@ def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
             near(found["values"][name], t[name].y)
 
 
+@pytest.mark.long
 def test_masking_compares_in_the_dtype_of_the_network(page):
     net = Network([Scale(np.ones(1, "float32"), np.zeros(1, "float32")), Masking(0.1)], inputs=["x"])
     x = np.array([[[np.float32(0.1)], [2.0]]], np.float64)
@@ -730,6 +731,7 @@ def patched_memories(seeds):
         yield net, (mask, reset), {**case, "network": net}
 
 
+@pytest.mark.long
 def test_patches_of_memories_are_those_of_a_run(page):
     made = list(patched_memories(range(300, 360)))
     answers = evaluated(page, RUN, [case for *_, case in made])
@@ -745,6 +747,7 @@ def test_patches_of_memories_are_those_of_a_run(page):
         near(found["values"]["memory"], t.y)
 
 
+@pytest.mark.long
 def test_gradients_through_patches_of_memories_are_their_differences(page):
     agree(
         page,
@@ -803,6 +806,7 @@ BY_FIELDS = """(network, { inputs, options, seeds, places }) => {
 }"""
 
 
+@pytest.mark.long
 def test_gradients_of_gates_and_states_equal_differences(page):
     made = []
     for rng, net, spec, case in members(range(6100, 6140)):
@@ -1038,6 +1042,7 @@ def test_a_worker_made_of_the_same_text_computes_the_same(page, text):
     assert any(found)
 
 
+@pytest.mark.long
 def test_steps_of_64_units_take_a_few_times_their_multiplications(page):
     """Compared with a plain loop, which other processes delay as much."""
     rng = np.random.default_rng(0)
@@ -1160,6 +1165,7 @@ def test_a_trainer_refuses_by_name(page, options, message):
     assert page.evaluate(work, options) == message
 
 
+@pytest.mark.long
 def test_edited_networks_are_run_as_the_kernel_runs_them(page):
     made = []
     for seed in range(150):

@@ -80,6 +80,7 @@ print(np.array_equal(y, alone), before, threads())
     assert created[-1] == 0
 
 
+@pytest.mark.long
 def test_the_kernel_creates_threads_if_pytorch_is_limited_to_one(output_of):
     same, before, after = output_of("""
 torch.set_num_threads(1)

@@ -248,6 +248,7 @@ def test_a_cell_runs_on_the_kernel_within_packed_weights(monkeypatch):
     assert "_packed" not in vars(module)
 
 
+@pytest.mark.long
 def test_a_module_that_is_passed_itself_is_refused_with_the_reason_whatever_its_name():
     class Step(Cell):
         def forward(self, x, state):

@@ -279,6 +279,7 @@ def in_a_row(names):
     return specs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("names", "save", "sequences", "there"),
     [pytest.param(*case, marks=pytest.mark.slow if n % 2 else ()) for n, case in enumerate(OPCHECKS)],

@@ -130,6 +130,7 @@ def test_second_derivatives():
     assert torch.equal(*found)
 
 
+@pytest.mark.long
 def test_opcheck_is_clean():
     cell = layers.LSTMCell(3, input_size=2, layer_norm=True)
     arrays = [array.detach().requires_grad_() for array in cell.arrays()]

@@ -93,6 +93,7 @@ def test_a_body_of_no_length(short, other, value):
         assert found.recv(1000).split()[1] == b"400"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", ["models/lstm/stream", "multiplex"])
 def test_a_text_of_a_hundred_megabytes(short, other, path):
     before = memory()
@@ -401,6 +402,7 @@ def client_that_ends(port, n):
                 found.sendall(b"\x82\x8c" + bytes(4 + 3))  # a part of a frame
 
 
+@pytest.mark.long
 def test_clients_that_leave_before_the_handshake_is_answered(model_file):
     with running(model_file, limits=Limits(sessions=400, idle=0.05)) as served:
         for n in range(300):

@@ -111,6 +111,7 @@ def test_frames_from_sliders_are_answered_as_by_a_stream(screen, server):
     end(page, server, "states")
 
 
+@pytest.mark.long
 def test_a_generated_signal_runs_until_it_is_stopped(screen, server):
     page = screen(scheme="dark", width=390)
     page.get_by_role("button", name="Signal").click()
@@ -152,6 +153,7 @@ def test_the_rows_of_a_file(text, expected, screen, server):
     end(page, server, "states")
 
 
+@pytest.mark.long
 def test_audio_is_cut_into_frames_of_the_width(screen, server):
     page = screen(width=390)
     page.locator("[data-model=voice]").click()
@@ -195,6 +197,7 @@ def test_a_session_that_the_server_closes(screen, server):
     page.get_by_role("button", name="Start").wait_for()
 
 
+@pytest.mark.long
 def test_a_server_that_stops(screen, tmp_path):
     with serving(tmp_path) as server:
         page = screen(server.http, expected=["ERR_CONNECTION_REFUSED"])

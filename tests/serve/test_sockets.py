@@ -294,6 +294,7 @@ def test_a_server_that_stops_answers_what_it_received(model_file):
         assert closed.value.rcvd.code == 1012
 
 
+@pytest.mark.long
 def test_the_rate_of_a_connection_is_limited(model_file):
     with running(model_file, limits=Limits(sessions=4, rate=200)) as served, multiplexed(served, 1) as socket:
         begun = time.monotonic()

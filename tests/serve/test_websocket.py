@@ -81,6 +81,7 @@ def by_cellstack(pieces):
     return found, code
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_frames_are_understood_as_by_websockets(seed):
     """Random frames, in pieces: the same messages, answers, and codes of errors."""

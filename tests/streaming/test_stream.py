@@ -181,6 +181,7 @@ def test_threads_each_with_a_stream():
 # ── state ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_one_thread_at_a_time():
     """Two threads in one stream would mix their steps: the second call is refused, and the first isn't affected."""
     net = make_lstm(8, (64, 64))

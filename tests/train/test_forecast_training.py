@@ -59,6 +59,7 @@ def test_it_beats_every_rule_where_there_is_more_to_learn(found):
     assert 0.6 < errors["model"]["coverage"] < 0.95  # 0.8 is intended
 
 
+@pytest.mark.long
 def test_scores_are_those_of_the_written_forecasts(found):
     test = found.test
     off = np.abs(test.forecasts.median - test.actual)
@@ -223,6 +224,7 @@ def test_a_weight_has_to_improve_by_more_than_a_standard_error():
     assert training._smallest(np.array([[1.0, 1.0], [0.5, 1.2]]), 1.0) == 0  # two that don't agree
 
 
+@pytest.mark.long
 def test_networks_without_weight_are_not_trained_further(monkeypatch):
     monkeypatch.setattr(training, "calibrated", lambda *_: Calibration(np.zeros(1), np.zeros((1, 3))))
     done = trained(growing())
@@ -418,6 +420,7 @@ def test_dry_run_trains_nothing(command, capsys):
     assert json.loads(capsys.readouterr().out)["understood"]["recipe"]["seasons"] == [12]
 
 
+@pytest.mark.long
 def test_forecasts_of_the_test_part_are_written(command):
     rows = list(csv.DictReader(io.StringIO((command / "test.csv").read_text())))
     assert list(rows[0]) == ["origin", "date", "y_actual", "y", "y_0.1", "y_0.9"]
@@ -459,6 +462,7 @@ def test_the_dates_of_a_column_have_one_format(hourly, capsys):
     assert pd.to_datetime([row["time"] for row in after]).notna().all()
 
 
+@pytest.mark.long
 def test_the_dates_of_a_report_have_one_form(hourly, capsys):
     assert main(["train", str(hourly / "y.csv"), "--id", "shop", "--horizon", "5", "--dry-run"]) == 0
     out = capsys.readouterr().out

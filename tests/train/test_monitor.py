@@ -585,6 +585,7 @@ def test_tensorboard_reads_back_what_was_written(tmp_path):
     assert second.value == pytest.approx(wanted["top/gradients/kernel"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_lightning_trains_for_two_epochs(tmp_path):
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger

@@ -80,6 +80,7 @@ def writer():
 # ── classes and numbers ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_predictions_are_a_sequence_of_labels_with_probabilities(ragged, classifier):
     x, y = ragged
     found = classifier.network.predict(x)
@@ -319,6 +320,7 @@ def test_the_text_and_the_html_form_are_short_and_escaped():
 # ── forecasts ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_forecasts_as_a_frame_with_dates_ids_and_quantiles(shops, forecaster, tmp_path):
     frame = forecaster.predict(shops).to_frame()
     assert list(frame) == ["shop", "time", "sales", "sales_0.1", "sales_0.9"]
@@ -426,6 +428,7 @@ def test_an_unknown_option_is_refused_with_the_closest_one(shops):
 # ── text ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_a_prompt_is_continued(writer, tmp_path):
     how = {"length": 26, "temperature": 0}
     assert writer.predict("a ro", **how) == "se is a rose is a rose is "

@@ -26,6 +26,7 @@ def data():
     return x, ["up" if one[-1, 0] > 0 else "down" for one in x]
 
 
+@pytest.mark.long
 def test_the_best_of_the_settings_is_trained(data):
     result = train.fit(*data, test=0.2, search=4, validation=0.4, **QUICK)
     losses = [trial.loss for trial in result.trials if trial.completed]
@@ -87,6 +88,7 @@ def test_settings_that_do_not_go_together_are_not_tried(data, how, searched):
     assert {*train.fit(*data, search=3, **how, **QUICK | {"epochs": 1}).trials[0].settings} == searched
 
 
+@pytest.mark.long
 def test_a_search_is_resumed(data, tmp_path):
     how = {**QUICK, "checkpoint": tmp_path / "trials.log", "cell": "gru", "units": 4}
     first = train.fit(*data, search=2, **how)

@@ -244,6 +244,7 @@ def test_numbers_one_or_several(rng):
     assert "rmse" in one.history_[0]
 
 
+@pytest.mark.long
 def test_the_seed_is_that_of_train_fit_and_repeats(ragged):
     X, y = ragged
     fit = lambda **seed: SequenceClassifier(**(BRIEF | seed)).fit(X, y).predict_proba(X)  # noqa: E731

@@ -415,6 +415,7 @@ def test_rows_that_are_not_even(tmp_path):
         read_table(weekly, id="id", freq="often")
 
 
+@pytest.mark.long
 def test_tables_are_read_without_torch_and_pandas_comes_with_the_first(tmp_path):
     file = write(tmp_path, "t,y\n" + rows([1, 2]))
     code = (

@@ -221,6 +221,7 @@ def test_a_year_and_its_quarter_or_month(tmp_path):
 # ── time zones ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_offsets(tmp_path):
     for end, zone in (("Z", "UTC"), ("+01:00", "UTC+01:00"), (" -0530", "UTC-05:30"), (" UTC", "UTC")):
         table = read_table(series(tmp_path, [f"{time:%Y-%m-%d %H:%M:%S}{end}" for time in HOURS]))

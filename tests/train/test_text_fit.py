@@ -102,6 +102,7 @@ def test_invalid_arguments_of_fit_text(options, message):
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_train_and_measure():
     result = fit_text(ALICE, epochs=6, lr=1e-2, **SMALL)
     history = result.history
@@ -160,6 +161,7 @@ class Stopping(Chunks):
             yield batch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 33, pytest.param(50, marks=pytest.mark.slow)])
 def test_resume_after_ctrl_c_equals_an_uninterrupted_run(tmp_path, at):
     how = {"threads": 1, "optimizer": adam(SETTINGS.lr)}
@@ -185,6 +187,7 @@ def test_resume_after_ctrl_c_equals_an_uninterrupted_run(tmp_path, at):
         learn(made(), chunks(text=ALICE[::-1]), replace(SETTINGS, checkpoint=path, resume=True))
 
 
+@pytest.mark.long
 def test_inspecting_and_progress_change_nothing(tmp_path):
     text, said = Text.of(ALICE), []
     built = Architecture((6,), embedding=4)

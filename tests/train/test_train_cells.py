@@ -68,6 +68,7 @@ def test_an_mlstm_is_described_with_its_nodes_named(toy):
     assert "MLSTM of 4 heads" in result.described
 
 
+@pytest.mark.long
 def test_a_resumed_mlstm_equals_an_uninterrupted_one(toy, tmp_path):
     how = {"cell": "mlstm", "units": 8, "threads": 1, "checkpoint": tmp_path / "run.ckpt"}
     train.fit(*toy, epochs=3, callbacks=[lambda epoch: epoch.entry["epoch"] == 1], **how)

@@ -54,6 +54,7 @@ class Items(torch.utils.data.Dataset):
 # ── forms of the same data ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_every_form_of_the_same_data_gives_the_same_network(toy):
     x, y = toy
     frame = long_form(x, y)

@@ -100,6 +100,7 @@ def test_the_fit_leaves_the_global_generator_alone(sequences):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.long
 def test_it_learns_and_keeps_the_best(sequences):
     model, *rest = prepare(sequences)
     result = fit(model, *rest, FitOptions(epochs=25, batch=4, lr=2e-2, patience=0))
@@ -181,6 +182,7 @@ def test_a_checkpoint_of_batches_of_one_length_each_is_refused_for_sequences_of_
 SLOW_CELLS = [pytest.param(cell, marks=pytest.mark.slow) for cell in ("rnn", "minlstm", "ligru", "slstm")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cell", ["gru", "mingru", *SLOW_CELLS])
 def test_other_cells_learn_too(sequences, cell):
     model, *rest = prepare(sequences, cell=cell)
@@ -609,6 +611,7 @@ def test_an_existing_checkpoint_is_not_overwritten_by_default(sequences, tmp_pat
     assert len(checkpoints.load(path)["history"]) == 2
 
 
+@pytest.mark.long
 def test_more_epochs_after_a_resume(sequences, tmp_path):
     """The learning rate is that of a run of as many epochs; with fewer than were done there is nothing to do."""
     path = tmp_path / "run.ckpt"
@@ -830,6 +833,7 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch, two_threads, one, tw
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.long
 def test_measuring_changes_no_bit_and_restores_torch_s_threads(sequences, monkeypatch, two_threads):
     from cellstack.train import threads
 

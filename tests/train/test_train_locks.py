@@ -107,6 +107,7 @@ def test_a_checkpoint_has_one_training(tmp_path, rng, how):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
 
 
+@pytest.mark.long
 def test_a_forecast_locks_the_checkpoint_of_all_its_members(tmp_path, monkeypatch):
     from cellstack.train.forecasting import training
 

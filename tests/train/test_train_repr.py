@@ -58,6 +58,7 @@ def test_no_metric_is_measured_on_the_training_part(data):
     assert "accuracy" not in repr(result).replace("no data was held out to measure its accuracy on", "")
 
 
+@pytest.mark.long
 def test_a_forecast_is_described_with_its_best_baseline():
     rows = 5 + np.sin(np.arange(120) * np.pi / 6) + np.random.default_rng(0).normal(size=120) / 9
     frame = pd.DataFrame({"y": rows, "z": rows[::-1]})

@@ -292,6 +292,7 @@ def call(*sources):
     return [[[source, 0, 0, {}] for source in sources]]
 
 
+@pytest.mark.long
 def test_cycles_and_too_many_nodes(tmp_path):
     """Layers that take each other's outputs; nested models that are each used twice."""
     layers = [

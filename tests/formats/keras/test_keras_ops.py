@@ -243,6 +243,7 @@ def test_a_siamese_model(tmp_path):
     compare(model, tmp_path, x)
 
 
+@pytest.mark.long
 def test_int8_weights(tmp_path):
     """Dense and Embedding after `quantize`: weights are dequantised; the metadata says that inputs aren't rounded."""
     rng = np.random.default_rng(0)

@@ -168,6 +168,7 @@ def ladder(count, weights):
     return model(nodes, {"X": (TensorProto.FLOAT, ["B", 3])}, {"Y": 2}, arrays)
 
 
+@pytest.mark.long
 def test_long_ladders_take_little_time(tmp_path):
     path = write(tmp_path / "net.onnx", ladder(500, 2))
     start = time.process_time()

@@ -320,6 +320,7 @@ def test_too_many_weights_from_one_storage(tmp_path):
         pytorch.extract(str(path))
 
 
+@pytest.mark.long
 def test_storages_that_share_their_bytes(tmp_path):
     """A hundred overlapping members of a zip, each a megabyte, for a tensor of one number."""
     numbers = torch.ones(1 << 18)

@@ -87,6 +87,7 @@ def corpus():
     return [{name: archive.read(name) for name in archive.namelist()} for archive in archives]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*torch.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*TypedStorage.*:UserWarning")

@@ -424,6 +424,7 @@ def test_it_is_compared_with_a_network_that_is_trained(tmp_path, kind):
     assert errors[f"{kind}, pretrained"]["mae"] == pytest.approx(off.mean())
 
 
+@pytest.mark.long
 def test_comparisons_that_cant_be_made_are_refused_before_the_training(second):
     with pytest.raises(UsageError, match="has no effect without a test part"):
         train.fit_forecast(table(), "a", test=0, pretrained=second.network, **QUICK)
