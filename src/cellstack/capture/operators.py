@@ -55,12 +55,12 @@ def _less_from(x: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     return torch.sub(other if isinstance(other, Tensor) else torch.full((), other), x, alpha=alpha)
 
 
-def _pooled(pool: Any, reduce: str, x: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+def _pooled(pool: Any, reduce: str, axes: int, x: Tensor, output_size: Any, return_indices: bool = False) -> Any:
     """Pool to one entry along some axes, and leave the others."""
-    kept = output_size if isinstance(output_size, tuple) else ()
-    if set(kept) != {None, 1} or return_indices:
+    kept = (output_size,) * axes if isinstance(output_size, int) else tuple(output_size)
+    if set(kept) not in ({1}, {None, 1}) or return_indices:
         return pool(x, output_size, **({"return_indices": True} if return_indices else {}))
-    return getattr(x, reduce)([n - len(kept) for n, size in enumerate(kept) if size == 1], keepdim=True)
+    return getattr(x, reduce)([n - axes for n, size in enumerate(kept) if size == 1], keepdim=True)
 
 
 # Functions that PyTorch's exporter to ONNX lacks, or of which torch.export fixes the size, by others.
@@ -72,7 +72,7 @@ EQUAL = {
     "__rsub__": _less_from,
     "masked_select": lambda x, mask: _selected(*torch.broadcast_tensors(x, mask)),
     **{
-        (name := f"adaptive_{mode}_pool{n}d"): partial(_pooled, getattr(torch.nn.functional, name), reduce)
+        (name := f"adaptive_{mode}_pool{n}d"): partial(_pooled, getattr(torch.nn.functional, name), reduce, n)
         for mode, reduce in (("avg", "mean"), ("max", "amax"))
         for n in (2, 3)
     },

@@ -17,9 +17,8 @@ steps, and `stack` or `cat` of them these sequences. For 3 steps of `h = tanh(w(
     a2 = x[:, 2]; b2 = w(a2); c2 = b2 + h1; h2 = tanh(c2)
     y = stack([h0, h1, h2], 1)                              y = all.movedim(0, 1)
 
-The code fixes the length in other places too, as in `zeros(x.shape[1])` after the loop. So the module is recorded with
-one more entry along each axis whose length became fixed, and a number that is then another one is taken for a sum of
-multiples of these lengths. `compile` compares the result with the module at other lengths.
+The code fixes the length in other places too, which `open_lengths` opens. `compile` compares the result with the module
+at other lengths.
 """
 
 from __future__ import annotations
@@ -37,17 +36,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cellstack.capture.axes import Axes, resized
 from cellstack.capture.corrections import as_entry
+from cellstack.capture.open_lengths import SCAN, SIZE, open_lengths
 from cellstack.cells.errors import FormatError
 
 ATEN = torch.ops.aten
 SELECT, SLICE, STACK, CAT = ATEN.select.int, ATEN.slice.Tensor, ATEN.stack.default, ATEN.cat.default
 JOINS = {ATEN.concat.default: None, ATEN.concatenate.default: None, ATEN.hstack.default: 1, ATEN.vstack.default: 0}
 SCATTER = ATEN.select_scatter.default
-SIZE = ATEN.sym_size.int
-SCAN = torch.ops.higher_order.scan
 LEAST, SHORT = 3, 5  # steps of a loop; the length of the example along axes whose length became fixed
 WHOLE = (0, 2**63 - 1), (0, None), (None, None)  # the bounds of slices
-DIFFERENT = "its code runs other operators at another length"
 
 
 def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Axes]) -> tuple[Any, Sequence[Any]]:
@@ -86,7 +83,7 @@ def rolled(record: Callable[[Any], Any], given: Sequence[Any], axes: Sequence[Ax
         others = [_plain(one, decomposed) for one in programs[1:]]
         for other in others:
             _roll(other)
-        _open([made, *others], places, lengths)
+        open_lengths([made, *others], places, lengths)
         return made
 
     try:
@@ -515,86 +512,3 @@ def _piece(graph: Graph, first: Any, count: int, step: int, axis: int, stacked: 
     made = _sequence(lambda *args: _add(graph, *args), Taken(x, at, n, step, 0), count)
     made = _add(graph, ATEN.permute.default, made, _moved(made.meta["val"].ndim, 0, axis)) if axis else made
     return made if stacked else _add(graph, ATEN.flatten.using_ints, made, axis, axis + 1)
-
-
-# ── Lengths ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-Number = Callable[[tuple[int, ...]], Node]
-
-
-def _open(graphs: Sequence[GraphModule], places: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> None:
-    """Compute the numbers of a graph that aren't the same in others from the sizes of its inputs.
-
-    Args:
-        graphs: the graph, and the same recorded with one more unit along each of `places`.
-        places: the inputs, an axis of each, and the entries that are a unit of its length.
-        lengths: the lengths of these in the graph, in units.
-    """
-    graph, known = graphs[0].graph, dict[tuple[int, ...], Node]()
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    after = inputs[-1].next
-
-    def add(target: Any, *args: Any) -> Node:
-        with graph.inserting_before(after):
-            return graph.call_function(target, args)
-
-    def number(values: tuple[int, ...]) -> Node:
-        """Return a number that is `values[0]` in the graph, and in the others `values[1:]`."""
-        if values not in known:
-            made: Any = None
-            rest = values[0]
-            for value, (n, axis, unit), length in zip(values[1:], places, lengths, strict=True):
-                if share := value - values[0]:
-                    size = add(SIZE, inputs[n], axis)
-                    size = add(operator.floordiv, size, unit) if unit > 1 else size
-                    part = add(operator.mul, size, share) if share != 1 else size
-                    made, rest = part if made is None else add(operator.add, made, part), rest - share * length
-            known[values] = add(operator.add, made, rest) if rest else made
-        return known[values]
-
-    _compare(graphs, number)
-
-
-def _compare(graphs: Sequence[GraphModule], number: Number) -> None:
-    """Replace the numbers of a graph that aren't the same in others by what `number` returns of all."""
-    every = [list(one.graph.nodes) for one in graphs]
-    index = [{node: n for n, node in enumerate(nodes)} for nodes in every]
-    if len({len(nodes) for nodes in every}) > 1:
-        raise FormatError(DIFFERENT)
-    for row in zip(*every, strict=True):
-        leaves, (structure, *structures) = zip(*(tree_flatten((node.args, node.kwargs)) for node in row), strict=True)
-        kinds = {(node.op, node.meta.get("constant", node.target)) for node in row if node.op != "placeholder"}
-        if len(kinds) > 1 or any(one != structure for one in structures):
-            raise FormatError(DIFFERENT)
-        args, kwargs = tree_unflatten([_same(values, index, number) for values in zip(*leaves, strict=True)], structure)
-        if row[0].target is SCAN:
-            args = *args[:3], (*args[3], *_within(row, graphs, number))
-        row[0].args, row[0].kwargs = args, kwargs
-
-
-def _same(values: tuple[Any, ...], index: Sequence[dict[Node, int]], number: Number) -> Any:
-    """Return an argument that is the same in all graphs, or a number in its place."""
-    if all(type(one) is int for one in values):
-        return values[0] if len(set(values)) == 1 else number(values)
-    pairs = zip(values, index, strict=True)
-    if len({known.get(one, one) if isinstance(one, Node) else one for one, known in pairs}) > 1:
-        raise FormatError(DIFFERENT)
-    return values[0]
-
-
-def _within(row: Sequence[Any], graphs: Sequence[GraphModule], number: Number) -> list[Node]:
-    """Replace the numbers of a loop's step by inputs; return these."""
-    steps: list[Any] = [getattr(made, str(node.args[0].target)) for node, made in zip(row, graphs, strict=True)]
-    inputs, made = dict[Node, Node](), steps[0].graph
-    last = [node for node in made.nodes if node.op == "placeholder"][-1]
-
-    def given(values: tuple[int, ...]) -> Node:
-        outer = number(values)
-        if outer not in inputs:
-            with made.inserting_before(last.next):
-                inputs[outer] = made.placeholder(f"n_{len(inputs)}")
-        return inputs[outer]
-
-    _compare(steps, given)
-    steps[0].recompile()
-    return list(inputs)
