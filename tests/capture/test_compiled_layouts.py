@@ -90,7 +90,9 @@ def test_layouts(name):
     assert line in repr(net)
     assert line in str(net.plan())
     if takes != "T6":  # only its batch is missing
-        (text,) = said
+        text, *fixed = said
+        assert len(fixed) == ("height" in name)
+        assert all("takes only the example's size along axis" in one for one in fixed)
         assert f"has other axes than the network: input '{net.inputs[0]}' {shown(takes)} is [B, T" in text
     with torch.no_grad():
         y = module(example)

@@ -129,6 +129,29 @@ def test_chunks_of_steps_are_warned_of():
     assert "test_compiled_sizes.py" in cs.verify(net, module, streams=False).verdict()
 
 
+class Weighted(nn.Module):
+    """Takes a sequence as `[B, T·F]`, or weights `[B, T]` of its steps: axes that a Network takes for features."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x, weights=None):
+        y = self.rnn(x if x.ndim == 3 else x.view(x.shape[0], -1, 3))[0][:, -1]
+        return y if weights is None else y * weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("example", "place"),
+    [((torch.randn(2, 27),), "axis 1 of input 0"), ((torch.randn(2, 9, 3), torch.rand(2, 9)), "axis 1 of input 1")],
+    ids=["merged", "weights"],
+)
+def test_a_size_that_only_the_network_fixes_is_warned_of(example, place):
+    with pytest.warns(UserWarning, match=f"only the example's size along {place}, where the module takes others"):
+        net = cs.compile(Weighted().eval(), example)
+    assert isinstance(net, cs.Network)
+
+
 @pytest.mark.long
 def test_a_size_as_a_key_is_refused():
     module, _ = twice_where(lambda x: x.shape[1] in {600, 601})

@@ -56,7 +56,8 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
     `if x.sum() > 0`, compares sizes of its input, as in `if x.shape[1] > 4`, or turns them into plain numbers, as in
     `int(x.shape[1])`, and the outputs agree nonetheless, a warning lists the lines; where sizes matter, `verify` with
     random inputs doesn't pass. Uses of step numbers, as in `if t == 300`, are only found if the outputs differ for one
-    of the sizes above.
+    of the sizes above. A warning also names axes along which the network only takes the example's size, but the module
+    takes others.
 
     Raises:
         TypeError: `module` isn't a module, the example holds no tensor, or the tolerance isn't a number.

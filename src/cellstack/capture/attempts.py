@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from cellstack.capture.axes import axes_in_groups
 from cellstack.capture.equality import FLAGS, MUCH_LONGER, Ends, difference
 from cellstack.capture.exported import remedy, shortened
 from cellstack.capture.nested import fresh
+from cellstack.capture.operators import with_checks
 from cellstack.capture.packing import (
     is_count,
     packs,
@@ -138,11 +140,23 @@ def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[s
     if not exported:
         return notes
     onnx = network.metadata.setdefault("onnx", {})
-    places = compared_sizes(Ends(network, len(inputs)), module, inputs)
+    ends = Ends(network, len(inputs))
+    if fixed := _fixed_sizes(ends, module, inputs):
+        notes.append(f"takes only the example's size along {some(fixed)}, where the module takes others")
+    places = compared_sizes(ends, module, inputs)
     places.compared.extend(onnx.get("branches", ()))
     if found := [*places.compared, *places.converted, *([places.failed] if places.failed else [])]:
         onnx["sizes"] = found
     return [*notes, *caveats(module, inputs, looks, places)]
+
+
+def _fixed_sizes(ends: Ends, module: Any, inputs: tuple[Any, ...]) -> list[str]:
+    """Return the axes along which a module takes other sizes than the example's, but its network doesn't."""
+    if ends.steps:
+        return []
+    letters = {n: ends.layouts[n].axes or "BTF"[: inputs[n].ndim] for n in ends.data}
+    places = sorted({place[:2] for group in axes_in_groups(with_checks(module), inputs, []) for place in group})
+    return [f"axis {axis} of input {n}" for n, axis in places if letters.get(n, "BT" * 9)[axis] not in "BT"]
 
 
 def caveats(module: Any, inputs: tuple[Any, ...], looks: list[str], places: Places) -> list[str]:

@@ -105,9 +105,9 @@ class Padded(NamedTuple):
 
 
 def with_checks(module: Any) -> Any:
-    """Return a copy of a module in which PyTorch's recurrent functions check the sizes of packed rows.
+    """Return a copy of a module in which PyTorch's recurrent functions check their sizes.
 
-    They don't do so themselves, and read beyond the end of the weights or the states.
+    They don't do so themselves for packed rows, and read beyond the end of the weights or the states.
     """
     made = duplicate(module)
     made.forward = partial(_checked_forward, made.forward)
@@ -123,9 +123,10 @@ class _Checks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of PyTorch."""
         name = getattr(func, "__name__", "")
-        if name in MODES and isinstance(args[3], (tuple, list)):
-            data, sizes, hx, weights = args[:4]
-            check_sizes(name, data.shape[-1], int(sizes[0]), hx, weights)
+        if name in MODES:
+            packed = isinstance(args[3], (tuple, list))
+            x, hx, weights = (args[0], *args[2:4]) if packed else args[:3]
+            check_sizes(name, x.shape[-1], int(args[1][0]) if packed else x.shape[0 if args[-1] else 1], hx, weights)
         return func(*args, **(kwargs or {}))
 
 
