@@ -156,7 +156,7 @@ def _fixed_sizes(ends: Ends, module: Any, inputs: tuple[Any, ...]) -> list[str]:
         return []
     letters = {n: ends.layouts[n].axes or "BTF"[: inputs[n].ndim] for n in ends.data}
     places = sorted({place[:2] for group in axes_in_groups(with_checks(module), inputs, []) for place in group})
-    return [f"axis {axis} of input {n}" for n, axis in places if letters.get(n, "BT" * 9)[axis] not in "BT"]
+    return [f"axis {axis} of input {n}" for n, axis in places if n in letters and letters[n][axis] not in "BT"]
 
 
 def caveats(module: Any, inputs: tuple[Any, ...], looks: list[str], places: Places) -> list[str]:
