@@ -24,14 +24,14 @@ help:  ## this list
 demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
-test: $(VENV)/tested  ## the tests, without those that take seconds
+test: $(VENV)/tested  ## the tests, without those of a second or more
 	$(FAST_TESTS)
-
-test-long: $(VENV)/tested  ## those that take seconds
-	$(TESTS) -m "long and not (slow or $(OWN_TARGET))"
 
 check: $(VENV)/checked  ## those of them that a change affects; the first run records it, and takes longer than make test
 	$(FAST_TESTS) --testmon --testmon-forceselect
+
+test-long: $(VENV)/tested  ## the tests of a second or more, without the slow ones
+	$(TESTS) -m "long and not (slow or $(OWN_TARGET))"
 
 test-all: $(VENV)/tested  ## all tests, except those that download or have their own target
 	$(CACHED) $(BIN)/python -m pytest -m "not ($(OWN_TARGET))"

@@ -22,7 +22,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a background job
 
 
 # Files with few but long tests: first, so that no worker is left alone with them at the end.
-LONG = (
+FIRST = (
     "tests/train/",
     "tests/architecture/",
     "tests/cli/",
@@ -38,7 +38,7 @@ def pytest_xdist_auto_num_workers():
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not any(part in item.path.as_posix() for part in LONG))
+    items.sort(key=lambda item: not any(part in item.path.as_posix() for part in FIRST))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -154,9 +154,9 @@ def _fixed_sizes(ends: Ends, module: Any, inputs: tuple[Any, ...]) -> list[str]:
     """Return the axes along which a module takes other sizes than the example's, but its network doesn't."""
     if ends.steps:
         return []
-    letters = {n: ends.layouts[n].axes or "BTF"[: inputs[n].ndim] for n in ends.data}
-    places = sorted({place[:2] for group in axes_in_groups(with_checks(module), inputs, []) for place in group})
-    return [f"axis {axis} of input {n}" for n, axis in places if n in letters and letters[n][axis] not in "BT"]
+    open_axes = {(n, ends.axis(n, role, inputs[n])) for n in ends.data for role in "BT"}
+    places = {place[:2] for group in axes_in_groups(with_checks(module), inputs, []) for place in group}
+    return [f"axis {axis} of input {n}" for n, axis in sorted(places - open_axes) if n in ends.data]
 
 
 def caveats(module: Any, inputs: tuple[Any, ...], looks: list[str], places: Places) -> list[str]:

@@ -59,15 +59,14 @@ def difference(
     ends = ends or Ends(network, len(example))
 
     first = list(example)
-    answers = functools.partial(ends.answers, module)
-    tries = [(Size("", first), None), *((Size("", first), factor) for factor in scales)]
-    for (what, given, one, long), factor in (*tries, *((size, 1.0) for size in ends.longer(first))):
-        options = [first] if factor is None else _values(given, first, factor, generator)
-        try:
-            given, expected = _accepted(answers, options)
-        except Exception:
-            if factor is None:
-                raise
+    answers = torch.no_grad()(functools.partial(ends.answers, module))
+    tries = [(Size("", first), factor) for factor in scales] + [(size, 1.0) for size in ends.longer(first)]
+    for (what, given, one, long), factor in ((Size("", first), None), *tries):
+        if factor is None:
+            expected = answers(first)
+        elif accepted := _accepted(answers, _values(given, first, factor, generator)):
+            given, expected = accepted
+        else:
             continue  # the module doesn't accept these values or this shape
         try:
             ours, states = ends.run(network, given)
@@ -80,11 +79,12 @@ def difference(
                 raise
             continue
         why = ends.unlike(ours, states, expected, tolerance, one)
-        if why is not None and given is not first and (long or not what):
-            answers = functools.partial(ends.answers, given=given)
-            if _unsteady(module, answers, expected, tolerance):
-                continue
-        if why is not None:
+        if why is None:
+            continue
+        may_be_rounding = given is not first and (long or not what)
+        if not may_be_rounding or not _unsteady(
+            module, functools.partial(ends.answers, given=given), expected, tolerance
+        ):
             return f"{what}{why}"
     return None
 
@@ -109,32 +109,28 @@ def _values(given: list[Any], example: list[Any], factor: float, generator: torc
     """
     random = [one * factor if one.is_floating_point() else one for one in drawn(given, generator)]
     yield random
-    pairs = list(zip(random, example, strict=True))
+    pairs = zip(random, example, strict=True)
     yield [one.abs() if one.is_floating_point() and bool((known >= 0).all()) else one for one, known in pairs]
-    for shift in (1, 0) if any(not (one.is_floating_point() or one.is_complex()) for one in given) else ():
-        integers = [one.roll(shift, 0) if one.ndim else one for one in given]
-        yield [a if a.is_floating_point() or a.is_complex() else b for a, b in zip(random, integers, strict=True)]
+    integers = [not (one.is_floating_point() or one.is_complex()) for one in given]
+    for shift in (1, 0) if any(integers) else ():
+        turned = [one.roll(shift, 0) if one.ndim else one for one in given]
+        yield [a if whole else b for whole, a, b in zip(integers, turned, random, strict=True)]
 
 
-def _accepted(answers: Any, options: Iterable[list[Any]]) -> tuple[list[Any], list[Any]]:
+def _accepted(answers: Any, options: Iterable[list[Any]]) -> tuple[list[Any], list[Any]] | None:
     """Return the first inputs for which a module returns finite values, or the last that it accepts, and its outputs.
 
-    Raises:
-        Exception: it accepts none of the inputs.
+    None: it accepts none of the inputs.
     """
-    accepted, errors = [], []
+    accepted = None
     for given in options:
         try:
-            with torch.no_grad():
-                accepted.append((given, answers(given)))
-        except Exception as error:
-            errors.append(error)
+            accepted = given, answers(given)
+        except Exception:  # a module may refuse values or sizes with any error
             continue
-        if all(value.isfinite().all() for value in accepted[-1][1] if value.is_floating_point()):
+        if all(value.isfinite().all() for value in accepted[1] if value.is_floating_point()):
             break
-    if not accepted:
-        raise errors[-1]
-    return accepted[-1]
+    return accepted
 
 
 def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> bool:
@@ -188,7 +184,7 @@ class Ends:
 
     def longer(self, given: list[Any]) -> Iterator[Size]:
         """Yield inputs of other sizes."""
-        places = [{n: self._axis(n, role, given[n]) for n in self.data} for role in "BT"]
+        places = [{n: self.axis(n, role, given[n]) for n in self.data} for role in "BT"]
         lengths = [[given[n].shape[at] for n, at in place.items() if at is not None] for place in places]
         rows, steps = (min(found, default=1) for found in lengths)
         tries = (
@@ -208,7 +204,7 @@ class Ends:
             sized = [wider(value, along[n], more) if n in along else value for n, value in enumerate(given)]
             yield Size(what, sized, what in (ONE_ROW, ONE_STEP), what == MUCH_LONGER)
 
-    def _axis(self, n: int, role: str, value: Any) -> int | None:
+    def axis(self, n: int, role: str, value: Any) -> int | None:
         """Return which axis of an input is the batch or time; None if none is."""
         axes = self.layouts[n].axes or "BTF"[: value.ndim]
         return axes.index(role) if role in axes else None

@@ -329,7 +329,10 @@ def _step(mode: str, x: Tensor, hx: Any, *weights: Any) -> Any:
 
 
 def _equations(mode: str, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Any) -> Any:
-    """Run the same as equations: PyTorch's exporter would write them for its operators, after recording all again."""
+    """Run one step as PyTorch's equations, on its layout of weights.
+
+    PyTorch's exporter has no operator for a step: it would record the whole graph a second time to get the equations.
+    """
     h, *c = hx if isinstance(hx, (tuple, list)) else (hx,)
     b_ih, b_hh = biases or (None, None)
     of_x, of_h = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)
