@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 ATEN = torch.ops.aten
 SLICE, VIEW = ATEN.slice.Tensor, ATEN.view.default
+PLACES = "nn_module_stack", "stack_trace"  # what PyTorch notes of a node's module, and of the line of its source
 WHOLE = (0, sys.maxsize), (None, sys.maxsize)  # starts and ends of slices of all entries
 
 
@@ -40,11 +41,9 @@ def corrected(graph: Graph) -> None:
             node.replace_all_uses_with(node.args[0])
         elif node.target is SLICE and getattr((*node.args, None)[3], "target", "") is operator.neg:
             x, axis, start, minus = node.args
-            with graph.inserting_before(node):
-                size = graph.call_function(ATEN.sym_size.int, (x, axis))
-                end = graph.call_function(operator.sub, (size, minus.args[0]))
-            size.meta["val"] = x.meta["val"].shape[axis]
-            end.meta["val"] = size.meta["val"] - minus.args[0].meta["val"]
+            size = x.meta["val"].shape[axis]
+            given = _before(node, ATEN.sym_size.int, (x, axis), size)
+            end = _before(node, operator.sub, (given, minus.args[0]), size - minus.args[0].meta["val"])
             node.args = x, axis, start, end
         elif node.target is ATEN.clamp.default and node.args[0].meta["val"].is_floating_point():
             node.args = node.args[0], *(float(one) if isinstance(one, int) else one for one in node.args[1:])
@@ -66,10 +65,18 @@ def corrected(graph: Graph) -> None:
             if not isinstance(size, int) or size != 1:
                 node.target, node.args = ATEN.clone.default, (value,)
         elif isinstance(node.target, OpOverload):
-            _with_tensors(graph, node)
+            _with_tensors(node)
 
 
-def _with_tensors(graph: Graph, node: Any) -> None:
+def _before(node: Node, target: Any, args: tuple[Any, ...], value: Any, **kwargs: Any) -> Node:
+    """Insert an operator of the same module and line before a node: the exporter warns of one that is in no module."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, args, kwargs)
+    made.meta = {"val": value, **{key: node.meta[key] for key in PLACES if key in node.meta}}
+    return made
+
+
+def _with_tensors(node: Any) -> None:
     """Let an operator of tensors take a tensor where it takes a size that became fixed."""
     for place, (one, taken) in enumerate(zip(node.args, node.target._schema.arguments, strict=False)):
         if (
@@ -78,10 +85,8 @@ def _with_tensors(graph: Graph, node: Any) -> None:
             and isinstance(size := one.meta["val"], (int, torch.SymInt))
             and str(size).isdigit()
         ):
-            with graph.inserting_before(node):
-                made = graph.call_function(ATEN.scalar_tensor.default, (one,), {"dtype": torch.int64})
-            made.meta["val"] = node.meta["val"].new_empty((), dtype=torch.int64)
-            node.update_arg(place, made)
+            value = node.meta["val"].new_empty((), dtype=torch.int64)
+            node.update_arg(place, _before(node, ATEN.scalar_tensor.default, (one,), value, dtype=torch.int64))
 
 
 def _keeps_shape(view: Any) -> bool:
@@ -112,10 +117,7 @@ def as_entry(graph: Graph, node: Any) -> None:
         target, args = SLICE, (x, axis, n * width, (n + 1) * width)
     else:
         return
-    with graph.inserting_before(node):
-        made = graph.call_function(target, args)
-    made.meta = node.meta
-    node.replace_all_uses_with(made)
+    node.replace_all_uses_with(_before(node, target, args, node.meta["val"]))
     graph.erase_node(node)
     if not whole.users:
         graph.erase_node(whole)
