@@ -72,6 +72,14 @@ def _same_numbers_every_time():
     random.seed(0)  # seeds Keras's initializers
 
 
+@pytest.fixture(autouse=True)
+def _exporter_without_warnings(caplog):
+    """Whatever is compiled or exported, nobody sees warnings of PyTorch's exporter about graphs that we changed."""
+    yield
+    records = caplog.get_records("call")
+    assert not [record.getMessage() for record in records if record.name.startswith("torch.onnx")]
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
