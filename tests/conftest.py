@@ -73,11 +73,12 @@ def _same_numbers_every_time():
 
 
 @pytest.fixture(autouse=True)
-def _exporter_without_warnings(caplog):
+def _exporter_without_warnings(request, caplog):
     """Whatever is compiled or exported, nobody sees warnings of PyTorch's exporter about graphs that we changed."""
     yield
-    records = caplog.get_records("call")
-    assert not [record.getMessage() for record in records if record.name.startswith("torch.onnx")]
+    if request.path.parent.name == "capture":  # other tests also call the exporter itself
+        records = caplog.get_records("call")
+        assert not [record.getMessage() for record in records if record.name.startswith("torch.onnx")]
 
 
 @pytest.fixture

@@ -568,12 +568,10 @@ def test_what_padded_rows_would_change_is_refused(tmp_path):
     for run in (mean, unpacked_outside):
         with pytest.raises(ValueError, match="returns a packed sequence, or computes across its steps"):
             export_onnx(Model(run, nn.GRU(4, 5, batch_first=True)), (x, lengths), tmp_path / "net.onnx")
-    with pytest.raises(ValueError, match="a packed sequence can't be an input"):
-        export_onnx(
-            Model(given_packed, nn.GRU(4, 5, batch_first=True)),
-            (pack_padded_sequence(x, lengths, True),),
-            tmp_path / "net.onnx",
-        )
+    packed, model = pack_padded_sequence(x, lengths, True), Model(given_packed, nn.GRU(4, 5, batch_first=True))
+    for args, kwargs in (((packed,), {}), ((), {"x": packed})):
+        with pytest.raises(ValueError, match="a packed sequence can't be an input"):
+            export_onnx(model, args, tmp_path / "net.onnx", kwargs=kwargs)
 
 
 @pytest.mark.long

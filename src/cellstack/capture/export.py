@@ -69,7 +69,7 @@ def export_onnx(
         raise TypeError(f"export_onnx: expected a module of PyTorch and a tuple of its inputs, such as (x,), got {got}")
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module = module.module
-    if has_packed(args):
+    if has_packed((args, kwargs)):
         raise ValueError(
             "export_onnx: a packed sequence can't be an input: let forward take the padded one and its lengths, and "
             "pack them"
