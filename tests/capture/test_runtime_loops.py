@@ -11,6 +11,7 @@ from torch import nn
 
 import cellstack as cs
 from cellstack.capture.nested import array_of
+from cellstack.capture.recording import recorded
 from cellstack.formats.onnx.runtime import RuntimeModel
 
 SIZES = ((2, 9), (3, 31), (1, 7), (5, 1), (2, 2))  # the first is that of the example
@@ -241,6 +242,13 @@ def test_a_loop_takes_any_length(run):
         for one, other in zip(found, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
             assert one.shape == other.shape
             np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_constant_in_the_code_changes_no_tensor_in_place():
+    program = recorded(Loop(lambda m, x: m.w(x) * torch.tensor(0.5)), (torch.randn(2, 9, 4),))
+    assert not [
+        node for node in program.graph.nodes if getattr(node.target, "_schema", None) and node.target._schema.is_mutable
+    ]
 
 
 @pytest.mark.long

@@ -26,7 +26,8 @@ def corrected(graph: Graph) -> None:
     - The end of a slice such as `x[..., :-n]` may be 0 at other sizes, where code has a branch for it: the size less n.
     - Integer bounds of a clamp of floats become floats: the exporter refuses one bound of each type.
     - An entry of a list that splits a tensor is taken from the tensor: ONNX has another type for lists.
-    - Operators that consist of one, `item` and `to`, are that one: the exporter would record the graph again for them.
+    - Operators that consist of one, `item` and `to`, are that one: the exporter would record the graph again for them,
+      as it would for `detach_`, which each `torch.tensor` in the code ends with.
     - A size that became fixed while the module was recorded is a tensor where it is an operand, as the exporter asks.
     - A view of a view is one view; a view of the same shape, and a slice of all entries, are the tensor itself.
     """
@@ -50,6 +51,9 @@ def corrected(graph: Graph) -> None:
         elif node.target is ATEN.item.default:
             node.target = ATEN._local_scalar_dense.default
         elif node.target is ATEN._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is ATEN.detach_.default:
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is ATEN.to.dtype and len(node.args) == 2:
             x, dtype = node.args
