@@ -73,6 +73,17 @@ LATER = {
 PACKAGES = ("adapters", "capture", "inspect", "keras", "layers", "sklearn", "train")
 
 
+# Names of version 0.1.0, and what replaces each.
+REPLACED = {
+    "from_keras": "cellstack.load(model)",
+    "from_torch": "cellstack.load(module)",
+    **{
+        name: f"cellstack.nodes.{name}"
+        for name in ("Activation", "Bidirectional", "Cell", "Dense", "GlobalPool", "Recurrent", "Standardise")
+    },
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import what is slow to import at its first use: our packages, the readers of other formats, and `__version__`."""
     if name in PACKAGES:
@@ -82,7 +93,8 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     if name != "__version__":
-        raise AttributeError(f"module 'cellstack' has no attribute {name!r}")
+        advice = f": use {REPLACED[name]}" if name in REPLACED else ""
+        raise AttributeError(f"module 'cellstack' has no attribute {name!r}{advice}")
     from importlib.metadata import version
 
     return version("cellstack")

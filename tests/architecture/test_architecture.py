@@ -257,6 +257,29 @@ def test_dir_shows_the_public_names_and_nothing_else():
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "from_keras",
+        "from_torch",
+        "Activation",
+        "Bidirectional",
+        "Cell",
+        "Dense",
+        "GlobalPool",
+        "Recurrent",
+        "Standardise",
+    ],
+)
+def test_a_name_of_0_1_0_says_what_replaces_it(name):
+    with pytest.raises(AttributeError, match=f"module 'cellstack' has no attribute '{name}': use ") as caught:
+        getattr(cellstack, name)
+    new = str(caught.value).rpartition(": use cellstack.")[2].partition("(")[0]
+    assert callable(functools.reduce(getattr, new.split("."), cellstack))
+    with pytest.raises(AttributeError, match=r"module 'cellstack' has no attribute 'no_such_name'$"):
+        getattr(cellstack, "no_such_name")  # noqa: B009
+
+
+@pytest.mark.parametrize(
     ("package", "code", "message"),
     [
         ("torch", "from cellstack import layers", "cellstack.layers needs torch: pip install 'cellstack[torch]'"),
