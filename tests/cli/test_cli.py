@@ -19,6 +19,7 @@ from cellstack import Network, load
 from cellstack.cli import main as cli
 from cellstack.nodes import Conv1D, Dense, GlobalPool, Merge
 from cellstack.nodes.recurrent import Bidirectional
+from cellstack.scale.reading import SUFFIXES as SCORED
 
 DATA = files("cellstack_demo") / "data"
 VOWELS, VOWELS_TEST, CO2 = (
@@ -255,6 +256,13 @@ def test_help_has_the_main_options_first_and_an_example_last(capsys, monkeypatch
     assert "(%" not in out
     for default in re.findall(r"\((?:default: )?(?:all|detected|unchanged|[\d.,]+)[);]", " ".join(out.split())):
         assert default.startswith("(default: ")
+
+
+def test_the_help_names_the_files_that_score_reads(capsys, monkeypatch):
+    for words, before in ((), "every row of many"), (("score",), "FILES"):
+        out = " ".join(help_of(capsys, monkeypatch, *words).split())
+        named = re.search(rf"{before} (\w+(?:, \w+)* or \w+) files", out)
+        assert {f".{name.lower()}" for name in re.split(", | or ", named[1])} == set(SCORED)
 
 
 def test_the_help_of_train_begins_with_the_main_options(capsys, monkeypatch):

@@ -17,7 +17,7 @@ from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
-from cellstack.cli.score import add_score_arguments, score
+from cellstack.cli.score import FORMATS, add_score_arguments, score
 from cellstack.cli.serve import add_serve_arguments, serve
 from cellstack.cli.stream import stream
 from cellstack.cli.tables import add_table_options
@@ -69,7 +69,7 @@ HELP = {
   cellstack run weights.pt steps.csv --order rnn,last,head""",
     ),
     "score": Verb(
-        "predict every row of many Parquet, CSV or .npz files",
+        f"predict every row of many {FORMATS}",
         "MODEL FILES [FILES ...] -o DIR [options]",
         """cellstack score state 'machines/*.parquet' -o scores
   cellstack score model.onnx 'meters/*.parquet' -o scores --id meter --time at \\

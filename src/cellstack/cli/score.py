@@ -12,13 +12,14 @@ from cellstack.cli.files import add_load_options, load_options, show
 from cellstack.cli.tables import only_one
 from cellstack.train.checks import UsageError
 
+FORMATS = "Parquet, CSV or TSV files"  # those of `scale.reading`, which imports pyarrow
 MOST_SHOWN = 10  # files that failed
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `score`."""
     parser.add_argument("model", metavar="MODEL", help="a network in any supported format that can be streamed")
-    text = "Parquet or CSV files, patterns in quotation marks, or folders"
+    text = f"{FORMATS}, patterns in quotation marks, or folders"
     parser.add_argument("files", metavar="FILES", nargs="+", help=text)
     text = "folder to write to: for each file, a Parquet file with the predictions; to resume, name the same folder"
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help=text)
