@@ -231,7 +231,8 @@ def test_it_ends_with_a_sentence(capsys, tmp_path):
         r"\ntrained for all 2 epochs; kept epoch \d, with the lowest validation loss; "
         r"trained with(out)? noise: validation loss [\d.]+, with(out)? noise [\d.]+; "
         r"on the 36 validation examples, which also selected the epoch: accuracy 0\.\d+; "
-        r"for comparison, boosting on summary statistics: accuracy [01]\.?\d*: better than the network\nwrote ",
+        r"for comparison, boosting on summary statistics: accuracy [01]\.?\d* \(always the most frequent class, '\d': "
+        r"0\.\d+\): better than the network\nwrote ",
         out,
     )
     assert re.search(r"\n\d+ steps in [\d.]+ s, on 1 thread\n", out)

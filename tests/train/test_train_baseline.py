@@ -28,12 +28,19 @@ def test_boosting_is_fitted_to_the_training_part_and_scored_on_the_test_part(dat
     assert found.baseline.what == "boosting on summary statistics"
     assert found.baseline.name == "accuracy"
     assert found.baseline.score > 0.9
-    assert "for comparison, boosting on summary statistics: accuracy " in found.sentence
+    (constant,) = found.baseline.others
+    assert (constant.what, constant.score) == ("always the most frequent class, 'up'", 0.75)
+    said = (
+        f"for comparison, boosting on summary statistics: accuracy {found.baseline.score:.4g} ({constant.what}: 0.75)"
+    )
+    assert said in found.sentence
     assert found.sentence.endswith(": better than the network") == (found.baseline.score > found.scores["accuracy"])
     swapped = np.where(y == "up", "down", "up")
     other = train.fit(x[::2], y[::2], test=(x[1::2], swapped[1::2]), **QUICK)
     assert other.baseline.what == "always the most frequent class, 'up'"  # the better one where boosting is wrong
     assert other.baseline.score == 0.25
+    wrong = 1 - found.baseline.score
+    assert f"'up': accuracy 0.25 (boosting on summary statistics: {wrong:.4g})" in other.sentence
 
 
 def test_without_scikit_learn_it_is_one_answer_for_all(data, monkeypatch):
@@ -42,6 +49,7 @@ def test_without_scikit_learn_it_is_one_answer_for_all(data, monkeypatch):
     found = train.fit(x, y, test=0.25, **QUICK).baseline
     assert found.what == "always the most frequent class, 'up'"
     assert found.score == 0.75
+    assert found.others == ()
     numbers = np.array([sequence[-1] for sequence in x])
     found = train.fit(x, numbers, test=(x[:40], numbers[:40]), validation=0, **QUICK).baseline
     assert (found.what, found.name) == ("always the mean", "rmse")

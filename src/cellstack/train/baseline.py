@@ -28,11 +28,13 @@ class Baseline(NamedTuple):
         what: the rule in words.
         name: `accuracy` or `rmse`.
         score: its score on the sequences that the network is measured on.
+        others: the rules that were also tried, and are no better.
     """
 
     what: str
     name: str
     score: float
+    others: tuple[Baseline, ...] = ()
 
     def wins(self, network: float) -> bool:
         """Whether it is better than a network with this score."""
@@ -40,7 +42,7 @@ class Baseline(NamedTuple):
 
 
 def baseline(training: Sequences, weight: NDArray[np.float32], held: Sequences, seed: int) -> Baseline:
-    """Return the better one of the simple rules that are fitted to the training part.
+    """Return the best one of the simple rules that are fitted to the training part, with the others.
 
     Args:
         training: the training part, without the sequences that the network is measured on.
@@ -58,7 +60,8 @@ def baseline(training: Sequences, weight: NDArray[np.float32], held: Sequences, 
     values = int(training.lengths.sum()) * training.channels
     if not training.per_step and len(y) >= LEAST and values <= MOST and find_spec("sklearn") is not None:
         found.append(_boosting(training, y, weight, held, truth, seed))
-    return max(found, key=lambda one: one.score if one.name == "accuracy" else -one.score)
+    best, *others = sorted(found, key=lambda one: -one.score if one.name == "accuracy" else one.score)
+    return best._replace(others=tuple(others))
 
 
 def _scored(what: str, classify: bool, answers: NDArray, truth: NDArray) -> Baseline:

@@ -159,7 +159,9 @@ class Result:
         if rule is None or rule.name not in known:
             return ""
         better = ": better than the network" if rule.wins(known[rule.name]) else ""
-        return f"for comparison, {rule.what}: {history.in_words(rule.name)} {rule.score:.4g}{better}"
+        others = ", ".join(f"{other.what}: {other.score:.4g}" for other in rule.others)
+        said = f"for comparison, {rule.what}: {history.in_words(rule.name)} {rule.score:.4g}"
+        return said + f" ({others})" * bool(others) + better
 
 
 def _named(node: Any) -> str:
