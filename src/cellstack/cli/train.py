@@ -76,6 +76,9 @@ def add_help(group: Any) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Train on a file and write the network; or report how the file is read."""
+    for path in (args.file, args.test_file):
+        if path is not None:
+            os.stat(path)  # raises FileNotFoundError
     name = kind_of(args)
     module = KINDS[name]
     _check_used(args, name)
