@@ -269,9 +269,14 @@ def test_the_table_is_described():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (ForecastOptions(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
+        (ForecastOptions(("x",)), r"expected target to be one of y, z, got 'x'"),
         (ForecastOptions(("note",)), r"got 'note', which is ignored: text"),
-        (ForecastOptions(("sky",)), r"expected a numeric target, found text in column 'sky'"),
+        (ForecastOptions(("sky",)), r"expected target to be one of y, z, got 'sky', which is text, such as 'rain'$"),
+        (ForecastOptions(("y",), inputs=("x",)), r"expected input to be one of y, z, sky, price, got 'x'"),
+        (
+            ForecastOptions(("price",)),
+            r"'price', which is text, such as '76.5 EUR'; to use its numbers, in pandas df\['price'\].str.removesuffix",
+        ),
         (ForecastOptions(), r"expected `target=…`, one or more of y, z"),
         (ForecastOptions(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
         (
@@ -288,6 +293,7 @@ def test_the_table_is_described():
 def test_invalid_requests(request_, message):
     frame = waves()
     frame["z"], frame["sky"], frame["note"] = frame["y"] ** 2, ["sun", "rain"] * 250, [f"n{n}" for n in range(500)]
+    frame["price"] = ["76.5 EUR", "80 EUR"] * 250
     with pytest.raises(UsageError, match=message):
         trained(frame, request_)
 

@@ -205,14 +205,42 @@ def test_a_cell_that_isn_t_a_number_is_quoted(tmp_path, cells, message):
         read_table(write(tmp_path, "t,y\n" + rows(cells)))
 
 
+@pytest.mark.parametrize(
+    ("cells", "unit", "numbers"),
+    [
+        (["76.5 EUR", "1,080.25 EUR", "-3 EUR", "n/a", "free"], ".str.removesuffix(' EUR')", [76.5, 1080.25, -3]),
+        (["USD 7", "USD 8.5", "USD -9"], ".str.removeprefix('USD ')", [7, 8.5, -9]),
+        (["7°C", "8.5°C"], ".str.removesuffix('°C')", [7, 8.5]),
+        (["CHF 1.5 Mio.", "CHF 2 Mio."], ".str.removeprefix('CHF ').str.removesuffix(' Mio.')", [1.5, 2]),
+        (["it's 5 o'clock", "it's 6 o'clock"], """.str.removeprefix("it's ").str.removesuffix(" o'clock")""", [5, 6]),
+    ],
+)
+def test_numbers_with_a_unit_say_how_to_remove_it(tmp_path, cells, unit, numbers):
+    frame = pd.DataFrame({"price": cells, "y": range(len(cells))})
+    path = tmp_path / "a.csv"
+    frame.to_csv(path, index=False)
+    (said,) = read_table(path).ignored.values()
+    begin, how = said.split("; to use its numbers, in pandas ")
+    assert begin.endswith(f", such as {cells[0]!r}")
+    assert how == f"df['price']{unit}"
+    plain = pd.to_numeric(eval(how, {"df": frame}).str.replace(",", ""), errors="coerce").dropna()
+    assert plain.tolist() == numbers
+
+
+@pytest.mark.parametrize("cells", [["ab", "cd"], ["a1b2", "c3"], ["7 m", "8 km", "9 cm"], ["2024-01-01 x", "1/2 x"]])
+def test_text_without_one_unit_gets_no_such_advice(tmp_path, cells):
+    frame = pd.DataFrame({"t": range(len(cells)), "note": cells})
+    assert read_table(frame, time="").ignored["note"].endswith(f"rows, such as {cells[0]!r}")
+
+
 def test_truth_values_and_names(tmp_path):
     cells = ["True,sun,a1,7,7", "False,rain,b2,7,8", ",sun,c3,8,9", "True,,d4,8,7"]
     table = read_table(write(tmp_path, "t,open,weather,note,road,y\n" + rows(cells)), categories=("road",))
     np.testing.assert_array_equal(table.columns["open"], [1, 0, np.nan, 1])
     assert table.categories["road"].labels == ("7", "8")
     assert table.ignored == {
-        "weather": "text with 2 distinct values in 3 rows",
-        "note": "text with 4 distinct values in 4 rows",
+        "weather": "text with 2 distinct values in 3 rows, such as 'sun'",
+        "note": "text with 4 distinct values in 4 rows, such as 'a1'",
     }
     table = read_table(write(tmp_path, "t,weather,y\n" + rows(["sun,1", "rain,2", ",3", "sun,4", "rain,5"])))
     np.testing.assert_array_equal(table.categories["weather"].codes, [1, 0, -1, 1, 0])
@@ -438,7 +466,7 @@ def test_the_description_of_a_table(tmp_path):
         "missing values in `rentals` (1)",
         "`weather` as 2 categories",
         "constant or empty, not used: `c` (always 5), `e` (no value)",
-        "ignored: `note` (text with 379 distinct values in 379 rows)",
+        "ignored: `note` (text with 379 distinct values in 379 rows, such as 'n0')",
     ]
     many = pd.DataFrame({f"x{n}": ["a"] * 4 for n in range(30)} | {"y": range(4)})
     assert read_table(many).understood()[1].endswith("`x7` (always 'a') and 22 more")

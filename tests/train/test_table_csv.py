@@ -42,7 +42,7 @@ def test_dates_left_out_are_missing_rows(tmp_path):
 
 def test_text_columns_are_named_and_other_separators_read(tmp_path):
     table = read_table(write(tmp_path / "a.csv", "y;place;z\n1;north;\n2;south;4\n"))
-    assert table.ignored == {"place": "text with 2 distinct values in 2 rows"}
+    assert table.ignored == {"place": "text with 2 distinct values in 2 rows, such as 'north'"}
     assert table.times is None
     assert table.date_after(1) is None
     np.testing.assert_array_equal(table.columns["z"], [np.nan, 4])

@@ -154,7 +154,7 @@ def test_a_column_with_a_name_for_dates_that_has_none(tmp_path):
     with pytest.raises(FormatError, match=r"line 2: expected dates such as 2020-01-31 in column date, found 'soon'"):
         read_table(series(tmp_path, ["soon", "later", "never"], "date,y"))
     table = read_table(series(tmp_path, ["soon", "later", "never"], "date,y"), time="")
-    assert table.ignored == {"date": "text with 3 distinct values in 3 rows"}
+    assert table.ignored == {"date": "text with 3 distinct values in 3 rows, such as 'soon'"}
 
 
 def test_names_that_contain_a_name_for_dates(tmp_path):

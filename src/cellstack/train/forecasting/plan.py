@@ -12,6 +12,7 @@ from cellstack.train.forecasting.parts import OriginParts, can_validate, epoch_s
 from cellstack.train.forecasting.recipe import LONGEST_WINDOW, NAIVE, SCALES, SHORTEST_WINDOW, Category, Recipe
 from cellstack.train.forecasting.seasons import find
 from cellstack.train.options import FitOptions, ForecastOptions
+from cellstack.train.tables.columns import such_as
 from cellstack.train.tables.table import Table, listed
 
 MANY, LONG = 3000, 100  # more windows, or more steps of a window with its horizon, make training slow
@@ -94,13 +95,13 @@ def plan(table: Table, request: ForecastOptions, held: float) -> Recipe:
     targets = tuple(request.target) or _only_target(table, request)
     asked = {"target": targets, "column known in advance": request.known, "input": request.inputs or ()}
     for what, name in ((what, name) for what, named in asked.items() for name in named):
-        if name not in table.columns and name not in table.categories:
+        have = [*table.columns, *(() if what == "target" else table.categories)]
+        if name not in have:
             why = f", which is ignored: {table.ignored[name]}" if name in table.ignored else ""
-            have = listed([*table.columns, *table.categories])
-            raise UsageError(f"{table.path}: expected {what} to be one of {have}, got {name!r}{why}")
+            if name in table.categories:
+                why = f", which is text{such_as(name, table.categories[name].labels)}"
+            raise UsageError(f"{table.path}: expected {what} to be one of {listed(have)}, got {name!r}{why}")
     for name in targets:
-        if name in table.categories:
-            raise UsageError(f"{table.path}: expected a numeric target, found text in column {name!r}")
         if np.isnan(table.columns[name]).all():
             raise UsageError(f"{table.path}: column {name!r} has no values")
     still = table.unchanging()

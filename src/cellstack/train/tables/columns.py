@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ FIRST = r"[1-9]\d{0,2}"  # 1,234 may have a thousands separator, 0,234 can't
 POINT = rf"{SIGN}(?:\d+|{FIRST}(?:[,{BLANKS}]\d{{3}})+)?(?:\.\d*)?{POWER}"
 COMMA = rf"{SIGN}(?:\d+|{FIRST}(?:[.{BLANKS}]\d{{3}})+)?(?:,\d*)?{POWER}"
 GROUPED = rf"{SIGN}{FIRST}(?:,\d{{3}})+(?:\.\d*)?"
+WITH_UNIT = re.compile(r"(?P<before>\D*?\s)?[+-]?\d(?:[\d.,]*\d)?(?P<after>\D*)")
 MONEY = re.compile(r"[-+]?\s?(?:[$€£¥]\s?[\d.,]+|[\d.,]+\s?[%$€£¥])")
 
 
@@ -115,9 +117,9 @@ def convert(
     cells = source.frame[name]
     kind = cells.dtype
     if as_text:
-        return _category(cells if _is_text(cells.dropna()) else source.text(name), True), ""
+        return _category(name, cells if _is_text(cells.dropna()) else source.text(name), True), ""
     if isinstance(kind, pd.CategoricalDtype):
-        return _category(cells.astype(object), True), ""
+        return _category(name, cells.astype(object), True), ""
     if pd.api.types.is_bool_dtype(kind) and not pd.api.types.is_object_dtype(kind):
         return _checked(
             source, name, cells.astype("Float64").to_numpy(np.float64, na_value=np.nan)
@@ -168,7 +170,7 @@ def _of_text(
                 f"{source.at(row)}: expected plain numbers in column {name!r}, found {source.quote(row, name)}: remove "
                 f"currency and percent signs"
             )
-        return _category(cells, False), ""
+        return _category(name, cells, False), ""
     fit = present.str.fullmatch(form) & present.str.contains(r"\d")
     if not fit.all():
         row = int(present.index[int(np.argmin(fit.to_numpy(bool)))])
@@ -196,12 +198,28 @@ def _checked(source: TableCells, name: str, values: NDArray[np.float64]) -> NDAr
     return values
 
 
-def _category(cells: Series, always: bool) -> CategoryColumn | str:
+def such_as(name: str, cells: Sequence[str]) -> str:
+    """Return one of a column's texts and, if most are numbers with the same unit, how pandas removes it.
+
+    >>> such_as("price", ["76.5 EUR", "80 EUR"])
+    ", such as '76.5 EUR'; to use its numbers, in pandas df['price'].str.removesuffix(' EUR')"
+    """
+    found = Counter(unit.group("before", "after") for cell in cells if (unit := WITH_UNIT.fullmatch(cell)))
+    said = f", such as {cells[0]!r:.60}"
+    (before, after), count = found.most_common(1)[0] if found else (("", ""), 0)
+    if 2 * count < len(cells) or not (before or after):
+        return said
+    how = f".str.removeprefix({before!r})" * bool(before) + f".str.removesuffix({after!r})" * bool(after)
+    return f"{said}; to use its numbers, in pandas df[{name!r}]{how}"
+
+
+def _category(name: str, cells: Series, always: bool) -> CategoryColumn | str:
     import pandas as pd
 
     cells = cells.astype(str).where(cells.notna())
     codes, labels = pd.factorize(cells, sort=True)
     present = int((codes >= 0).sum())
     if not always and (2 * len(labels) > present or len(labels) > MOST_LABELS):
-        return f"text with {len(labels):,} distinct values in {present:,} rows"
+        example = such_as(name, cells.dropna().iloc[:1000].tolist())
+        return f"text with {len(labels):,} distinct values in {present:,} rows{example}"
     return CategoryColumn(codes.astype(np.int64), tuple(str(label) for label in labels))
