@@ -426,11 +426,14 @@ def test_seasons():
 
 def test_rows_that_are_not_even(tmp_path):
     text = "t,y\n" + rows([1, 2, 3]) + "2023-01-04 07:30,4\n2023-01-05,5\n"
-    remedy = re.escape("resample them, in pandas df.set_index('t').resample('1D').mean()")
+    mean = "df = df.groupby([pd.Grouper(key='t', freq='{}')]).mean(numeric_only=True).reset_index()"
+    remedy = re.escape(
+        f"average them, in pandas df['t'] = pd.to_datetime(df['t'], format='ISO8601'); {mean.format('1D')}"
+    )
     with pytest.raises(FormatError, match=rf"line 5: .* \(daily\), found '2023-01-04 07:30', .*: {remedy}"):
         read_table(write(tmp_path, text))
     thirtieth = [pd.Timestamp(2022, month, 28 if month == 2 else 30) for month in range(1, 13)]
-    with pytest.raises(FormatError, match=re.escape("df.set_index('t').resample('MS').mean()")):
+    with pytest.raises(FormatError, match=re.escape(f"in pandas {mean.format('1MS')}")):
         read_table(pd.DataFrame({"t": thirtieth, "y": range(12)}))
     weekly = pd.DataFrame({"t": [*days(30), *days(9, freq="7D")], "id": [*"a" * 30, *"b" * 9], "y": range(39)})
     with pytest.raises(
@@ -441,6 +444,59 @@ def test_rows_that_are_not_even(tmp_path):
         read_table(weekly.iloc[[0, 30]], id="id")
     with pytest.raises(UsageError, match="expected a spacing such as h, 30min, D, B or MS, got 'often'"):
         read_table(weekly, id="id", freq="often")
+
+
+def even(seconds, count, form=None):
+    times = pd.date_range("2024-01-01", periods=count, freq=f"{seconds}s")
+    if form == "excel":
+        return 45292 + seconds * np.arange(count) / 86_400
+    if form in ("s", "ms"):
+        return times.astype(f"datetime64[{form}]").astype("int64")
+    return times if form is None else times.strftime(form)
+
+
+@pytest.mark.parametrize(
+    ("steps", "form", "ids", "spacing"),
+    [
+        ((1800, 3600), None, ["shop"], "hourly"),  # a multiple
+        ((3600, 1800), "%Y-%m-%d %H:%M", ["shop"], "hourly"),
+        ((600, 900), "%d.%m.%Y %H:%M", ["shop"], "every 15 minutes"),
+        ((600, 900, 600), "%Y-%m-%dT%H:%M:%S+01:00", ["shop"], "every 15 minutes"),
+        ((86_400, 7 * 86_400), "%Y-%m-%d", ["shop", "item"], "weekly"),
+        ((3600, 7200), "ms", ["shop"], "every 2 hours"),
+        ((3600, 7200), "excel", ["shop"], "every 2 hours"),
+        ((3600, 5400), "index", ["shop"], "every 90 minutes"),
+    ],
+)
+def test_series_of_different_spacing_say_how_to_bring_them_to_one(tmp_path, steps, form, ids, spacing):
+    parts = []
+    for n, step in enumerate(steps):
+        part = pd.DataFrame({"date": even(step, 60 + n, None if form == "index" else form), "shop": f"s{n}"})
+        part["item"], part["sales"] = f"i{n}", np.arange(len(part)) * step / 3600
+        parts.append(part)
+    frame = pd.concat(parts, ignore_index=True)
+    how = {"id": ids, "time": "date"} | ({"date_format": form} if form in ("ms", "excel") else {})
+    path = tmp_path / "a.csv"
+    frame.to_csv(path, index=False)
+    if form == "index":
+        frame = frame.set_index("date")
+    source = path if form not in (None, "index") else frame
+    with pytest.raises(FormatError, match="train separately on series of each spacing, or average them") as caught:
+        read_table(source, **how)
+    names = {"df": pd.read_csv(path) if source is path else frame, "pd": pd}
+    exec(str(caught.value).rpartition("in pandas ")[2], names)
+    table = read_table(names["df"], id=ids, time="date")
+    assert (str(table.spacing), len(table.ids), int(table.filled.rows.sum())) == (spacing, len(steps), 0)
+    coarse = int(np.argmax(steps))  # whose values stay as they are
+    values = table.columns["sales"][table.rows(coarse)]
+    np.testing.assert_array_equal(values, np.arange(60 + coarse) * max(steps) / 3600)
+
+
+def test_dates_in_several_columns_say_to_join_them_before_they_are_averaged():
+    hours = [*range(0, 24, 2), *range(1, 24, 4)]
+    frame = pd.DataFrame({"day": "2024-01-01", "hour": hours, "id": [*"a" * 12, *"b" * 6], "y": range(18)})
+    with pytest.raises(FormatError, match=r"with the dates of day,hour in one column, 'date': .*key='date', freq='4h'"):
+        read_table(frame, id="id", time=["day", "hour"])
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from cellstack.cells.errors import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables import grid
 from cellstack.train.tables.clock import wall_clock, zoned
-from cellstack.train.tables.dates import HOURS, Dates
+from cellstack.train.tables.dates import EXCEL, HOURS, UNITS, Dates
 from cellstack.train.tables.grid import Spacing
 from cellstack.train.tables.source import Frame, TableCells
 
@@ -89,13 +89,21 @@ def in_order(codes: NDArray[np.int64], count: int) -> Placed:
     return Placed(place, starts, Filled(*np.zeros((2, count), np.int64)))
 
 
-def by_dates(given: TableCells, found: Dates, codes: NDArray[np.int64], zone: str | None, freq: str | None) -> Placed:
+def by_dates(
+    given: TableCells,
+    found: Dates,
+    codes: NDArray[np.int64],
+    ids: tuple[str, ...],
+    zone: str | None,
+    freq: str | None,
+) -> Placed:
     """Place rows with dates on an even grid; exact duplicates of rows are removed from `given`.
 
     Args:
         given: the table; assumptions are added to its notes.
         found: its dates.
         codes: number of each row's series, `[R]`.
+        ids: the columns that identify the series, for messages.
         zone: time zone of the local times; None = without daylight saving.
         freq: spacing, in pandas's notation; None = inferred.
 
@@ -113,7 +121,7 @@ def by_dates(given: TableCells, found: Dates, codes: NDArray[np.int64], zone: st
     if _falls(times, codes):
         given.notes.append("rows sorted by time")
     order = np.lexsort((times, codes))
-    placed = _on_grid(given, found, times[order], codes[order], order, freq)
+    placed = _on_grid(given, found, times[order], codes[order], ids, order, freq)
     if absolute:
         placed = placed._replace(times=wall_clock(placed.times, zone))
     whole = placed.spacing.months or placed.spacing.seconds % 1 == 0
@@ -125,6 +133,7 @@ def _on_grid(
     found: Dates,
     times: NDArray[np.datetime64],
     codes: NDArray[np.int64],
+    ids: tuple[str, ...],
     order: NDArray[np.int64],
     freq: str | None,
 ) -> Any:
@@ -145,14 +154,11 @@ def _on_grid(
     steps = np.rint(at).astype(np.int64)
     uneven = np.flatnonzero(np.abs(at - steps) > 1e-6)
     if len(uneven):
-        row, name = int(order[uneven[0]]), found.name
-        months = np.diff(times.astype("datetime64[M]").astype(np.int64))[np.diff(codes) == 0]
-        alias = "MS" if months.min() >= 1 else spacing.alias  # one row per month, on irregular days
+        row = int(order[uneven[0]])
         zone = "" if len(found.offsets) < 2 else "use `zone=…`, if they are even in local time; or "
         raise FormatError(
             f"{given.at(row)}: expected evenly spaced dates ({spacing}), found {found.shown(given, row)}, which is "
-            f"between two steps: {zone}resample them, in pandas "
-            f"df.set_index({name!r}).resample({alias!r}).mean()"
+            f"between two steps: {zone}{_averaged(given, found, times, codes, ids, spacing)}"
         )
     lengths = steps[last] + 1
     if lengths.sum() >= 20 * len(codes):
@@ -160,7 +166,8 @@ def _on_grid(
             f"{given.path}: expected dates without long gaps, found {lengths.sum():,} steps ({spacing}) for "
             f"{len(codes):,} rows"
         )
-    _refuse_other_steps(given, spacing, steps, codes, order)
+    if problem := _other_steps(given, spacing, steps, codes, order):
+        raise FormatError(f"{problem}: {_averaged(given, found, times, codes, ids, spacing)}")
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     place = np.empty(len(order), np.int64)
     place[order] = starts[codes] + steps
@@ -173,20 +180,52 @@ def _on_grid(
     return Placed(place, starts, filled, spacing.times(times[first][series], rows), spacing, form=found.form or None)
 
 
-def _refuse_other_steps(
+def _other_steps(
     given: TableCells, spacing: Spacing, steps: NDArray[np.int64], codes: NDArray[np.int64], order: NDArray[np.int64]
-) -> None:
-    """Raise `FormatError` if a series of at least 5 rows never has a step of the common spacing."""
+) -> str:
+    """Return an error if a series of at least 5 rows never has a step of the common spacing; else ""."""
     same = np.diff(codes) == 0
     small = np.full(int(codes[-1]) + 1, np.iinfo(np.int64).max)
     np.minimum.at(small, codes[1:][same], np.diff(steps)[same])
     other = np.flatnonzero((small > 1) & (np.bincount(codes) >= 5))
-    if len(other):
-        row = order[np.argmax(codes == other[0])]
-        raise FormatError(
-            f"{given.at(row)}: expected the same spacing in all series ({spacing}), found steps at least "
-            f"{small[other[0]]} times as long in the series of this row: train separately on series of each spacing"
-        )
+    if not len(other):
+        return ""
+    row = order[np.argmax(codes == other[0])]
+    return (
+        f"{given.at(row)}: expected the same spacing in all series ({spacing}), found steps at least "
+        f"{small[other[0]]} times as long in the series of this row"
+    )
+
+
+def _averaged(
+    given: TableCells,
+    found: Dates,
+    times: NDArray[np.datetime64],
+    codes: NDArray[np.int64],
+    ids: tuple[str, ...],
+    spacing: Spacing,
+) -> str:
+    """Return how pandas averages the rows of each series over the longest spacing, for messages."""
+    ends = np.flatnonzero(np.diff(codes)) + 1
+    each = [spacing, *filter(None, map(grid.inferred, np.split(times, ends), np.split(codes, ends)))]
+    months = np.diff(times.astype("datetime64[M]").astype(np.int64))[np.diff(codes) == 0]
+    if months.min() >= 1 and not spacing.months:  # one row per month, on irregular days
+        each = [Spacing(months=1)]
+    longest = max(each, key=lambda one: one.months * 28 * grid.DAY + one.seconds)
+    name, lines = found.name, []
+    said = "train separately on series of each spacing, or " * (len(set(each)) > 1) + "average them, in pandas "
+    if name not in given.frame:
+        said, name = f"with the dates of {name} in one column, 'date': {said}", "date"
+    elif given.lines is None and {name, *ids} & set(given.index):
+        lines.append("df = df.reset_index()")
+    if found.form and name == found.name:
+        how = f"unit={found.form!r}" if found.form in UNITS else f"format={found.form!r}"
+        how = "format='ISO8601'" if found.form.startswith("%Y-%m-%d") else how
+        how = f"unit='D', origin={EXCEL!r}).dt.round('ms'" if found.form == "excel" else how
+        lines.append(f"df[{name!r}] = pd.to_datetime(df[{name!r}], {how}{', utc=True' * (len(found.offsets) > 1)})")
+    keys = ", ".join([*map(repr, ids), f"pd.Grouper(key={name!r}, freq={longest.alias!r})"])
+    lines.append(f"df = df.groupby([{keys}]).mean(numeric_only=True).reset_index()")
+    return said + "; ".join(lines)
 
 
 def _falls(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> bool:

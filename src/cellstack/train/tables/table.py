@@ -245,7 +245,7 @@ def read_table(
         found = dates.read(given, date, codes, day_first, date_format)
         if found.note:
             given.notes.append(f"`{date}`: {found.note}")
-        placed = by_dates(given, found, codes, zone, freq)
+        placed = by_dates(given, found, codes, ids, zone, freq)
     else:
         placed = in_order(codes, len(names))
     used = {*ids, *(() if not date else [date] if date in given.frame else [part.strip() for part in date.split(",")])}
