@@ -186,6 +186,8 @@ def test_a_state_that_isn_t_finite_is_reported(run, model, tmp_path):
     assert said == f"1 steps, state in {state}\n"
     said = run([model, "--state", state], "1,nan,2\n").stderr
     assert said == f"1 steps, state in {state}; the state is no longer finite: a step contained nan or inf\n"
+    said = run([model, "--state", state], "1,2,3\n").stderr
+    assert said.endswith("tensor 'cell_0/h': expected finite numbers, found NaN or infinity\n")
     assert run([model], "1,nan,2\n1,2,3\n").stderr.startswith("2 steps; the state is no longer finite: ")
 
 

@@ -11,6 +11,7 @@ import pytest
 from serving import UNITS, WIDTH, lstm, running, wait_until
 
 from cellstack import Network
+from cellstack.formats.state import state_to_bytes
 from cellstack.nodes import Bidirectional, Recurrent
 from cellstack.serve import Limits, texts
 
@@ -72,6 +73,25 @@ def test_a_state_moves_to_another_session(client):
     assert two["frames"] == 2
     y = client.post(f"/sessions/{two['session']}/steps", json={"x": x[2:].tolist()}).json()["y"]
     assert (np.float32(y) == stepped(x)[2:]).all()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_state_that_is_not_finite_is_refused(client, number, part):
+    net = lstm()
+    state = net.stream().state
+    state[0][part][0, 2] = number
+    answer = client.post("/models/lstm/sessions", content=state_to_bytes(net, state))
+    error = f"state: tensor 'cell_0/{'hc'[part]}': expected finite numbers, found NaN or infinity"
+    assert (answer.status_code, answer.json()) == (400, {"error": error})
+
+
+@pytest.mark.parametrize("frames", ["-1", "1.5", "x", "9" * 19])
+def test_a_state_with_an_impossible_number_of_frames_is_refused(client, frames):
+    net = lstm()
+    answer = client.post("/models/lstm/sessions", content=state_to_bytes(net, net.stream().state, frames=frames))
+    error = f"state: expected frames to be the number of a frame, got {frames!r}"
+    assert (answer.status_code, answer.json()) == (400, {"error": error})
 
 
 def test_a_session_keeps_its_token(client):

@@ -11,7 +11,8 @@ import pytest
 from serving import records, with_model
 
 from cellstack import CellSpec, Network
-from cellstack.nodes import Cell, Dense, Embedding, Merge, Recurrent
+from cellstack.formats.state import state_to_bytes
+from cellstack.nodes import Cell, Dense, Embedding, GridPool, Merge, Recurrent
 from cellstack.serve import worker
 from cellstack.serve.models import ServeError
 from cellstack.serve.rows import Rows
@@ -180,6 +181,34 @@ async def test_a_state_moves_to_another_session(model):
     assert (answers[0].rows == answers[1].rows).all()
     with pytest.raises(ServeError, match="expected a safetensors file"):
         await model.open(state=b"nothing")
+
+
+def test_a_state_that_its_cells_refuse_stops_no_other_session_from_opening():
+    rng = np.random.default_rng(0)
+    spec = CellSpec(WIDTH, H, kind="slstm")
+    net = Network([Recurrent((Cell(spec, **{k: rng.normal(size=s).astype("f4") for k, s in spec.shapes.items()}),))])
+
+    async def test(model):
+        bad = net.stream().state
+        bad[0].n[0, 0] = -1
+        opened = await asyncio.gather(model.open(state_to_bytes(net, bad)), model.open(), return_exceptions=True)
+        assert isinstance(opened[0], ServeError)
+        assert (opened[0].status, "expected n to be at least 0" in str(opened[0])) == (400, True)
+        assert list(model.sessions.values()) == [opened[1]]
+
+    with_model(test, net, sessions=4)
+
+
+def test_a_state_of_a_pool_before_its_first_step_is_taken():
+    net = Network([GridPool("max", (2,), 1, (3, 1), (1, 1), ((2, 0), (0, 0)))])
+
+    async def test(model):
+        one = await model.open()
+        two = await model.open(await model.state(one))
+        x = records(model, np.full((1, 2), -7, np.float32))
+        assert (await model.steps(two, x)).rows.tobytes() == (await model.steps(one, x)).rows.tobytes()
+
+    with_model(test, net, sessions=4)
 
 
 @served

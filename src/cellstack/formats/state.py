@@ -57,14 +57,16 @@ def state_from(
     Args:
         data: the bytes.
         network: the network.
-        like: a state of the network, for the expected shapes and dtypes.
+        like: the initial state, for the expected shapes and dtypes. Only where it is infinite, as before the first
+            steps of a pool, may the state be so.
         name: the name for error messages.
 
     Returns:
         the state, and the file's metadata.
 
     Raises:
-        FormatError: the data are damaged, hold no state, or the state of another network or batch size.
+        FormatError: the data are damaged, hold no state, the state of another network or batch size, or numbers that
+            aren't finite.
     """
     expected = _named(network, like)
     try:
@@ -84,6 +86,8 @@ def state_from(
         want, got = (f"{part.dtype} {list(part.shape)}" for part in (array, found[tensor]))
         if want != got:
             raise FormatError(f"{name}: tensor {tensor!r}: expected {want}, found {got}")
+        if not (np.isfinite(found[tensor]) | (found[tensor] == array)).all():
+            raise FormatError(f"{name}: tensor {tensor!r}: expected finite numbers, found NaN or infinity")
     arrays = iter([found[tensor] for tensor in expected])
     return tuple(type(entry)(*(next(arrays) for _ in entry)) for entry in like), metadata
 
@@ -114,7 +118,8 @@ def load_state(path: str | PathLike[str], stream: Stream) -> tuple[Any, ...]:
         A state to assign to `Stream.state`.
 
     Raises:
-        FormatError: the file is damaged, holds no state, or the state of another network or batch size.
+        FormatError: the file is damaged, holds no state, the state of another network or batch size, or numbers that
+            aren't finite.
         OSError: the file can't be read.
 
     >>> import tempfile
@@ -129,4 +134,6 @@ def load_state(path: str | PathLike[str], stream: Stream) -> tuple[Any, ...]:
     >>> bool((other.step([[2.0]]) == stream.step([[2.0]])).all())
     True
     """
-    return state_from(Path(path).read_bytes(), stream.network, stream.state, fspath(path))[0]
+    initial = stream.fork()
+    initial.reset()
+    return state_from(Path(path).read_bytes(), stream.network, initial.state, fspath(path))[0]

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -257,7 +256,10 @@ class Model:
                 entries, found = state_from(state, self.network, self.initial)
             except ValueError as error:
                 raise ServeError(400, str(error)) from None
-            frames = int(found.get("frames", "0"))
+            count = found.get("frames", "0")
+            if not (count.isascii() and count.isdigit() and len(count) < 19):
+                raise ServeError(400, f"state: expected frames to be the number of a frame, got {count!r:.50}")
+            frames = int(count)
         token = token or secrets.token_urlsafe(16)
 
         if not self._opening:
@@ -275,39 +277,37 @@ class Model:
         """Open the sessions that were requested in this iteration of the event loop."""
         opening, self._opening = self._opening, []
 
-        def opened() -> list[int]:
-            numbers: list[int] = []
-            try:
-                with suppress(RuntimeError):  # all sessions are in use
-                    for one in opening:
-                        numbers.append(self.pool.open(one.state))  # noqa: PERF401  (kept if a later one fails)
-                some = opening[: len(numbers)]
-                self.worker.opened(numbers, [one.frames for one in some])
-            except BaseException:
-                for number in numbers:
-                    self.pool.close(number)
-                raise
-            return numbers
+        def opened() -> list[int | ServeError]:
+            found = [self._number_for(one.state) for one in opening]
+            new = [(one, number) for one, number in zip(opening, found, strict=True) if isinstance(number, int)]
+            self.worker.opened([number for _, number in new], [one.frames for one, _ in new])
+            return found
 
-        def done(result: Any) -> None:
-            numbers = result if isinstance(result, list) else []
-            for one, number in zip_longest(opening, numbers):
+        def done(result: list[int | ServeError] | Exception) -> None:
+            found = result if isinstance(result, list) else [result] * len(opening)
+            for one, number in zip(opening, found, strict=True):
                 if one.number.cancelled():  # its client is gone
-                    if number is not None:
+                    if isinstance(number, int):
                         with suppress(StoppingError):
                             self.worker.call(partial(self.pool.close, number), lambda _: None)
-                elif number is not None:
+                elif isinstance(number, int):
                     one.number.set_result(number)
-                elif isinstance(result, Exception):
-                    one.number.set_exception(result)
                 else:
-                    why = f"all {self.capacity} sessions of {self.name} are in use"
-                    one.number.set_exception(ServeError(503, why))
+                    one.number.set_exception(number)
 
         try:
             self.worker.call(opened, done)
         except StoppingError as error:
             done(error)
+
+    def _number_for(self, state: Any) -> int | ServeError:
+        """Open a session in the pool, in the worker's thread; return its number, or why there is none."""
+        try:
+            return self.pool.open(state)
+        except ValueError as error:
+            return ServeError(400, f"state: {error}")
+        except RuntimeError:
+            return ServeError(503, f"all {self.capacity} sessions of {self.name} are in use")
 
     async def close(self, session: Session, why: str = "the session was closed") -> None:
         """Close a session, after its queued frames; `why` is for the connection that has it."""
