@@ -155,6 +155,18 @@ def test_errors_are_json(client, method, path, body, status):
     assert list(answer.json()) == ["error"]
 
 
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("/models/other", "no model 'other': this server has lstm"),
+        ("/models/lstm?version=7", "lstm has no version '7': this server has 1"),
+    ],
+)
+def test_an_unknown_model(client, path, error):
+    answer = client.get(path)
+    assert (answer.status_code, answer.json()) == (404, {"error": error})
+
+
 def test_a_network_without_sessions_runs_whole_sequences(tmp_path):
     forward, backward = (Recurrent((lstm(seed=n).cells[0],), go_backwards=n == 1) for n in range(2))
     Network([Bidirectional(forward, backward)]).save(tmp_path / "both.safetensors")

@@ -443,14 +443,14 @@ class Models:
         """
         versions = self.versions.get(name)
         if not versions:
-            raise ServeError(404, f"Request for unknown model: {name!r} is not one of {', '.join(self.versions)}")
+            raise ServeError(404, f"no model {name!r:.100}: this server has {', '.join(self.versions)}")
         if version in (None, ""):
             return versions[-1]
         for model in versions:
             if str(model.version) == str(version):
                 return model
         known = ", ".join(str(model.version) for model in versions)
-        raise ServeError(404, f"Request for unknown model: {name} has no version {version}, only {known}")
+        raise ServeError(404, f"{name} has no version {version!r:.20}: this server has {known}")
 
     def session(self, token: str) -> Session:
         """Return the open session with this token.
