@@ -109,6 +109,14 @@ def test_a_session_keeps_its_token(client):
         ("step", {"x": [1, 2]}, 400, "x: expected 3 numbers, got shape [2]"),
         ("step", {"x": [1, None, 2]}, 400, "x: expected 3 numbers, got values that aren't numbers"),
         ("step", {"y": [1, 2, 3]}, 400, 'expected a JSON object with the key "x"'),
+        ("step", {"x": [True, 0, 1]}, 400, "x: expected 3 numbers, got values that aren't numbers"),
+        (
+            "steps",
+            {"x": [[1, 0, 1], [1, 0, False]]},
+            400,
+            "step 1: x: expected 3 numbers, got values that aren't numbers",
+        ),
+        ("step", {"x": [1, 0, 1], "y": 2}, 400, "expected no other keys than x, got 'y'"),
         ("step", {"x": [1, float("nan"), 2]}, 400, "the frame contains NaN or infinity"),
         ("step", {"x": [1, 1e300, 2]}, 400, "the frame contains NaN or infinity"),
         ("step", {"x": [1, 10**400, 2]}, 400, "x: expected 3 numbers, got values that aren't numbers"),
@@ -118,9 +126,24 @@ def test_a_session_keeps_its_token(client):
 )
 def test_refused_steps(client, path, body, status, message):
     token = opened(client)
-    text = repr(body).replace("'", '"').replace("nan", "NaN").replace("None", "null")
+    text = (
+        repr(body)
+        .replace("'", '"')
+        .replace("nan", "NaN")
+        .replace("None", "null")
+        .replace("True", "true")
+        .replace("False", "false")
+    )
     answer = client.post(f"/sessions/{token}/{path}", content=text)
     assert (answer.status_code, answer.json()["error"]) == (status, message)
+
+
+@pytest.mark.parametrize("path", ["step", "steps", "run"])
+def test_a_key_that_occurs_twice_is_refused(client, path):
+    of = "models/lstm" if path == "run" else f"sessions/{opened(client)}"
+    answer = client.post(f"/{of}/{path}", content='{"x": [[[0, 0, 0]]], "x": [[[1, 1, 1]]]}')
+    error = "expected JSON: the key 'x' occurs more than once"
+    assert (answer.status_code, answer.json()) == (400, {"error": error})
 
 
 def test_refused_frames_among_others_leave_the_state(client):
@@ -143,6 +166,8 @@ def test_refused_frames_among_others_leave_the_state(client):
         ("POST", "/models/lstm/run", b"[" * 100_000, 400),
         ("POST", "/models/lstm/run", b'{"x": [[[1, 2], [1]]]}', 400),
         ("POST", "/models/lstm/run", b'{"x": [[["a"]]]}', 400),
+        ("POST", "/models/lstm/run", b'{"x": [[[1, true, 0]]]}', 400),
+        ("POST", "/models/lstm/run", b'{"x": [[[1, 2, 0]]], "mask": [[true]]}', 400),
         ("POST", "/models/lstm/run", b'{"x": {"z": 1}}', 400),
         ("POST", "/models/lstm/run", b'{"x": [[[1, 2]]]}', 400),
         ("POST", "/models/lstm/sessions", b"not a state", 400),

@@ -88,15 +88,20 @@ def test_refused_frames_are_answered_in_order(served):
     with stream(served) as socket:
         socket.recv()
         nan = np.full(WIDTH, np.nan, np.float32).tobytes()
-        for sent in (np.ones(WIDTH, "<f4").tobytes(), nan, b"short", '{"x": [1]}', "{", '{"x": [1, 1, 1]}'):
+        more = '{"x": [1, true, 1]}', '{"x": [1, 1, 1], "y": 1}', '{"x": 1, "x": [1, 1, 1]}', '{"close": true, "x": 1}'
+        for sent in (np.ones(WIDTH, "<f4").tobytes(), nan, b"short", '{"x": [1]}', "{", *more, '{"x": [1, 1, 1]}'):
             socket.send(sent)
-        first, *others, last = [socket.recv() for _ in range(6)]
+        first, *others, last = [socket.recv() for _ in range(6 + len(more))]
         said = [json.loads(text) for text in others]
     assert said[0] == {"frame": 2, "error": "the frame contains NaN or infinity"}
     assert [(set(one), one["error"][:14]) for one in said[1:]] == [
         ({"error"}, "expected 12 by"),
         ({"error"}, "x: expected 3 "),
         ({"error"}, "expected JSON:"),
+        ({"error"}, "x: expected 3 "),
+        ({"error"}, "expected no ot"),
+        ({"error"}, "expected JSON:"),
+        ({"error"}, "expected no ot"),
     ]
     assert json.loads(last)["frame"] == 3
     found = np.stack([np.frombuffer(first, "<f4"), np.float32(json.loads(last)["y"])])
@@ -218,7 +223,10 @@ def test_sessions_are_resumed_in_another_connection(served):
         ({"open": "lstm", "count": True}, 400),
         ({"open": "lstm", "count": 10**9}, 400),
         ({"open": "lstm", "count": 64}, 503),
+        ({"open": "lstm", "cuont": 2}, 400),
         ({"close": [4]}, 404),
+        ({"close": [0], "resume": []}, 400),
+        ({"close": [0], "open": 1}, 400),
         ({"close": ["0"]}, 404),
         ({"close": [-1]}, 404),
         ({"nothing": 1}, 400),

@@ -26,7 +26,7 @@ from cellstack.serve.multiplex_socket import Multiplex
 from cellstack.serve.page import page
 from cellstack.serve.sockets import Connections, Endpoint
 from cellstack.serve.stream_socket import Stream
-from cellstack.serve.texts import array_of, converted, described, headers_of, parsed, text_of, text_of_array
+from cellstack.serve.texts import array_of, check_keys, converted, described, headers_of, parsed, text_of, text_of_array
 from cellstack.serve.worker import StoppingError
 
 if TYPE_CHECKING:
@@ -156,9 +156,9 @@ class Guard:
             return
         connection = HTTPConnection(scope)
         client: Http | WebSocket | None = scope.get("extensions", {}).get(EXTENSION)
-        origin, host = connection.headers.get("origin"), connection.headers.get("host", "")
-        if host and self.allow_hosts and name_of(host) not in self.allow_hosts:  # browsers always send it
-            refusal = _error(403, f"the host {host:.100} isn't allowed: see --allow-host")
+        origin, host = connection.headers.get("origin"), connection.headers.get("host")
+        if host is not None and self.allow_hosts and name_of(host) not in self.allow_hosts:  # browsers always send it
+            refusal = _error(403, f"the host {host[:100] or repr(host)} isn't allowed: see --allow-host")
         elif origin and origin not in self.allow_origins and urlsplit(origin).netloc != host:
             refusal = _error(403, f"the origin {origin} isn't allowed: see --allow-origin")
         elif not self.authorized(connection):
@@ -346,6 +346,7 @@ class Api:
 def _x(body: Any) -> Any:
     if not isinstance(body, dict) or "x" not in body:
         raise ServeError(400, 'expected a JSON object with the key "x"')
+    check_keys(body, "x")
     return body["x"]
 
 

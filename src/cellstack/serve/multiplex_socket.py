@@ -14,7 +14,7 @@ from cellstack.serve import frames
 from cellstack.serve.models import Model, Models, ServeError, Session
 from cellstack.serve.rows import Records
 from cellstack.serve.sockets import Connection
-from cellstack.serve.texts import described, parsed
+from cellstack.serve.texts import check_keys, described, parsed
 from cellstack.serve.websocket import WebSocket
 from cellstack.serve.worker import Answers, occurrence
 
@@ -96,12 +96,15 @@ class Multiplex(Connection):
         given = {"id": asked.get("id")} if isinstance(asked, dict) else {}
         try:
             if isinstance(asked, dict) and isinstance(asked.get("open"), str):
+                check_keys(asked, "id", "open", "count", "version")
                 self.say(given | await self._open(asked))
             elif isinstance(asked, dict) and isinstance(asked.get("resume"), list):
+                check_keys(asked, "id", "resume")
                 found, groups = await self._resume(asked["resume"])
                 self.say(given | {"resumed": found})
                 self.put(*groups)
             elif isinstance(asked, dict) and isinstance(asked.get("close"), list):
+                check_keys(asked, "id", "close")
                 self.say(given | {"closed": await self._close(asked["close"])})
             else:
                 raise ServeError(400, 'expected {"id": …} with "open": MODEL, "resume": […] or "close": […]')

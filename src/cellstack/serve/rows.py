@@ -80,11 +80,13 @@ class Rows:
         else:
             values = dict.fromkeys(names, values)
         for name in names:
-            of = self.inputs[name]
+            of, given = self.inputs[name], values[name]
             try:
-                array = np.asarray(values[name])
+                array = np.asarray(given)
             except ValueError:
                 array = np.empty(0, object)
+            if isinstance(given, list) and bool in map(type, given):  # NumPy would take them as numbers
+                array = array.astype(object)
             if array.dtype.kind not in ("iu" if of.base.kind == "i" else "iuf") or array.shape != of.shape:
                 wanted = f"{of.shape[0]} numbers" if of.shape else "a whole number"
                 got = f"shape {list(array.shape)}" if array.dtype.kind in "iufb" else "values that aren't numbers"

@@ -10,7 +10,7 @@ from starlette.requests import HTTPConnection
 
 from cellstack.serve.models import ServeError, Session
 from cellstack.serve.sockets import CLOSED, CONFLICT, TAKEN, Connection
-from cellstack.serve.texts import described, parsed, text_of
+from cellstack.serve.texts import check_keys, described, parsed, text_of
 from cellstack.serve.worker import Answers
 
 
@@ -80,9 +80,11 @@ class Stream(Connection):
         """Queue a step in JSON, or close the session."""
         found = parsed(text)
         if isinstance(found, dict) and found.get("close") is True:
+            check_keys(found, "close")
             return self._close()
         if not (isinstance(found, dict) and "x" in found):
             raise ServeError(400, 'expected {"x": …} or {"close": true}')
+        check_keys(found, "x")
         row = self._rows.parse(found["x"])
         self._unanswered += 1
         self.session.model.submit(self._number, row, self._answered_json)

@@ -31,7 +31,21 @@ def loads(text: bytes | str, **options: Any) -> Any:
     """Return the value of a JSON text, see `json.loads`. In a long one, other threads can run after each number."""
     if len(text) >= LARGE:
         options |= {"parse_float": lambda number: float(number), "parse_int": lambda number: int(number)}
-    return json.loads(text, **options)
+    return json.loads(text, object_pairs_hook=_object, **options)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r:.100} occurs more than once")
+    return found
+
+
+def check_keys(value: dict[str, Any], *known: str) -> None:
+    """Raise `ServeError` if an object of a message has other keys than these."""
+    if others := value.keys() - set(known):
+        raise ServeError(400, f"expected no other keys than {', '.join(known)}, got {min(others)!r:.100}")
 
 
 def array_of(values: Any) -> NDArray[Any]:
@@ -46,7 +60,13 @@ def array_of(values: Any) -> NDArray[Any]:
         return np.concatenate([array_of(values[n : n + PIECE]) for n in range(0, len(values), PIECE)])
     if isinstance(values[0], list) and len(values) * len(values[0]) > PIECE:
         return np.stack([array_of(one) for one in values])
-    return np.asarray(values)
+    return np.asarray(values, object if _has_flags(values) else None)
+
+
+def _has_flags(values: list[Any]) -> bool:
+    """Return whether there are true or false among numbers, which NumPy would take as 1 and 0."""
+    kinds = set(map(type, values))
+    return bool in kinds or (list in kinds and any(_has_flags(one) for one in values if type(one) is list))
 
 
 def text_of_array(array: NDArray[Any]) -> str:
