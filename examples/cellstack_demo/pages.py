@@ -65,15 +65,17 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: .9rem 1.1rem; }
 .tile b { display: block; font-size: 1.75rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: .875rem; }
-figure { margin: .8rem 0 0; overflow-x: auto; }
+figure { margin: .8rem 0 0; overflow-x: auto; container-type: inline-size; }
 figure svg { display: block; width: 100%; height: auto; min-width: 34rem; }
+@container (width < 34rem) { figure::before { content: "Wider than the screen: scroll it sideways →";
+  position: sticky; left: 0; display: block; color: var(--muted); font-size: .875rem; margin-bottom: .4rem; } }
 svg text { font-family: system-ui, sans-serif; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 600; } td.bar { width: 45%; text-align: left; }
 td.bar i { display: block; height: .6rem; border-radius: 3px; background: var(--accent); }
 details { margin-top: .8rem; } summary { cursor: pointer; color: var(--accent); }
-.live { border: 1px solid var(--line, #8884); border-radius: 8px; height: 144rem; width: 100%; }
+.live { border: 1px solid var(--line, #8884); border-radius: 8px; display: block; width: 100%; }
 footer { color: var(--muted); font-size: .8125rem; margin-top: 1.5rem; }
 @media (max-width: 40rem) { main { padding: 1.5rem .6rem 3rem; } section { padding: 1rem .8rem; }
   section:has(> .live) { padding: 1rem 0 0; } section:has(> .live) > :not(.live) { margin-inline: .8rem; } }

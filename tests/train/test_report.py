@@ -6,10 +6,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from serving import WIDTH, lstm, wait_until
 
 from cellstack.cells.lstm import Trace
 from cellstack.cli import main as cli
-from cellstack.inspect import LayerRecord, TrainingRecord
+from cellstack.inspect import LayerRecord, TrainingRecord, html
 from cellstack.train import Sequences
 from cellstack_demo import demo, pages, report
 
@@ -61,8 +62,7 @@ def check_page(page):
     return " ".join(parsed.text)
 
 
-@pytest.mark.long
-def test_a_page_of_synthetic_results(rng):
+def synthetic_report(rng, inside):
     labels = ["a", "<b>", "c"]
     so_far = rng.dirichlet(np.ones(3), size=5)
     score = {"accuracy": 0.5, "train_seconds": 1.0}
@@ -81,9 +81,12 @@ def test_a_page_of_synthetic_results(rng):
     }
     history = [{"epoch": n, "loss": 1.0 / n, "validation_loss": 2.0 / n} for n in range(1, 4)]
     trace = Trace(*(rng.normal(size=(5, 4)) for _ in range(6)))
-    page = report.report(
-        result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], "<p>a &amp; b</p>"
-    )
+    return report.report(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], inside)
+
+
+@pytest.mark.long
+def test_a_page_of_synthetic_results():
+    page, again = (synthetic_report(np.random.default_rng(0), "<p>a &amp; b</p>") for _ in range(2))
     text = check_page(page)
     assert 'srcdoc="&lt;p&gt;a &amp;amp; b&lt;/p&gt;"' in page
     for part in (
@@ -97,9 +100,53 @@ def test_a_page_of_synthetic_results(rng):
         "The page contains the forward stack's weights",
     ):
         assert part in text, part
-    assert page == report.report(
-        result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], "<p>a &amp; b</p>"
+    assert page == again
+
+
+DRAWN = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+FITS = """() => {
+    const frame = document.querySelector("iframe.live");
+    const inside = frame.contentDocument.getElementById("page").getBoundingClientRect().height;
+    const { scrollHeight, clientHeight } = frame.contentDocument.documentElement;
+    return scrollHeight === clientHeight && frame.clientHeight === Math.ceil(inside);
+}"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [1280, 375])
+def test_the_live_page_has_its_own_height_in_every_tab(browser, rng, tmp_path, width):
+    trace = lstm().trace(rng.normal(size=(1, 12, WIDTH)))
+    inside = b"".join(html.page(trace, "twelve steps", None, None, None)).decode()
+    (tmp_path / "report.html").write_text(synthetic_report(rng, inside), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto((tmp_path / "report.html").as_uri())
+    live = page.frames[1]
+    live.evaluate("document.getElementById('page').ready.then(() => null)")
+    heights = set()
+    for tab in live.get_by_role("tab").all():
+        tab.click()
+        live.evaluate(DRAWN)
+        wait_until(lambda: page.evaluate(FITS), seconds=10)
+        heights.add(page.locator("iframe.live").bounding_box()["height"])
+    assert len(heights) > 4  # it also becomes smaller again
+    page.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [1280, 600, 585, 375])
+def test_pictures_that_are_wider_than_the_screen_say_that_they_scroll(browser, rng, tmp_path, width):
+    (tmp_path / "report.html").write_text(synthetic_report(rng, "<p></p>"), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto((tmp_path / "report.html").as_uri())
+    hints = page.locator("figure").evaluate_all(
+        """(all) => all.map((one) => {
+            const hint = getComputedStyle(one, "::before");
+            return [one.scrollWidth > one.clientWidth, hint.content.includes("scroll it sideways")];
+        })"""
     )
+    assert hints == [[width < 590, width < 590]] * 4
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.close()
 
 
 @pytest.mark.slow

@@ -98,7 +98,15 @@ const element = (name) => document.getElementById(name).textContent;
 const description = JSON.parse(element("description"));
 const arrays = description.arrays.map((_, number) => () => element(`array-${number}`));
 const payload = { description, arrays };
-render({ model: { get: () => payload }, el: document.getElementById("page") });
+const el = document.getElementById("page");
+render({ model: { get: () => payload }, el });
+const frame = window.frameElement; // null if there is none, or if it is of another origin
+if (frame?.classList.contains("live")) {
+  el.style.setProperty("--least", "0"); // not the height of the frame, which follows that of the page
+  const border = frame.offsetHeight - frame.clientHeight;
+  const fit = () => (frame.style.height = `${Math.ceil(el.getBoundingClientRect().height) + border}px`);
+  new ResizeObserver(fit).observe(el);
+}
 """
 
 
