@@ -800,6 +800,9 @@ def test_contributions_of_each_step(open_page, rng):
         screen = open_page(t)
         screen.tab("memory")
         screen.keys(*["ArrowRight"] * 7, "ArrowDown")
+        about = f"{name} is a sum: what each past step wrote, times the share that all later steps kept."
+        assert screen.text("#panel-memory").startswith(about)
+        assert "query" not in screen.text("#panel-memory")
         parts = t["layer_0"].contributions(7)[0, :, 1]
         total = float(screen.page.locator("#panel-memory [data-sum]").get_attribute("data-sum"))
         assert total == pytest.approx(t["layer_0"].cells[0][name][0, 7, 1], abs=1e-12)
@@ -868,6 +871,7 @@ def test_cells_without_contributions_give_the_reason(open_page, rng):
         screen.tab("memory")
         screen.settle()
         assert why in screen.text("#panel-memory [data-sum]")
+        assert "is a sum" not in screen.text("#panel-memory")
 
 
 @pytest.mark.long
@@ -1344,6 +1348,7 @@ def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):
     screen = open_page(t)
     screen.tab("memory")
     panel = screen.page.locator("#panel-memory")
+    panel.get_by_text("What a query reads is a sum of all earlier v; the bars are their weights.").wait_for()
     for row, step, head in ((0, 6, 1), (1, 8, 0), (1, 2, 1), (1, 4, 0)):
         screen.choose("Row", str(row))
         screen.looked_at(step=step, unit=3 * head + 1)

@@ -129,7 +129,7 @@ export function tabs(label, panels, onchange) {
     one.panel = make(
       "section",
       { role: "tabpanel", id: `panel-${one.name}`, "aria-labelledby": `tab-${one.name}`, tabindex: "-1" },
-      make("p", { class: "about" }, one.about),
+      one.about ? make("p", { class: "about" }, one.about) : null,
       one.element,
     );
     list.append(one.tab);

@@ -34,6 +34,7 @@ export function contributionsOf({ kept, written, rate, start, fresh, mask, reset
 export class Memory {
   constructor(view) {
     this.view = view;
+    this.about = make("p", { class: "about" });
     this.title = make("h3", {});
     this.chart = make("canvas", { class: "chart", role: "img" });
     this.sum = make("p", { class: "readout", "data-sum": "" });
@@ -41,7 +42,7 @@ export class Memory {
     this.map = make("canvas", { class: "chart", role: "img", "aria-label": "A map of the weights of all queries: their steps by the steps that they read" });
     this.queries.append(this.map);
     this.list = make("div", { class: "scroll" });
-    this.element = make("div", {}, this.title, this.chart, this.sum, this.queries, this.list);
+    this.element = make("div", {}, this.about, this.title, this.chart, this.sum, this.queries, this.list);
     this.open = false;
     this.asked = 0;
     // A click chooses a step: of a bar, or of a query. The number under the pointer is shown.
@@ -76,6 +77,7 @@ export class Memory {
   refuse(why) {
     this.title.textContent = "No contributions to show";
     this.sum.textContent = this.said = why;
+    this.about.textContent = "";
     this.chart.hidden = this.queries.hidden = true;
     replaceChildren(this.list);
     return null;
@@ -91,7 +93,8 @@ export class Memory {
       : !place.cell.whole ? this.refuse("The trace covers only part of the run, so earlier writes are unknown.")
       : await (place.cell.form.heads ? this.weights(place, current) : this.contributions(place, current));
     if (found === null) return;
-    const { title, bars, parts, start, state, unit, name, columns, row, caption } = found;
+    const { about, title, bars, parts, start, state, unit, name, columns, row, caption } = found;
+    this.about.textContent = about;
     this.chart.hidden = false;
     this.queries.hidden = found.all === null;
     Object.assign(this, { bars, all: found.all });
@@ -130,6 +133,7 @@ export class Memory {
     for (let query = 0; query < all?.units; query += 1) all.data.set(weightsAt(memory, query, unit).weights, query * all.units);
     const name = view.unitTitle(place, "h", unit);
     return {
+      about: "What a query reads is a sum of all earlier v; the bars are their weights.",
       title: `The weight of each step in what the query of ${name.split(" [")[0]} reads`,
       bars: weights, parts, start: gate * start, state, unit, name: `h, ${name},`, all,
       columns: ["weight", "v", `${o ? "o · " : ""}v · weight`],
@@ -167,6 +171,7 @@ export class Memory {
       kept, written, rate: keeping.kept, start: before[unit], fresh: fresh === null ? 0 : fresh[unit], mask, reset, reverse: cell.reverse, step: view.stepAt(place),
     });
     return {
+      about: `${name} is a sum: what each past step wrote, times the share that all later steps kept. These are the terms at the cursor.`,
       title: `The contribution of each step to ${name} of unit ${cell.units[unit]}`,
       bars: parts, parts, start, state, unit, name, all: null,
       columns: ["written", "share kept", "contribution"],

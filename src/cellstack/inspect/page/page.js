@@ -117,7 +117,7 @@ async function build(payload, page, root) {
     cell: { title: "Cell", about: "The wiring of one unit at one step. Point at a number, or move to it with Tab, to see its formula.", pane: new CellView(view, root.querySelector(".page")) },
     unit: { title: "Unit over time", about: "One unit over all steps: its gates between 0, closed, and 1, open; below, its state and output. A click moves the cursor.", pane: new UnitLines(view) },
     text: { title: "Labels", about: "The steps' labels as text, each coloured by the unit's value at its step.", pane: new LabelText(view) },
-    memory: { title: "Memory", about: "The cell state is a sum: what each past step wrote, times the share that all later forget gates kept. These are the terms at the cursor. What a query of an mLSTM reads is a sum of all earlier v; the bars are their weights.", pane: new Memory(view) },
+    memory: { title: "Memory", pane: new Memory(view) },
     gradient: { title: "Gradient", about: "How much a number changes with each input: the gradient, computed by backpropagation in this page. The cursor selects the step.", pane: new Gradients(view, rerun, changes) },
     whatif: { title: "What if", about: "Change an input, patch a gate, reset the state or edit a weight: the page runs the network again and shows the result in every view.", pane: new WhatIf(view, rerun, changes) },
     match: { title: "Find similar steps", hint: "Which units are active at some steps, and where else the same units are active", about: "Mark some steps in the map, such as a word or a peak. The page lists the units that are on, which means above a threshold, at all of these steps, and every other place where the same units are on together: steps that the network treats alike.", pane: new Matches(view) },

@@ -33,7 +33,7 @@ header { display: flex; gap: 16px; align-items: flex-start; justify-content: spa
 .answer { margin-top: 4px; overflow-wrap: anywhere; }
 .about { color: var(--muted); margin: 0 0 10px; max-width: 78ch; }
 .note { color: var(--muted); margin: 8px 0; max-width: 78ch; }
-.note:empty { display: none; }
+.note:empty, .about:empty { display: none; }
 .warning { background: var(--warn-soft); color: var(--warn); border-radius: 8px; padding: 8px 12px; margin: 0 0 14px; max-width: none; }
 .stage { display: grid; grid-template-columns: minmax(0, 440px) minmax(0, 1fr); gap: 20px; align-items: start; }
 .card { border: 1px solid var(--edge); border-radius: 12px; padding: 14px 16px; background: var(--ground); min-width: 0; }
