@@ -549,6 +549,23 @@ def test_tab_goes_through_the_wiring_from_left_to_right(open_page, rng, kind):
 # ── traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize(
+    ("activation", "name"), [("tanh", "tanh"), ("sigmoid", "σ"), ("thresholded_relu(0.1)", "thresholded relu")]
+)
+def test_the_wiring_names_the_activation_of_the_state(open_page, rng, activation, name):
+    net = Network([Recurrent((make_cell(rng, 2, 3, gate_activations={"cell": activation}),))])
+    screen = open_page(net.trace(rng.normal(size=(1, 3, 2))), width=390, height=800)
+    assert sorted(screen.texts(".wires .sign")) == sorted(["×", "×", "×", "+", name])
+    inside = screen.page.locator(".wires .sign").evaluate_all(
+        """(all) => all.map((one) => {
+            const drawing = one.closest("svg").getBoundingClientRect();
+            const [sign, text] = [one, one.querySelector("text")].map((part) => part.getBoundingClientRect());
+            return text.width < sign.width && sign.left >= drawing.left && sign.right <= drawing.right;
+        })"""
+    )
+    assert inside == [True] * 5
+
+
 @pytest.mark.long
 def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
     t = net.trace(x)

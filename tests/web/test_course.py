@@ -184,6 +184,8 @@ def test_one_step(opened):
     figure.click("Reset the weights")
     weights = usual
     check(-2, 0.5, -1.2)
+    signs = figure.page.locator(".wires .sign").all_text_contents()
+    assert sorted(signs) == ["+", "tanh", "×", "×", "×"]  # all of which the text before the figure explains
     figure.page.locator('.wires [data-field="f"]').focus()
     assert "f = σ(" in figure.page.locator(".popover").inner_text()
 

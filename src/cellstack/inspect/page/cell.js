@@ -3,7 +3,7 @@
 import { button, make, popover, replaceChildren, shown, svg } from "./dom.js";
 import { colourBar, cssColour, inkOn, lineColour, palette, scaleOf } from "./draw.js";
 import { stateSizes } from "./engine/cells.js";
-import { CellStep } from "./formulas.js";
+import { activationName, CellStep } from "./formulas.js";
 import { placeIn } from "./heads.js";
 import { isGate, meaningOf } from "./view.js";
 import { wiringOf } from "./wiring.js";
@@ -117,8 +117,10 @@ export class CellView {
       svg("rect", { x: 104 * across, y: 18, width: wide - 200 * across, height: high - 66, rx: 16, class: "hull" }),
       ...wiring.paths.map((d) => svg("path", { d: d.replace(/([MH]) (\d+)/g, (_, letter, x) => `${letter} ${x * across}`), class: "wire", "marker-end": "url(#tip)" })),
       ...wiring.dots.map(([cx, cy]) => svg("circle", { cx: cx * across, cy, r: 3, class: "head" })),
-      ...wiring.signs.map(([left, y, sign]) => {
-        const [x, width] = [left * across, sign.length > 1 ? Math.max(38, 44 * across) : 32 * across];
+      ...wiring.signs.map(([left, y, name]) => {
+        const activation = cell.form.activations[name]; // `name` is a sign, or an activation of this cell
+        const sign = activation === undefined ? name : activationName(activation);
+        const [x, width] = [left * across, sign.length > 1 ? Math.max(38, 44 * across, 14 + 8 * sign.length) : 32 * across];
         return svg("g", { class: "sign" }, svg("rect", { x: x - width / 2, y: y - 16, width, height: 32, rx: width / 2 }), svg("text", { x, y: y + 5 }, sign));
       }),
       ...boxes,

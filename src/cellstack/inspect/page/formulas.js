@@ -12,13 +12,16 @@ const SIGNS = { add: "+", sub: "−", mul: "·", scaled: "·", div: "/" };
 const IS_SUM = ["add", "sub", "one_minus"];
 const DIGITS = 5;
 
-// An activation of `argument` as written in a formula: σ(0.5).
-function callOf(text, argument) {
+const words = (name) => name.replaceAll("_", " ");
+
+// The name of an activation, without its parameters, as written in a formula.
+export function activationName(text) {
   const name = text.split("(")[0];
-  return `${GREEK[name] ?? name.replaceAll("_", " ")}(${argument})`;
+  return GREEK[name] ?? words(name);
 }
 
-const words = (name) => name.replaceAll("_", " ");
+// An activation of `argument` as written in a formula: σ(0.5).
+const callOf = (text, argument) => `${activationName(text)}(${argument})`;
 
 export class CellStep {
   // cell   { spec, form, arrays: { kernel: { data, shape }, … } }
