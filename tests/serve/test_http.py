@@ -146,6 +146,15 @@ def test_a_key_that_occurs_twice_is_refused(client, path):
     assert (answer.status_code, answer.json()) == (400, {"error": error})
 
 
+def test_a_refused_frame_counts_and_a_step_that_is_no_frame_does_not(client):
+    token = opened(client)
+    for content in ('{"x": [1, NaN, 1]}', '{"x": [1, 1]}', '{"x": [1, 1, true]}'):
+        assert client.post(f"/sessions/{token}/step", content=content).status_code == 400
+    found = client.post(f"/sessions/{token}/step", json={"x": [1, 1, 1]}).json()
+    assert found["frame"] == 2
+    assert (np.float32([found["y"]]) == stepped(np.ones((1, WIDTH)))).all()
+
+
 def test_refused_frames_among_others_leave_the_state(client):
     token = opened(client)
     text = '{"x": [[1, 1, 1], [1, NaN, 1], [1, 1, 1]]}'
