@@ -202,12 +202,18 @@ def test_gates(opened):
         }
         last = np.zeros((1, steps, 1))
         last[0, -1] = 1
-        shown, named = figure.table(), figure.named()
+        shown, named, ratios = figure.table(), figure.named(), []
         for name, spec in cells.items():
             out = reference.forward(spec, arrays[name], x)
             slopes = reference.backward(spec, arrays[name], out, dy=last).x.ravel()
             near(shown[name], np.log10(abs(slopes)))
-            near(number(named[f"{name}, first step"]), slopes[0])
+            near(number(named[f"{name}, gradient at the first input"]), slopes[0])
+            near(number(named[f"{name}, gradient at the last input"]), slopes[-1])
+            ratios.append(slopes[0] / slopes[-1])
+        said = figure.page.locator(".readout").inner_text()
+        assert said.endswith(": the gradient at the first input divided by that at the last.")
+        found = re.search(r"counts (\S+) times .* and (\S+) times", said).groups()
+        np.testing.assert_allclose([number(one) for one in found], ratios, rtol=5e-3)  # three digits
 
     check(50, 0.9, 4, 0)
     figure.move("T,", 30)

@@ -9,8 +9,8 @@ figure("gates", (page) => {
   const weight = page.slider("recurrent weight of the SimpleRNN", [0.5, 1.5, 0.01], 0.9);
   const bias = page.slider("forget bias of the LSTM", [-2, 8, 0.1], 4);
   const size = page.slider("size of the input", [0, 2, 0.1], 0);
-  const say = page.sentence();
   const draw = page.chart("Gradient of the last output with respect to x of each step: logarithm, base 10");
+  const say = page.sentence();
   const tell = page.numbers();
   return () => {
     const T = steps.value;
@@ -27,8 +27,9 @@ figure("gates", (page) => {
     const logs = (numbers) => Array.from(numbers, (number) => Math.log10(Math.abs(number)));
     const colours = { SimpleRNN: page.colours.cold, LSTM: page.colours.warm };
     draw(slopes.map(([name, numbers]) => ({ name, values: logs(numbers), colour: colours[name], dash: name === "LSTM" ? [6, 3] : null })));
-    tell(Object.fromEntries(slopes.map(([name, numbers]) => [`${name}, first step`, numbers[0]])));
+    const ends = (name, numbers) => [[`${name}, gradient at the first input`, numbers[0]], [`${name}, gradient at the last input`, numbers[T - 1]]];
+    tell(Object.fromEntries(slopes.flatMap(([name, numbers]) => ends(name, numbers))));
     const [rnn, lstm] = slopes.map(([, numbers]) => numbers[0] / numbers[T - 1]);
-    say(`A small change of the first input counts ${shown(rnn, 3)} times as much as one of the last input in the SimpleRNN, and ${shown(lstm, 3)} times in the LSTM.`);
+    say(`A small change of the first input counts ${shown(rnn, 3)} times as much as one of the last input in the SimpleRNN, and ${shown(lstm, 3)} times in the LSTM: the gradient at the first input divided by that at the last.`);
   };
 });
