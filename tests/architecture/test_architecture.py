@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import ChainMap
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,31 @@ def test_a_missing_package_names_its_extra(package, code, message):
     (said,) = run_python(program)
     assert said.startswith(f"{package} ")
     assert said.endswith(message)
+
+
+def extras_in_messages():
+    """The extras that the texts of all modules tell to install, and the arguments of `check_installed`."""
+    for path in [*MODULES, *ROOT.glob("examples/cellstack_demo/*.py"), *ROOT.glob("benchmarks/cellstack_bench/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and path.name != "errors.py":
+                for found in re.finditer(r"install ['\"]?cellstack\[", node.value):
+                    command = re.match(r"pip install 'cellstack\[(\w+)\]'", node.value[found.start() - len("pip ") :])
+                    assert command, f"{path}: {node.value!r}"
+                    yield command[1]
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_installed":
+                yield getattr(node.args[2], "value", "")
+
+
+@pytest.mark.long
+def test_pip_installs_the_extras_that_messages_name_before_a_release_too(tmp_path):
+    extras = set(extras_in_messages())
+    assert len(extras) > 10
+    assert extras <= set(metadata("cellstack").get_all("Provides-Extra") or ())
+    # Without an index, pip finds only what is installed: the extra's packages in the metadata of the clone's cellstack.
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "cellstack[holidays]"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "Requirement already satisfied: cellstack[holidays]" in done.stdout
+    assert re.search(r"holidays>=[\d.]+.* \(from cellstack\[holidays\]\)", done.stdout + done.stderr)
 
 
 def test_help_works_without_torch():

@@ -67,7 +67,7 @@ def as_frame(columns: Mapping[str, Any], polars: bool) -> Any:
         import pandas as pd
     except ModuleNotFoundError:
         raise UsageError(
-            "to_frame needs pandas: install cellstack[table], or use columns(), a dict of the same columns"
+            "to_frame needs pandas: pip install 'cellstack[table]', or use columns(), a dict of the same columns"
         ) from None
     return pd.DataFrame(dict(columns))
 
