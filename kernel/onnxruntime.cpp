@@ -39,7 +39,7 @@ struct KernelContext;
 struct ShapeContext;
 struct Attribute;
 
-enum : int { kInvalidArgument = 2 };                                 // OrtErrorCode
+enum : int { kFail = 1, kInvalidArgument = 2 };                      // OrtErrorCode
 enum Type : int { kAny = 0, kFloat = 1, kInt32 = 6, kDouble = 11 };  // ONNXTensorElementDataType
 enum Presence : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
 enum : int { kIntAttribute = 1 };  // OrtOpAttrType
@@ -124,6 +124,12 @@ void need(Status* status, const char* what) {
     throw std::runtime_error(std::string("ONNX Runtime's C API: ") + what + " failed");
 }
 
+// An input that doesn't fit, with ONNX Runtime's code for it.
+struct Unfit : std::invalid_argument {
+    int code;
+    Unfit(int of, const std::string& message) : std::invalid_argument(message), code(of) {}
+};
+
 // ── Operators that sessions may use ──────────────────────────────────────────────────────────────────────────────────
 
 struct Published {
@@ -168,28 +174,27 @@ struct InfoOf {
     }
 };
 
-// An input after its type and shape were checked; `dims` may have kEveryLength, which its lengths replace.
+// An input after its type and shape were checked; `dims` may have kEveryLength, which its lengths replace. Of one that
+// doesn't fit, `code` is the error's.
 void* checked_input(const Node& node, const KernelContext* context, size_t index, const std::string& name, Type type,
-                    std::vector<int64_t>& dims) {
+                    std::vector<int64_t>& dims, int code = kInvalidArgument) {
     const Value* value = nullptr;
     need(api->input(context, index, &value), "KernelContext_GetInput");
-    if (!value) throw std::invalid_argument(node.name + ": expected the input " + name + ", found none");
+    if (!value) throw Unfit(code, node.name + ": expected the input " + name + ", found none");
     InfoOf info;
     need(api->tensor_info(value, &info.of), "GetTensorTypeAndShape");
     Type found{};
     need(api->get_type(info.of, &found), "GetTensorElementType");
     if (found != type)
-        throw std::invalid_argument(node.name + ": expected " + name + " of ONNX's type " + std::to_string(type) +
-                                    ", found type " + std::to_string(found));
+        throw Unfit(code, node.name + ": expected " + name + " of ONNX's type " + std::to_string(type) +
+                              ", found type " + std::to_string(found));
     size_t count = 0;
     need(api->count_dims(info.of, &count), "GetDimensionsCount");
     std::vector<int64_t> own(count);
     need(api->get_dims(info.of, own.data(), count), "GetDimensions");
     const bool fits = std::equal(own.begin(), own.end(), dims.begin(), dims.end(),
                                  [](int64_t got, int64_t wanted) { return wanted == kEveryLength || got == wanted; });
-    if (!fits)
-        throw std::invalid_argument(node.name + ": expected " + name + " of shape " + text(dims) + ", found " +
-                                    text(own));
+    if (!fits) throw Unfit(code, node.name + ": expected " + name + " of shape " + text(dims) + ", found " + text(own));
     dims = own;
     void* at = nullptr;
     need(api->data(const_cast<Value*>(value), &at), "GetTensorMutableData");
@@ -276,7 +281,7 @@ void compute(const Node& node, KernelContext* context) {
         const T* from = nullptr;
         if (r.started[s]) {
             const std::string name = s < 2 ? starts[s] : "initial state " + std::to_string(s);
-            from = static_cast<const T*>(checked_input(node, context, next++, name, type, of_state));
+            from = static_cast<const T*>(checked_input(node, context, next++, name, type, of_state, kFail));
             if (swapped) {
                 before[s].resize(size_t(ways * size));
                 swap_ends(before[s].data(), from, batch, ways, width);
@@ -323,6 +328,8 @@ Status* as_status(F&& body) {
     try {
         body();
         return nullptr;
+    } catch (const Unfit& error) {
+        return api->create_status(error.code, error.what());
     } catch (const std::exception& error) {
         return api->create_status(kInvalidArgument, error.what());
     }

@@ -1,0 +1,116 @@
+"""`InferenceSession` beside ONNX Runtime's: errors."""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+import cellstack as cs
+from cellstack.formats.onnx import save
+from cellstack.onnxruntime import InferenceSession
+
+WIDTH, UNITS = 6, 5
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+KINDS = pytest.mark.parametrize("kind", GATES)
+WAYS = pytest.mark.parametrize("ways", [1, 2])
+PLACES = pytest.mark.parametrize("place", ["graph", "If", "Loop"])
+
+
+def operator(kind, ways, dtype: Any = np.float32, given=(), **attributes):
+    """Return an operator over x, whose initial states are h and c, as far as `given`; its outputs, and its weights."""
+    outputs, rows = ["Y", "Y_h", "Y_c"][: 3 if kind == "LSTM" else 2], GATES[kind] * UNITS
+    states = [name if name in given else "" for name in ("h", "c")[: len(outputs) - 1]]
+    attributes |= {"hidden_size": UNITS, "direction": "bidirectional" if ways == 2 else "forward"}
+    node = helper.make_node(kind, ["x", "W", "R", "B", "", *states], outputs, "layer", **attributes)
+    rng = np.random.default_rng(3)
+    shapes = {"W": (ways, rows, WIDTH), "R": (ways, rows, UNITS), "B": (ways, 2 * rows)}
+    weights = {name: rng.normal(0, 0.4, shape).astype(dtype) for name, shape in shapes.items()}
+    return node, outputs, [numpy_helper.from_array(array, name) for name, array in weights.items()]
+
+
+def empty(names):
+    """Values of unknown types."""
+    return [helper.make_empty_tensor_value_info(name) for name in names]
+
+
+def file_of(node, outputs, tensors, place="graph", x: Any = None, given=(), dtype=TensorProto.FLOAT):
+    """Return a file with an operator in its graph, in both branches of an If or in a Loop, which `n` decides."""
+    inputs = [helper.make_tensor_value_info(name, dtype, x if name == "x" else None) for name in ("x", *given)]
+    scalar = {"If": TensorProto.BOOL, "Loop": TensorProto.INT64}
+    inputs += [helper.make_tensor_value_info("n", scalar[place], [])] if place in scalar else []
+    nodes, ends = [node], outputs
+    if place == "If":
+        branch, ends = helper.make_graph([node], "branch", [], empty(outputs)), [f"{name}s" for name in outputs]
+        nodes = [helper.make_node("If", ["n"], ends, then_branch=branch, else_branch=branch)]
+    elif place == "Loop":
+        taken = [helper.make_tensor_value_info("k", TensorProto.INT64, [])]
+        taken += [helper.make_tensor_value_info("go", TensorProto.BOOL, [])]
+        inner = [node, helper.make_node("Identity", ["go"], ["on"])]
+        body, ends = helper.make_graph(inner, "body", taken, empty(["on", *outputs])), [f"{name}s" for name in outputs]
+        nodes = [helper.make_node("Loop", ["n", ""], ends, body=body)]
+    graph = helper.make_graph(nodes, "graph", inputs, empty(ends), tensors)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return made.SerializeToString()
+
+
+def both(file) -> tuple[Any, Any]:
+    """Return our session and ONNX Runtime's."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    ours = InferenceSession(file, options)
+    assert "fused cpu kernel" in ours.plan()[0]
+    return ours, onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def error_of(session, fed):
+    """Return the class and the text of the error of a call."""
+    with pytest.raises(Exception, match="layer") as caught:
+        session.run(None, fed)
+    return caught.type, str(caught.value)
+
+
+@KINDS
+@WAYS
+@PLACES
+def test_a_wrong_initial_state_raises_onnxruntimes_error(kind, ways, place):
+    given = ("h", "c") if kind == "LSTM" else ("h",)
+    ours, other = both(file_of(*operator(kind, ways, given=given), place, ["T", "B", WIDTH], given))
+    good = {name: np.zeros((ways, 3, UNITS), "f4") for name in given} | {"x": np.ones((4, 3, WIDTH), "f4")}
+    good |= {"If": {"n": np.array(True)}, "Loop": {"n": np.array(2)}}.get(place, {})
+    for name in given:
+        for shape in (
+            (),
+            (ways, 2, UNITS),
+            (ways, 3, UNITS + 1),
+            (3 - ways, 3, UNITS),
+            (3, UNITS),
+            (ways, 3, UNITS, 1),
+        ):
+            fed = good | {name: np.zeros(shape, "f4")}
+            raised, text = error_of(ours, fed)
+            assert raised is error_of(other, fed)[0]
+            assert f"expected initial_{name} of shape {[ways, 3, UNITS]}, found {list(shape)}" in text
+    ours.run(None, good)
+
+
+def test_a_wrong_initial_state_of_a_scan_raises_onnxruntimes_error(tmp_path):
+    spec = cs.CellSpec(WIDTH, UNITS, layer_norm=True)
+    rng = np.random.default_rng(3)
+    cell = cs.nodes.Cell(spec, **{name: rng.normal(size=shape).astype("f4") for name, shape in spec.shapes.items()})
+    path = tmp_path / "net.onnx"
+    save(cs.Network([cs.nodes.Recurrent((cell,))], ["layer"]), path)
+    made = ModelProto.FromString(path.read_bytes())
+    (scan,) = (node for node in made.graph.node if node.op_type == "Scan")
+    scan.input[0] = "h"
+    made.graph.input.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, None))
+    ours, other = both(made.SerializeToString())
+    for shape in ((2, UNITS), (3, UNITS - 1), (3, 1)):
+        fed = {made.graph.input[0].name: np.ones((3, 4, WIDTH), "f4"), "h": np.zeros(shape, "f4")}
+        raised, text = error_of(ours, fed)
+        assert raised is error_of(other, fed)[0]
+        assert f"expected initial_h of shape [3, 5], found {list(shape)}" in text
