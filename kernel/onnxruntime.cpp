@@ -374,11 +374,12 @@ void infer(ShapeContext* context, Type type) {
     need(api->input_info(context, 0, &x), "ShapeInferContext_GetInputTypeShape");
     size_t count = 0;
     need(api->count_dims(x, &count), "GetDimensionsCount");
-    if (count != 3) return;
-    int64_t dims[3];
-    const char* names[3];
-    need(api->get_dims(x, dims, count), "GetDimensions");
-    need(api->get_names(x, names, count), "GetSymbolicDimensions");
+    int64_t dims[] = {kEveryLength, kEveryLength, kEveryLength};
+    const char* names[] = {"", "", ""};
+    if (count == 3) {  // 0: nothing is known of X
+        need(api->get_dims(x, dims, count), "GetDimensions");
+        need(api->get_names(x, names, count), "GetSymbolicDimensions");
+    }
     struct Dim {
         int64_t length;
         std::string name;  // of an unknown length

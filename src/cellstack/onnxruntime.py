@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     needs = "cellstack.onnxruntime needs onnxruntime: pip install 'cellstack[onnxruntime]'"
     raise ModuleNotFoundError(needs, name=error.name) from None
 
+from cellstack.formats.onnx.outputs import described
 from cellstack.formats.onnx.runtime import FOLDER, Plan, Replacement, entry_of
 
 
@@ -56,6 +57,7 @@ class InferenceSession(onnxruntime.InferenceSession):
                 model, options, providers or ["CPUExecutionProvider"], both, **kwargs
             )
 
+        self._operators: list[Any] = []
         own = sess_options or onnxruntime.SessionOptions()
         try:
             made = _replaced(given, own)
@@ -67,6 +69,10 @@ class InferenceSession(onnxruntime.InferenceSession):
                 _, self._operators = made.session(start, own)
                 return
         start(given, sess_options)
+
+    def get_outputs(self) -> Sequence[Any]:
+        """Return the outputs, each with its `name`, `type` and `shape`."""
+        return described(super().get_outputs(), self._operators)
 
     def plan(self) -> Plan:
         """Return what runs each operator of the file: a tuple of lines."""

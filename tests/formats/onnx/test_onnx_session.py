@@ -1,5 +1,6 @@
-"""`InferenceSession` beside ONNX Runtime's: errors."""
+"""`InferenceSession` beside ONNX Runtime's: shapes of outputs, and errors."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import cellstack as cs
 from cellstack.formats.onnx import save
+from cellstack.formats.onnx.runtime import RuntimeModel
 from cellstack.onnxruntime import InferenceSession
 
 WIDTH, UNITS = 6, 5
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+SHAPES = (None, [None, None, None], [None, 2, WIDTH], ["T", None, None], ["T", "B", WIDTH])  # of x
 KINDS = pytest.mark.parametrize("kind", GATES)
 WAYS = pytest.mark.parametrize("ways", [1, 2])
 PLACES = pytest.mark.parametrize("place", ["graph", "If", "Loop"])
@@ -62,6 +65,43 @@ def both(file) -> tuple[Any, Any]:
     ours = InferenceSession(file, options)
     assert "fused cpu kernel" in ours.plan()[0]
     return ours, onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def described(session):
+    """The names, types and shapes of a session's outputs."""
+    return [(one.name, one.type, one.shape) for one in session.get_outputs()]
+
+
+# ── Shapes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@KINDS
+@WAYS
+@PLACES
+def test_outputs_are_described_as_by_onnxruntime(kind, ways, place):
+    for x in SHAPES:
+        ours, other = both(file_of(*operator(kind, ways), place, x))
+        assert described(ours) == described(other)
+        assert list(map(str, ours.get_outputs())) == list(map(str, other.get_outputs()))
+        ours.set_providers(["CPUExecutionProvider"])
+        assert described(ours) == described(other)
+
+
+def test_a_model_that_onnxruntime_runs_names_no_axis_of_its_own(tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(file_of(*operator("GRU", 1), x=[None, "B", WIDTH]))
+    model = RuntimeModel(str(path)).prepare()
+    assert repr(model).startswith("RuntimeModel: x [None, 'B', 6] -> Y [None, 1, 'B', 5], Y_h [1, 'B', 5]")
+
+
+@KINDS
+@WAYS
+def test_a_loop_without_iterations_has_onnxruntimes_shapes(kind, ways):
+    for x, count in product(SHAPES, (0, 2)):
+        sessions = both(file_of(*operator(kind, ways), "Loop", x))
+        fed = {"x": np.ones((4, 2, WIDTH), "f4"), "n": np.array(count)}
+        ours, other = (session.run(None, fed) for session in sessions)
+        assert [array.shape for array in ours] == [array.shape for array in other]
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -28,6 +28,7 @@ from cellstack.formats.onnx.cells import QUANTISED_OPERATOR, Operator, is_recurr
 from cellstack.formats.onnx.decomposed.scans import is_scan, read_scan
 from cellstack.formats.onnx.file import ODD, Scope, label, onnx_package, parsed
 from cellstack.formats.onnx.messages import graphs_of
+from cellstack.formats.onnx.outputs import described
 from cellstack.network.running import processors
 from cellstack.nodes.base import Array
 
@@ -203,7 +204,8 @@ class RuntimeModel:
     def arguments(self, names: Sequence[str]) -> list[Any]:
         """Return inputs and outputs as ONNX Runtime describes them, each with `name`, `type` and `shape`."""
         session = self._started()
-        every = {one.name: one for one in (*session.get_inputs(), *session.get_outputs())}
+        outputs = described(session.get_outputs(), self._operators)
+        every = {one.name: one for one in (*session.get_inputs(), *outputs)}
         return [every[name] for name in names]
 
     def compute(self, given: Mapping[str, Any], options: Any = None) -> list[Array]:
