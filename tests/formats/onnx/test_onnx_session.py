@@ -1,4 +1,4 @@
-"""`InferenceSession` beside ONNX Runtime's: shapes of outputs, and errors."""
+"""`InferenceSession` beside ONNX Runtime's: shapes of outputs, errors, and what only the kernel runs."""
 
 from itertools import product
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import tolerances
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import cellstack as cs
@@ -154,3 +155,48 @@ def test_a_wrong_initial_state_of_a_scan_raises_onnxruntimes_error(tmp_path):
         raised, text = error_of(ours, fed)
         assert raised is error_of(other, fed)[0]
         assert f"expected initial_h of shape [3, 5], found {list(shape)}" in text
+
+
+# ── What only the kernel runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(file, fed, match):
+    """ONNX Runtime refuses a file or its input, and our session runs it; return the outputs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with pytest.raises(Exception, match=match):
+        onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]).run(None, fed)
+    session: Any = InferenceSession(file, options)
+    assert "fused cpu kernel" in session.plan()[0]
+    return session.run(None, fed)
+
+
+@KINDS
+@WAYS
+def test_operators_that_onnxruntime_refuses(kind, ways):
+    x = np.random.default_rng(4).normal(size=(4, 3, WIDTH))
+    expected = both(file_of(*operator(kind, ways)))[1].run(None, {"x": x.astype("f4")})
+    node, outputs, tensors = operator(kind, ways, np.float64)
+    double = file_of(node, outputs, tensors, dtype=TensorProto.DOUBLE)
+    for found, one in zip(
+        refused(double, {"x": x}, "does not support double|Could not find an implementation"), expected, strict=True
+    ):
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, one, atol=tolerances.NETWORK, rtol=0)
+    turned = refused(file_of(*operator(kind, ways, layout=1)), {"x": x.swapaxes(0, 1).astype("f4")}, "layout_ == 0")
+    np.testing.assert_allclose(turned[0].transpose(1, 2, 0, 3), expected[0], atol=tolerances.NETWORK, rtol=0)
+    np.testing.assert_allclose(turned[1].swapaxes(0, 1), expected[1], atol=tolerances.NETWORK, rtol=0)
+
+
+@KINDS
+@WAYS
+def test_a_constant_initial_state_with_one_row_serves_all_rows(kind, ways):
+    given = ("h", "c") if kind == "LSTM" else ("h",)
+    node, outputs, tensors = operator(kind, ways, given=given)
+    start = np.random.default_rng(5).normal(size=(ways, 1, UNITS)).astype("f4")
+    x = np.random.default_rng(4).normal(size=(4, 3, WIDTH)).astype("f4")
+    file = file_of(node, outputs, [*tensors, *(numpy_helper.from_array(start, name) for name in given)])
+    found = refused(file, {"x": x}, "Input initial_h must have shape")
+    fed = {"x": x} | {name: start.repeat(3, axis=1) for name in given}
+    for ours, other in zip(found, both(file_of(node, outputs, tensors, given=given))[1].run(None, fed), strict=True):
+        np.testing.assert_allclose(ours, other, atol=tolerances.NETWORK, rtol=0)
