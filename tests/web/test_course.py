@@ -22,6 +22,7 @@ MOVE = """(element, value) => {
     element.value = value;
     element.dispatchEvent(new Event("input", { bubbles: true }));
 }"""
+ON_A_PHONE = 500  # pixels: of 667, less what the browser and the head of the site cover
 SHOWN = 2e-3  # numbers are shown with four digits; in a drawing, where space is scarce, with fewer
 
 
@@ -188,6 +189,16 @@ def test_one_step(opened):
     assert sorted(signs) == ["+", "tanh", "×", "×", "×"]  # all of which the text before the figure explains
     figure.page.locator('.wires [data-field="f"]').focus()
     assert "f = σ(" in figure.page.locator(".popover").inner_text()
+
+
+@pytest.mark.parametrize("chapter", ["one_step", "gates", "memory"])
+def test_sliders_are_next_to_the_drawing_on_a_phone(opened, chapter):
+    figure = opened(chapter, size=375)
+    middle = "(all) => all.map((one) => one.getBoundingClientRect()).map(({ top, bottom }) => [top, bottom])"
+    (top, bottom), *_ = figure.page.locator(".wires, canvas.chart").evaluate_all(middle)
+    for upper, lower in figure.page.locator(".sliders input").evaluate_all(middle):
+        assert max(bottom, lower) - min(top, upper) < ON_A_PHONE
+    figure.moved = figure.controls()
 
 
 def test_gates(opened):

@@ -23,8 +23,8 @@ const FIGURE_STYLE = `
 
 @media (max-width: 600px) {
   .figure { padding: 12px 10px; }
-  .figure .sliders { grid-template-columns: minmax(0, 1fr) auto; }
-  .figure .sliders label { grid-column: 1 / -1; }
+  .figure .sliders { grid-template-columns: minmax(0, 1fr) auto; row-gap: 0; }
+  .figure .sliders label { grid-column: 1 / -1; line-height: 1.2; }
 }
 `;
 

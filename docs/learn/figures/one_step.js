@@ -1,6 +1,7 @@
 // One unit of an LSTM at one step: the wiring of the trace page, with sliders for what goes in.
 
 import { CellView } from "../../../src/cellstack/inspect/page/cell.js";
+import { make } from "../../../src/cellstack/inspect/page/dom.js";
 import { scaleOf } from "../../../src/cellstack/inspect/page/draw.js";
 import { run } from "../../../src/cellstack/inspect/page/engine/engine.js";
 import { CellStep } from "../../../src/cellstack/inspect/page/formulas.js";
@@ -14,8 +15,11 @@ const PARTS = [["kernel", "weight of x"], ["recurrent_kernel", "weight of h_prev
 figure("one_step", (page) => {
   const x = page.slider("x, the input", [-3, 3, 0.1], 1);
   const h = page.slider("h_prev, the output of the previous step", [-1, 1, 0.05], 0.2);
-  const c = page.slider("c_prev, the memory after the previous step", [-3, 3, 0.1], 1.5);
+  const c = page.slider("c_prev, the memory of the previous step", [-3, 3, 0.1], 1.5);
   const arrays = Object.fromEntries(Object.entries(ONE_UNIT).map(([name, numbers]) => [name, [...numbers]]));
+  const say = page.sentence();
+  const wiring = new CellView(page, page.page);
+  page.add(wiring.element);
   const choices = [["i", "i, input gate"], ["f", "f, forget gate"], ["g", "g, candidate"], ["o", "o, output gate"]];
   const gate = page.select("Weights of", choices, "f", () => fill());
   page.button("Reset the weights", () => { for (const [name] of PARTS) arrays[name] = [...ONE_UNIT[name]]; fill(); });
@@ -23,9 +27,7 @@ figure("one_step", (page) => {
   const column = () => GATES_OF_UNIT.indexOf(gate.value);
   const fill = () => PARTS.forEach(([name], n) => { weights[n].value = arrays[name][column()]; });
   fill();
-  const say = page.sentence();
-  const wiring = new CellView(page, page.page);
-  page.add(wiring.element);
+  page.add(make("div", { class: "group" }, wiring.legend, wiring.meanings, wiring.numbers)); // below the controls, which stay near the drawing
   return () => {
     PARTS.forEach(([name], n) => { arrays[name][column()] = weights[n].value; });
     const cell = cellOf("lstm", 1, 1, arrays);

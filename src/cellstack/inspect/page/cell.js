@@ -91,7 +91,7 @@ export class CellView {
     const across = this.narrow ? NARROWER : 1;
     const wide = whole * across;
     this.wires.classList.toggle("narrow", this.narrow);
-    this.body.classList.toggle("tight", this.tight);
+    this.numbers.classList.toggle("tight", this.tight);
     this.wires.setAttribute("viewBox", `0 0 ${wide} ${high}`);
     this.wires.setAttribute("aria-label", `The wiring of one unit of this ${cell.form.title} cell`);
     const ports = {};
